@@ -1,0 +1,1 @@
+"""Triton kernels, one file for each op; installed as ``alterrec_fast.kernels``."""
