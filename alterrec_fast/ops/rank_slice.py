@@ -1,0 +1,73 @@
+"""rank_slice: ranks [start, stop) of the whole catalog for every session, as a set."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from alterrec_fast.ops import register
+from alterrec_fast.ops.reference import check_exclude_values, rank_slice_ref
+from alterrec_fast.ops.slices import RankSlice, exclude_lists
+
+
+def rank_slice(
+    query: Tensor,
+    catalog: Tensor,
+    start: int,
+    stop: int,
+    top: int = 0,
+    exclude: Tensor | tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
+    first_item: int = 0,
+    guess: Tensor | None = None,
+    precision: str | None = None,
+    check: bool | None = None,
+    backend: str = "auto",
+) -> RankSlice:
+    """The items of ranks [start, stop) by the score ``query @ catalog.T + bias``, for every row of the query.
+
+    Equivalent to: ``(query @ catalog.T + bias).sort(dim=1, descending=True, stable=True).indices[:, start:stop]`` as a
+    set. Ranks are 0-based and half-open; ties go to the lower id. No gradient flows.
+
+    Args:
+        query: (B, d) float32 or bfloat16, unit last stride.
+        catalog: (V, d) float32 or bfloat16, unit last stride.
+        start, stop: 0 <= start <= stop <= V - first_item.
+        top: how many of the first ranks to return in order, in `RankSlice.top`.
+        exclude: (B,) or (B, m) ids, or (values (E,), offsets (B + 1,)); int32 or int64; negative ids are none. Ranks
+            are counted over the whole catalog, and excluded ids then leave the slice; `top` and `thresholds` ignore it.
+        bias: (V,) added to the scores.
+        first_item: rows of the catalog before it are padding; ranks count from there.
+        guess: (B, 2) float32, `RankSlice.thresholds` of an earlier call; changes the speed only.
+        precision: "fp32", "bf16" (products of values rounded to bfloat16, accumulated in float32), or None: bf16 where
+            an input is bfloat16 or under autocast to bfloat16.
+        check: whether values are checked; None: on the CPU.
+        backend: "auto", "reference", "native" or "triton".
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape, stride or device, start > stop, a rank beyond the catalog; where `check` holds
+            also for an excluded id beyond the catalog and for a score that is not finite.
+        BackendError: where the backend named cannot serve these tensors.
+    """
+    engine = register.choose_backend(backend, query)
+    register.check_matrices(query, catalog, bias, first_item, engine)
+    register.check_range("start, stop", start, stop, catalog.shape[0] - first_item)
+    register.check_range("top", 0, top, catalog.shape[0] - first_item)
+    if guess is not None and guess.shape != (query.shape[0], 2):
+        raise ValueError(f"guess must be ({query.shape[0]}, 2), got {tuple(guess.shape)}")
+    left_out = exclude_lists(exclude, query.shape[0], query.device)
+    checked = register.choose_check(check, query)
+    if checked:
+        check_exclude_values(left_out, catalog.shape[0])
+    return rank_slice_ref(
+        query.detach(),
+        catalog.detach(),
+        start,
+        stop,
+        top,
+        left_out,
+        None if bias is None else bias.detach(),
+        first_item,
+        register.choose_precision(precision, query, catalog),
+        checked,
+    )

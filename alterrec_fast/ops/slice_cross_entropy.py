@@ -1,0 +1,82 @@
+"""slice_cross_entropy: softmax cross-entropy of targets against a set of negatives, without a stored score matrix."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from alterrec_fast.ops import register
+from alterrec_fast.ops.reference import slice_cross_entropy_ref
+from alterrec_fast.ops.slices import RankSlice
+
+
+def slice_cross_entropy(
+    query: Tensor,
+    catalog: Tensor,
+    target: Tensor,
+    neg: RankSlice | None = None,
+    positives: Tensor | None = None,
+    positive_weight: float = 1.0,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    first_item: int = 0,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    keep_bytes: int = 256 << 20,
+    precision: str | None = None,
+    check: bool | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Cross-entropy of each target, and of extra positives, against the same negatives.
+
+    With y_i = (q . e_i + bias_i) / temperature and Z = logsumexp of y over the negatives N, the row's loss is
+    ``softplus(Z - y_t) + positive_weight * sum_k softplus(Z - y_k)``: AlterRec, Eqs. (8) to (11), one log-partition for
+    all positives. N is `neg` without the target; without `neg` every item from first_item on but the target, which is
+    ``F.cross_entropy((query @ catalog.T + bias) / temperature, target)``. A row without negatives has zero loss.
+
+    Args:
+        query: (B, d) float32 or bfloat16, unit last stride; gets a gradient.
+        catalog: (V, d) float32 or bfloat16, unit last stride; gets a gradient.
+        target: (B,) int32 or int64.
+        neg: the negatives, of B rows over V items, or None for all items.
+        positives: (B, P) int32 or int64, -1 is none. A positive may equal the target, repeat, or be a negative as well.
+        positive_weight: what a positive counts against the target (beta in the paper).
+        temperature: above 0.
+        bias: (V,); gets a gradient.
+        first_item: rows before it are padding: no negatives without `neg`, and no targets.
+        reduction: "mean" over the rows whose target is not ignore_index (0 over none), "sum", or "none" for (B,).
+        ignore_index: a target that stands for no row.
+        keep_bytes: an engine may keep logits of up to this size from forward to backward; it changes the speed only.
+        precision, check, backend: as in `rank_slice`.
+
+    Raises:
+        TypeError, ValueError, BackendError: as `rank_slice` does; ValueError also for ids beyond the catalog.
+    """
+    engine = register.choose_backend(backend, query)
+    register.check_matrices(query, catalog, bias, first_item, engine)
+    register.check_loss(temperature, positive_weight, reduction)
+    b, v = query.shape[0], catalog.shape[0]
+    register.check_ids("target", target, b, (1,), query.device)
+    if positives is not None:
+        register.check_ids("positives", positives, b, (2,), query.device)
+    if keep_bytes < 0:
+        raise ValueError(f"keep_bytes must be at least 0, got {keep_bytes}")
+    if neg is not None:
+        if (neg.batch_size, neg.num_items) != (b, v):
+            raise ValueError(f"neg must be of {b} rows over {v} items, got {neg.batch_size} over {neg.num_items}")
+        if neg.device != query.device:
+            raise ValueError(f"neg must be on {query.device}, got {neg.device}")
+    rows = slice_cross_entropy_ref(
+        query,
+        catalog,
+        target,
+        neg,
+        positives,
+        positive_weight,
+        temperature,
+        bias,
+        first_item,
+        ignore_index,
+        register.choose_precision(precision, query, catalog),
+        register.choose_check(check, query),
+    )
+    return register.reduce_loss(rows, target, ignore_index, reduction)

@@ -1,0 +1,361 @@
+"""RankSlice: for each session a set of catalog items, as a packed bit mask or as an index list, whichever is smaller."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+WORD = 64  # items a row of bits is padded to, so that engines may read it as bytes, int32 or int64 words
+BERNOULLI_BITS = 24  # probabilities of random sets are rounded to multiples of 2 ** -24
+BLOCK_BYTES = 32 << 20  # what one row block of an unpacked slice may take
+
+
+def bits_width(num_items: int) -> int:
+    """Bytes in one packed row of `num_items` items."""
+    return -(-num_items // WORD) * (WORD // 8)
+
+
+def uses_bits(num_items: int, size: int) -> bool:
+    """Whether a slice of `size` ranks is kept as bits (V / 8 bytes a row) rather than as int32 ids (4 n bytes a row)."""
+    return bits_width(num_items) <= 4 * size
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """mask (B, V) bool -> (B, bits_width(V)) uint8; item i is bit i % 8 of byte i // 8, and the tail is zero."""
+    b, v = mask.shape
+    padded = mask.new_zeros(b, bits_width(v) * 8)
+    padded[:, :v] = mask
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
+    return (padded.view(b, bits_width(v), 8) * weights).sum(2, dtype=torch.uint8)
+
+
+def unpack_bits(bits: Tensor, num_items: int) -> Tensor:
+    """(B, W) uint8 -> (B, V) bool; the inverse of pack_bits."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    spread = bits.unsqueeze(2).bitwise_right_shift(shifts).bitwise_and_(1)
+    return spread.view(bits.shape[0], bits.shape[1] * 8)[:, :num_items].bool()
+
+
+@dataclass(frozen=True)
+class RankSlice:
+    """For each of B sessions a set of catalog items; what `rank_slice` returns and `slice_cross_entropy` takes.
+
+    Exactly one of `bits` and `ids` is set. A frozen dataclass of plain tensors, registered as a pytree.
+    """
+
+    bits: Tensor | None  # (B, W) uint8, W = bits_width(V): item i is bit i % 8 of byte i // 8
+    ids: Tensor | None  # (B, n) int32, ascending, rows that are shorter end in -1
+    top: Tensor  # (B, t) int64, the items of ranks 0..t-1, best first; `exclude` does not shorten it
+    thresholds: Tensor  # (B, 2) float32, the scores at ranks start and stop - 1; (+inf, -inf) for an empty slice
+    exclude_values: Tensor  # (E,) int64, ids that never enter, by `mix` either; negative ids are none
+    exclude_offsets: Tensor  # (B + 1,) int64, row b owns exclude_values[exclude_offsets[b]:exclude_offsets[b + 1]]
+    num_items: int  # V
+    first_item: int  # rows before it are padding and never members
+    size: int  # n = stop - start, the number of ranks asked for
+
+    @property
+    def device(self) -> torch.device:
+        return self.top.device
+
+    @property
+    def batch_size(self) -> int:
+        return self.top.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all tensors together."""
+        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+
+    def to(self, device: torch.device | str) -> RankSlice:
+        return replace(self, **{name: t.to(device) for name, t in self._tensors().items()})
+
+    def mask(self) -> Tensor:
+        """(B, V) bool, for tests and small catalogs."""
+        return self.mask_rows(0, self.batch_size)
+
+    def mask_rows(self, begin: int, end: int) -> Tensor:
+        """(end - begin, V) bool, the rows [begin, end) of `mask()`."""
+        if self.bits is not None:
+            return unpack_bits(self.bits[begin:end], self.num_items)
+        assert self.ids is not None
+        ids = self.ids[begin:end].long()
+        mask = torch.zeros(ids.shape[0], self.num_items + 1, dtype=torch.bool, device=self.device)
+        mask.scatter_(1, torch.where(ids < 0, self.num_items, ids), True)  # -1 goes to a column that is cut off
+        return mask[:, : self.num_items]
+
+    def counts(self) -> Tensor:
+        """(B,) int64, members in each row."""
+        if self.ids is not None:
+            return (self.ids >= 0).sum(1)
+        parts = [self.mask_rows(begin, end).sum(1) for begin, end in self._row_blocks()]
+        return torch.cat(parts) if parts else self.top.new_zeros(0)
+
+    def indices(self) -> Tensor:
+        """(B, n) int64, each row's members in ascending order; shorter rows end in -1.
+
+        n is the number of ranks asked for, or the longest row's length where `mix` made one longer.
+        """
+        if self.ids is not None:
+            return self.ids.long()
+        counts = self.counts()
+        width = max(self.size, int(counts.max())) if counts.numel() else self.size
+        out = torch.full((self.batch_size, width), -1, dtype=torch.int64, device=self.device)
+        for begin, end in self._row_blocks():
+            row, item = self.mask_rows(begin, end).nonzero(as_tuple=True)
+            starts = counts[begin:end].cumsum(0) - counts[begin:end]
+            place = torch.arange(row.numel(), device=self.device) - starts[row]
+            out[begin + row, place] = item
+        return out
+
+    def sample(self, m: int, generator: torch.Generator | None = None) -> Tensor:
+        """(B, m) int64: m members of each row, uniformly without replacement; a row with fewer ends in -1."""
+        if m < 0:
+            raise ValueError(f"m must be at least 0, got {m}")
+        out = torch.full((self.batch_size, m), -1, dtype=torch.int64, device=self.device)
+        if m == 0:
+            return out
+        for begin, end in self._row_blocks():
+            if self.ids is not None:
+                member, item = self.ids[begin:end] >= 0, self.ids[begin:end].long()
+            else:
+                member = self.mask_rows(begin, end)
+                item = torch.arange(self.num_items, device=self.device).expand(end - begin, -1)
+            key = torch.rand(member.shape, generator=generator, device=self.device).masked_fill(~member, -1.0)
+            best = key.topk(min(m, key.shape[1]), dim=1)
+            chosen = item.gather(1, best.indices).masked_fill(best.values < 0, -1)
+            out[begin:end, : chosen.shape[1]] = chosen
+        return out
+
+    def mix(self, hard_fraction: float, generator: torch.Generator | None = None) -> RankSlice:
+        """Trades members for items drawn uniformly from the catalog; the result is again a set.
+
+        Each member stays with probability f = hard_fraction; each item that is not a member, not excluded and not
+        below first_item enters with probability (1 - f) n / V. f = 1 returns this slice itself.
+        """
+        if not 0.0 <= hard_fraction <= 1.0:
+            raise ValueError(f"hard_fraction must lie in [0, 1], got {hard_fraction}")
+        if hard_fraction == 1.0:
+            return self
+        enters = (1.0 - hard_fraction) * self.size / self.num_items
+        if self.bits is not None:
+            stay = self.bits & _bernoulli_bits(self.bits.shape, hard_fraction, self.device, generator)
+            new = _bernoulli_bits(self.bits.shape, enters, self.device, generator) & ~self.bits & self._open_bits()
+            return replace(self, bits=stay | new)
+        assert self.ids is not None
+        stays = torch.rand(self.ids.shape, generator=generator, device=self.device) < hard_fraction
+        kept = torch.where(stays & (self.ids >= 0), self.ids.long(), self.num_items)
+        new = _bernoulli_ids(self.batch_size, self.first_item, self.num_items, enters, self.device, generator)
+        rows = torch.arange(self.batch_size, device=self.device).unsqueeze(1)
+        stride = self.num_items + 1
+        members = torch.where(self.ids < 0, self.num_items, self.ids.long()) + rows * stride
+        taken = torch.cat([members.flatten(), self._excluded_keys(stride)])
+        new = torch.where(torch.isin(new + rows * stride, taken), self.num_items, new)
+        return replace(self, ids=_compact(torch.cat([kept, new], 1), self.num_items))
+
+    @classmethod
+    def uniform(
+        cls,
+        batch_size: int,
+        num_items: int,
+        size: int,
+        exclude: Tensor | tuple[Tensor, Tensor] | None = None,
+        first_item: int = 0,
+        generator: torch.Generator | None = None,
+        device: torch.device | str = "cpu",
+    ) -> RankSlice:
+        """Random sets of about `size` items: every item enters with probability size / V, each on its own.
+
+        The law of `mix(0.0)` on a slice of that size, whatever its members.
+        """
+        if not 0 <= size <= num_items - first_item:
+            raise ValueError(f"size must lie in [0, {num_items - first_item}], the number of items, got {size}")
+        values, offsets = exclude_lists(exclude, batch_size, torch.device(device))
+        empty = cls(
+            bits=torch.zeros(batch_size, bits_width(num_items), dtype=torch.uint8, device=device),
+            ids=None,
+            top=torch.empty(batch_size, 0, dtype=torch.int64, device=device),
+            thresholds=_no_thresholds(batch_size, device),
+            exclude_values=values,
+            exclude_offsets=offsets,
+            num_items=num_items,
+            first_item=first_item,
+            size=size,
+        )
+        if not uses_bits(num_items, size):
+            empty = replace(empty, bits=None, ids=torch.empty(batch_size, 0, dtype=torch.int32, device=device))
+        return empty.mix(0.0, generator)
+
+    @classmethod
+    def from_indices(cls, ids: Tensor, num_items: int, first_item: int = 0) -> RankSlice:
+        """ids (B, n) int32 or int64 in any order, repeats count once, -1 is no item -> the same sets as a RankSlice."""
+        if ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"ids must be (B, n) int32 or int64, got {tuple(ids.shape)} {ids.dtype}")
+        bad = (ids < -1) | (ids >= num_items) | ((ids >= 0) & (ids < first_item))
+        if bad.any():
+            row = int(bad.any(1).nonzero()[0])
+            value = int(ids[row][bad[row]][0])
+            raise ValueError(f"ids: row {row} holds {value}, expected -1 or an id in [{first_item}, {num_items})")
+        ordered = torch.where(ids < 0, num_items, ids.long()).sort(1).values
+        repeat = torch.zeros_like(ordered, dtype=torch.bool)
+        repeat[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+        return cls._plain(None, _compact(ordered.masked_fill(repeat, num_items), num_items), num_items, first_item)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, first_item: int = 0) -> RankSlice:
+        """mask (B, V) bool -> the same sets as a RankSlice; columns below first_item must be False."""
+        if mask.ndim != 2 or mask.dtype != torch.bool:
+            raise ValueError(f"mask must be (B, V) bool, got {tuple(mask.shape)} {mask.dtype}")
+        if mask[:, :first_item].any():
+            raise ValueError(f"mask: a column below first_item = {first_item} is set")
+        return cls._plain(pack_bits(mask), None, mask.shape[1], first_item)
+
+    @classmethod
+    def _plain(cls, bits: Tensor | None, ids: Tensor | None, num_items: int, first_item: int) -> RankSlice:
+        members = bits if bits is not None else ids
+        assert members is not None
+        b, device = members.shape[0], members.device
+        made = cls(
+            bits=bits,
+            ids=ids,
+            top=torch.empty(b, 0, dtype=torch.int64, device=device),
+            thresholds=_no_thresholds(b, device),
+            exclude_values=torch.empty(0, dtype=torch.int64, device=device),
+            exclude_offsets=torch.zeros(b + 1, dtype=torch.int64, device=device),
+            num_items=num_items,
+            first_item=first_item,
+            size=0 if ids is None else ids.shape[1],
+        )
+        if bits is None:
+            return made
+        counts = made.counts()
+        return replace(made, size=int(counts.max()) if counts.numel() else 0)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: t for name in TENSOR_FIELDS if (t := getattr(self, name)) is not None}
+
+    def _row_blocks(self) -> Iterator[tuple[int, int]]:
+        step = max(1, BLOCK_BYTES // max(1, self.num_items))
+        for begin in range(0, self.batch_size, step):
+            yield begin, min(begin + step, self.batch_size)
+
+    def _excluded_keys(self, stride: int) -> Tensor:
+        """row * stride + id for every excluded id; (E',) int64."""
+        per_row = self.exclude_offsets.diff()
+        row = torch.arange(self.batch_size, device=self.device).repeat_interleave(per_row)
+        real = self.exclude_values >= 0
+        return row[real] * stride + self.exclude_values[real]
+
+    def _open_bits(self) -> Tensor:
+        """(B, W) uint8, the items that may enter: in the catalog, not padding, not excluded."""
+        width = bits_width(self.num_items)
+        inside = torch.zeros(1, self.num_items, dtype=torch.bool, device=self.device)
+        inside[:, self.first_item :] = True
+        closed = torch.zeros(self.batch_size * width, dtype=torch.uint8, device=self.device)
+        key = self._excluded_keys(width * 8).unique()  # unique ids, so that adding their bits is or-ing them
+        closed.index_add_(0, key // 8, torch.ones_like(key, dtype=torch.uint8).bitwise_left_shift_((key % 8).byte()))
+        return pack_bits(inside) & ~closed.view(self.batch_size, width)
+
+
+TENSOR_FIELDS = ("bits", "ids", "top", "thresholds", "exclude_values", "exclude_offsets")
+
+
+def exclude_lists(
+    exclude: Tensor | tuple[Tensor, Tensor] | None, batch_size: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Any form of `exclude` as (values (E,) int64, offsets (B + 1,) int64); raises ValueError on a wrong shape."""
+    if exclude is None:
+        return (
+            torch.empty(0, dtype=torch.int64, device=device),
+            torch.zeros(batch_size + 1, dtype=torch.int64, device=device),
+        )
+    if isinstance(exclude, tuple):
+        values, offsets = exclude
+        if values.ndim != 1 or offsets.shape != (batch_size + 1,):
+            raise ValueError(
+                f"exclude as (values, offsets) must be (E,) and ({batch_size + 1},), "
+                f"got {tuple(values.shape)} and {tuple(offsets.shape)}"
+            )
+    else:
+        if exclude.ndim not in (1, 2) or exclude.shape[0] != batch_size:
+            raise ValueError(f"exclude must be ({batch_size},) or ({batch_size}, m), got {tuple(exclude.shape)}")
+        per_row = 1 if exclude.ndim == 1 else exclude.shape[1]
+        values = exclude.reshape(-1)
+        offsets = torch.arange(batch_size + 1, device=exclude.device) * per_row
+    for name, tensor in (("exclude", values), ("exclude offsets", offsets)):
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+    return values.long(), offsets.long()
+
+
+def _no_thresholds(batch_size: int, device: torch.device | str) -> Tensor:
+    return torch.tensor([math.inf, -math.inf], device=device).expand(batch_size, 2).contiguous()
+
+
+def _compact(ids: Tensor, num_items: int) -> Tensor:
+    """ids (B, n) int64 with num_items for no item -> (B, longest row) int32, ascending, shorter rows end in -1."""
+    ordered = ids.sort(1).values
+    longest = int((ordered < num_items).sum(1).max()) if ordered.numel() else 0
+    return ordered[:, :longest].masked_fill(ordered[:, :longest] == num_items, -1).int()
+
+
+def _bernoulli_bits(
+    shape: torch.Size, probability: float, device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    """Bytes whose bits are 1 with the given probability, each on its own: shape (B, W) uint8.
+
+    Random words are combined along the binary digits of the probability, least significant first: or-ing with a fair
+    coin maps the chance x to (1 + x) / 2, and-ing maps it to x / 2. One half costs a single word for 64 items.
+    """
+    digits = round(probability * 2**BERNOULLI_BITS)
+    if digits == 2**BERNOULLI_BITS:
+        return torch.full(shape, 255, dtype=torch.uint8, device=device)
+    words = (shape[0], shape[1] // 8)
+    bits = torch.zeros(words, dtype=torch.int64, device=device)
+    trailing = (digits & -digits).bit_length() - 1 if digits else BERNOULLI_BITS
+    for place in range(trailing, BERNOULLI_BITS):
+        coins = torch.empty(words, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+        bits = bits | coins if digits >> place & 1 else bits & coins
+    return bits.view(torch.uint8)
+
+
+def _bernoulli_ids(
+    rows: int, first: int, stop: int, probability: float, device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    """In each row every id of [first, stop) with the given probability, ascending, filled up with `stop`.
+
+    Drawn by geometric gaps, so that the work follows the number of ids drawn and not the catalog.
+    """
+    span = stop - first
+    if probability <= 0.0 or span == 0 or rows == 0:
+        return torch.empty(rows, 0, dtype=torch.int64, device=device)
+    if probability >= 1.0:
+        return torch.arange(first, stop, device=device).expand(rows, -1)
+    mean = span * probability
+    width = int(mean + 6.0 * math.sqrt(mean) + 16.0)
+    last = torch.full((rows, 1), first - 1, dtype=torch.int64, device=device)
+    parts = []
+    while int(last.min()) < stop:
+        uniform = 1.0 - torch.rand(rows, width, dtype=torch.float64, generator=generator, device=device)  # (0, 1]
+        gaps = (uniform.log() / math.log1p(-probability)).floor().clamp_(max=span).long() + 1
+        parts.append(last + gaps.cumsum(1))
+        last = parts[-1][:, -1:]
+    return torch.cat(parts, 1).clamp_(max=stop)
+
+
+def _flatten(slice_: RankSlice) -> tuple[list[Any], tuple[int, int, int]]:
+    return [getattr(slice_, name) for name in TENSOR_FIELDS], (slice_.num_items, slice_.first_item, slice_.size)
+
+
+def _unflatten(tensors: Any, static: tuple[int, int, int]) -> RankSlice:
+    return RankSlice(*tensors, *static)
+
+
+pytree.register_pytree_node(RankSlice, _flatten, _unflatten, serialized_type_name="alterrec_fast.RankSlice")

@@ -1,0 +1,54 @@
+"""top_k: the k best items of the whole catalog for every session, sorted and exact."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from alterrec_fast.ops import register
+from alterrec_fast.ops.reference import check_exclude_values, top_k_ref
+from alterrec_fast.ops.slices import exclude_lists
+
+
+def top_k(
+    query: Tensor,
+    catalog: Tensor,
+    k: int,
+    exclude: Tensor | tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
+    first_item: int = 0,
+    precision: str | None = None,
+    check: bool | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The k best items by the score ``query @ catalog.T + bias``: scores (B, k) float32 and items (B, k) int64.
+
+    Equivalent to: ``torch.topk(query @ catalog.T + bias, k)`` with ties in order of the lower id. No gradient flows.
+
+    Args:
+        query: (B, d) float32 or bfloat16, unit last stride.
+        catalog: (V, d) float32 or bfloat16, unit last stride.
+        k: 0 <= k <= V - first_item.
+        exclude: as in `rank_slice`, but excluded ids never enter the ranking; places that stay empty hold the score
+            -inf and the item -1.
+        bias, first_item, precision, check, backend: as in `rank_slice`.
+
+    Raises:
+        TypeError, ValueError, BackendError: as `rank_slice` does.
+    """
+    engine = register.choose_backend(backend, query)
+    register.check_matrices(query, catalog, bias, first_item, engine)
+    register.check_range("k", 0, k, catalog.shape[0] - first_item)
+    left_out = exclude_lists(exclude, query.shape[0], query.device)
+    checked = register.choose_check(check, query)
+    if checked:
+        check_exclude_values(left_out, catalog.shape[0])
+    return top_k_ref(
+        query.detach(),
+        catalog.detach(),
+        k,
+        left_out,
+        None if bias is None else bias.detach(),
+        first_item,
+        register.choose_precision(precision, query, catalog),
+        checked,
+    )
