@@ -189,10 +189,7 @@ def sampled_softmax_ref(
     place_wanted, place_neg = place[: wanted.numel()].view_as(wanted), place[wanted.numel() :].view_as(negatives)
 
     def logits(q: Tensor, rows: Tensor, shift: Tensor, minus: Tensor | None, place: Tensor) -> Tensor:
-        if place.ndim == 1:
-            dots = q @ rows[place].T
-        else:
-            dots = torch.einsum("bd,bnd->bn", q, rows[place])
+        dots = q @ rows[place].T if place.ndim == 1 else torch.einsum("bd,bnd->bn", q, rows[place])
         y = (dots + shift[place]) / temperature
         return y if minus is None else y - minus[place]
 

@@ -29,7 +29,7 @@ def choose_backend(backend: str, tensor: Tensor) -> str:
 
 
 def choose_precision(precision: str | None, query: Tensor, catalog: Tensor) -> str:
-    """ "fp32" or "bf16" as asked for, else bf16 under bf16 autocast, else the narrower input's; float64 stays "fp64"."""
+    """What is asked for, else "bf16" under bf16 autocast, else the narrower input's; "fp64" for float64 inputs."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be None, 'fp32' or 'bf16', got {precision!r}")
     if torch.float64 in (query.dtype, catalog.dtype):

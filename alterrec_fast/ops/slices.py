@@ -1,4 +1,4 @@
-"""RankSlice: for each session a set of catalog items, as a packed bit mask or as an index list, whichever is smaller."""
+"""RankSlice: for each session a set of catalog items, as packed bits or as a list of ids, whichever is smaller."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def bits_width(num_items: int) -> int:
 
 
 def uses_bits(num_items: int, size: int) -> bool:
-    """Whether a slice of `size` ranks is kept as bits (V / 8 bytes a row) rather than as int32 ids (4 n bytes a row)."""
+    """Whether a slice of `size` ranks is kept as bits (V / 8 bytes a row) rather than as int32 ids (4 n)."""
     return bits_width(num_items) <= 4 * size
 
 
@@ -73,7 +73,8 @@ class RankSlice:
         return sum(t.numel() * t.element_size() for t in self._tensors().values())
 
     def to(self, device: torch.device | str) -> RankSlice:
-        return replace(self, **{name: t.to(device) for name, t in self._tensors().items()})
+        moved: dict[str, Any] = {name: t.to(device) for name, t in self._tensors().items()}
+        return replace(self, **moved)
 
     def mask(self) -> Tensor:
         """(B, V) bool, for tests and small catalogs."""
@@ -354,7 +355,7 @@ def _flatten(slice_: RankSlice) -> tuple[list[Any], tuple[int, int, int]]:
     return [getattr(slice_, name) for name in TENSOR_FIELDS], (slice_.num_items, slice_.first_item, slice_.size)
 
 
-def _unflatten(tensors: Any, static: tuple[int, int, int]) -> RankSlice:
+def _unflatten(tensors: Any, static: Any) -> RankSlice:
     return RankSlice(*tensors, *static)
 
 
