@@ -65,7 +65,7 @@ class Sessions:
         for name in ("items.npy", "offsets.npy"):
             try:
                 arrays.append(np.load(folder / name, mmap_mode="r", allow_pickle=False))
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, EOFError) as error:  # EOFError: a file of no bytes
                 raise DataError(f"{folder / name}: not a readable array file ({error}); run prepare again") from error
         items, offsets = arrays
         if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(items):
@@ -110,12 +110,15 @@ class Dataset:
         try:
             info = json.loads((path / "dataset.json").read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise DataError(f"{path}: no prepared data set here (dataset.json is missing); make one with alterrec-fast prepare") from error
+            raise DataError(
+                f"{path}: no prepared data set here (dataset.json is missing); make one with alterrec-fast prepare"
+            ) from error
         except ValueError as error:
             raise DataError(f"{path / 'dataset.json'}: not JSON ({error}); run prepare again") from error
         if info.get("format") != FORMAT:
             raise DataError(f"{path}: data format {info.get('format')!r}, expected {FORMAT}; run prepare again")
-        return cls(path, *(Sessions.load(path / name) for name in SPLITS), info=info)
+        train, validation, test = (Sessions.load(path / name) for name in SPLITS)
+        return cls(path, train, validation, test, info)
 
     @classmethod
     def write(
@@ -131,11 +134,13 @@ class Dataset:
 
         splits: one Sessions for each of train, validation, test. items: row i for catalog row i, with ``item_id`` and
         the text columns. info: what `prepare` counted, kept in dataset.json. Raises DataError where `path` exists and
-        `overwrite` is off.
+        `overwrite` is off, or is anything but a prepared data set or an empty folder.
         """
         path = Path(path)
         if path.exists() and not overwrite:
             raise DataError(f"{path} exists already; choose another folder or pass --overwrite")
+        if path.exists() and not (path / "dataset.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
+            raise DataError(f"{path} is not a prepared data set, so it is not replaced; choose another folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
         try:

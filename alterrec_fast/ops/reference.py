@@ -74,8 +74,9 @@ def rank_slice_ref(
     members, tops, thresholds = [], [], []
     for begin, end in _blocks(b, v):
         scores = _scores(query[begin:end], catalog, bias, first_item, precision, check, begin)  # (b, V - first_item)
-        inside = _top_set(scores, stop) & ~_top_set(scores, start)
-        thresholds.append(_thresholds(scores, start, stop))
+        ranked = scores.topk(stop, dim=1).values  # (b, stop), best first
+        inside = _top_set(scores, ranked, stop) & ~_top_set(scores, ranked, start)
+        thresholds.append(_thresholds(ranked, start))
         tops.append(_best(scores, top)[1] + first_item)
         mask = F.pad(inside, (first_item, 0))
         mask &= ~_excluded(exclude, begin, end, v)
@@ -272,26 +273,28 @@ def _check_finite(scores: Tensor, row: int) -> None:
         )
 
 
-def _top_set(scores: Tensor, k: int) -> Tensor:
-    """(b, V) bool, the items of ranks [0, k): score descending, ties by lower id."""
+def _top_set(scores: Tensor, ranked: Tensor, k: int) -> Tensor:
+    """(b, V) bool, the items of ranks [0, k): score descending, ties by lower id.
+
+    ranked: (b, at least k), the first scores in order.
+    """
     if k == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    last = scores.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)  # the score at rank k - 1
+    last = ranked[:, k - 1 : k]
     above, tied = scores > last, scores == last
     return above | (tied & (tied.cumsum(1) <= k - above.sum(1, keepdim=True)))
 
 
-def _thresholds(scores: Tensor, start: int, stop: int) -> Tensor:
-    """(b, 2), the scores at ranks start and stop - 1; (+inf, -inf) where the slice is empty."""
-    if start == stop:
-        return scores.new_tensor([math.inf, -math.inf]).expand(scores.shape[0], 2)
-    ranked = scores.topk(stop, dim=1).values
-    return ranked[:, [start, stop - 1]]
+def _thresholds(ranked: Tensor, start: int) -> Tensor:
+    """ranked (b, stop) -> (b, 2), the scores at ranks start and stop - 1; (+inf, -inf) where the slice is empty."""
+    if start == ranked.shape[1]:
+        return ranked.new_tensor([math.inf, -math.inf]).expand(ranked.shape[0], 2)
+    return ranked[:, [start, -1]]
 
 
 def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and columns, each (b, k), of ranks [0, k), best first."""
-    column = _ids(_top_set(scores, k), k).long()
+    column = _ids(_top_set(scores, scores.topk(k, dim=1).values, k), k).long()
     ordered = scores.gather(1, column).sort(dim=1, descending=True, stable=True)
     return ordered.values, column.gather(1, ordered.indices)
 

@@ -1,0 +1,1 @@
+"""Configuration, alternate training, evaluation and checkpoints. Builds on ops, data and model."""

@@ -1,0 +1,134 @@
+"""Item encoders (one vector for each catalog item) and session encoders (one vector for each prefix of a session).
+
+Notation: V items, d width, F width of the sentence embeddings, T packed tokens, h heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from alterrec_fast.model.packing import Packing
+
+
+class IdItems(nn.Module):
+    """X: an embedding table under a LayerNorm (AlterRec, section 4.1.1)."""
+
+    def __init__(self, num_items: int, width: int):
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(num_items, width))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self) -> Tensor:
+        return self.norm(self.table)  # (V, d)
+
+
+class TextItems(nn.Module):
+    """H: an MLP over frozen sentence embeddings (AlterRec, Eq. 1): Linear, ReLU, Dropout, LayerNorm."""
+
+    features: Tensor
+
+    def __init__(self, features: Tensor, width: int, dropout: float):
+        super().__init__()
+        self.register_buffer("features", features, persistent=False)  # (V, F), from the text cache, not the checkpoint
+        self.linear = nn.Linear(features.shape[1], width)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self) -> Tensor:
+        return self.norm(self.dropout(F.relu(self.linear(self.features))))  # (V, d)
+
+
+class SumItems(nn.Module):
+    """Z = X + H (naive fusion, appendix A)."""
+
+    def __init__(self, id_items: IdItems, text_items: TextItems):
+        super().__init__()
+        self.id, self.text = id_items, text_items
+
+    def forward(self) -> Tensor:
+        return self.id() + self.text()  # (V, d)
+
+
+class ConcatItems(nn.Module):
+    """Z = [X, H] (naive fusion, appendix A)."""
+
+    def __init__(self, id_items: IdItems, text_items: TextItems):
+        super().__init__()
+        self.id, self.text = id_items, text_items
+
+    def forward(self) -> Tensor:
+        return torch.cat([self.id(), self.text()], 1)  # (V, 2 d)
+
+
+class MeanSession(nn.Module):
+    """The mean of a prefix's items (AlterRec, Eq. 2), for every prefix at once."""
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        sums = packing.gather([part.cumsum(1) for part in packing.spread(x)])  # (T, d)
+        return sums / (packing.position + 1).unsqueeze(1)
+
+
+class TransformerSession(nn.Module):
+    """A causal transformer whose output at each token encodes the prefix that ends there (AlterRec, appendix D)."""
+
+    def __init__(self, width: int, layers: int, heads: int, inner: int, max_length: int, dropout: float):
+        super().__init__()
+        self.position = nn.Parameter(torch.empty(max_length, width))
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(width, heads, inner, dropout) for _ in range(layers))
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        x = self.dropout(x + self.position[packing.position])  # (T, d)
+        for block in self.blocks:
+            x = block(x, packing)
+        return x
+
+
+class Block(nn.Module):
+    """Causal self-attention and a feed-forward layer, each followed by a LayerNorm over the sum with its input."""
+
+    def __init__(self, width: int, heads: int, inner: int, dropout: float):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width must be a multiple of heads, got {width} and {heads}")
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm_attention = nn.LayerNorm(width)
+        self.up = nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width)
+        self.norm_forward = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        t, d = x.shape
+        qkv = self.qkv(x).view(t, 3, self.heads, d // self.heads)  # (T, 3, h, d / h)
+        mixed = []
+        for part in packing.spread(qkv):
+            q, k, v = part.permute(2, 0, 3, 1, 4)  # each (b, h, L, d / h); padding follows what it could disturb
+            mixed.append(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2))
+        attention = self.out(packing.gather(mixed).view(t, d))
+        x = self.norm_attention(x + self.dropout(attention))
+        return self.norm_forward(x + self.dropout(self.down(F.relu(self.up(x)))))  # type: ignore[no-any-return]
+
+
+def initialise(module: nn.Module, scheme: str, width: int) -> None:
+    """ "uniform": every parameter from U(-1/sqrt(d), 1/sqrt(d)), LayerNorms included, as the published code ends up.
+    "xavier": Xavier-normal matrices, zero biases, LayerNorms at the identity.
+    """
+    bound = 1.0 / math.sqrt(width)
+    if scheme == "uniform":
+        for parameter in module.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+    elif scheme == "xavier":
+        for name, parameter in module.named_parameters():
+            if parameter.ndim > 1:
+                nn.init.xavier_normal_(parameter)
+            elif "norm" not in name:
+                nn.init.zeros_(parameter)
+    else:
+        raise ValueError(f"init must be 'uniform' or 'xavier', got {scheme!r}")

@@ -1,0 +1,247 @@
+"""Algorithm 1: two networks trained in turn, each against rank slices of the other, frozen one.
+
+The teacher does not change while its student is trained, so its catalog matrix is computed once an epoch, and a
+checkpoint needs no copy of it. The randomness of every step follows from (seed, epoch, step) alone: a run that was
+killed goes on from any step and ends in the same result.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alterrec_fast.data.batches import Batch, pack, plan
+from alterrec_fast.data.sessions import Dataset
+from alterrec_fast.model.networks import Recommender
+from alterrec_fast.model.packing import Packing
+from alterrec_fast.ops import RankSlice, rank_slice, slice_cross_entropy
+from alterrec_fast.training import checkpoint
+from alterrec_fast.training.config import Config
+from alterrec_fast.training.evaluate import evaluate, training_counts
+from alterrec_fast.training.variants import Epoch, build, epochs
+
+LAST, BEST, HISTORY = "checkpoints/last.safetensors", "checkpoints/best.safetensors", "history.jsonl"
+
+Progress = Callable[[dict[str, Any]], None]  # takes each new line of the history
+
+
+@dataclass
+class State:
+    """Where a run stands; all of it goes into the checkpoint."""
+
+    epoch: int = 0  # epochs completed
+    step: int = 0  # steps completed of the epoch under way
+    best_epoch: int = 0
+    best: float = -1.0
+    sums: dict[str, float] = field(default_factory=dict)  # of the epoch under way
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Trainer:
+    """One run: the recommender, an optimiser for each network, and the state; `fit` goes through the plan."""
+
+    def __init__(self, config: Config, dataset: Dataset, features: Tensor | None, run: Path):
+        self.config, self.dataset, self.run = config, dataset, run
+        self.device = torch.device(pick_device(config.device))
+        self.bounds = config.slice_bounds(dataset.num_items)
+        self.counts = training_counts(dataset.train, dataset.num_items)
+        with torch.random.fork_rng():
+            torch.manual_seed(_seed(config.seed))
+            self.recommender = build(config, dataset.num_items, features).to(self.device)
+        rates = {"id": config.lr_id, "text": config.lr_text, "fused": config.lr_id}
+        self.optimizers = {
+            name: torch.optim.Adam(
+                network.parameters(), lr=rates[name], weight_decay=config.weight_decay, fused=True
+            )
+            for name, network in self.recommender.networks.items()
+        }
+        self.state = State()
+
+    def fit(self, progress: Progress) -> Recommender:
+        """Trains to the end of the plan or of the patience; returns the recommender of the best epoch, in eval mode."""
+        config, state = self.config, self.state
+        with torch.random.fork_rng():
+            if not state.history:
+                self._finish_epoch(0, {"epoch": 0}, progress)  # untrained, the left end of the curves
+            for epoch in epochs(config):
+                if epoch.number <= state.epoch:
+                    continue
+                if state.epoch - state.best_epoch >= config.patience:
+                    break
+                self._finish_epoch(epoch.number, self._run_epoch(epoch), progress)
+        tensors, _ = checkpoint.load(self.run / BEST, str(self.device))
+        self.recommender.load_state_dict(tensors)
+        return self.recommender.eval()
+
+    def resume(self) -> bool:
+        """Takes up the run's last checkpoint; False where there is none."""
+        if not (self.run / LAST).exists():
+            return False
+        tensors, state = checkpoint.load(self.run / LAST, str(self.device))
+        self.recommender.load_state_dict(_under(tensors, "model."))
+        for name, optimizer in self.optimizers.items():
+            moments = _under(tensors, f"adam.{name}.")
+            for key, parameter in self.recommender.network(name).named_parameters():
+                if f"{key}.step" in moments:
+                    optimizer.state[parameter] = _under(moments, f"{key}.")
+        self.state = State(**state)
+        return True
+
+    def _run_epoch(self, epoch: Epoch) -> dict[str, Any]:
+        """One pass over the training targets; returns the epoch's line of the history, without validation."""
+        config, state = self.config, self.state
+        student = self.recommender.network(epoch.student).train()
+        catalog = self._teacher_catalog(epoch)
+        rate = self._set_rate(epoch)
+        order = np.random.default_rng([config.seed, epoch.number])
+        sums = state.sums = state.sums or dict.fromkeys(("loss", "targets", "slots", "seconds"), 0.0)
+        begun = saved = time.monotonic()
+        before = sums["seconds"]
+        for step, which in enumerate(plan(self.dataset.train, config.max_length, config.batch_targets, order)):
+            if step < state.step:
+                continue
+            torch.manual_seed(_seed(config.seed, epoch.number, step))
+            batch = pack(self.dataset.train, which, config.max_length)
+            losses, packing = self._step(epoch, batch, catalog)
+            self.optimizers[epoch.student].step()
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0.0) + float(loss) * len(batch.targets)
+            sums["targets"] += len(batch.targets)
+            sums["slots"] += packing.token.numel()
+            state.step = step + 1
+            now = time.monotonic()
+            sums["seconds"] = before + now - begun
+            if now - saved > 60.0 * config.checkpoint_minutes:
+                self._save_last()
+                saved = now
+        student.eval()
+        total = max(1.0, sums["targets"])
+        return {
+            "epoch": epoch.number,
+            "student": epoch.student,
+            "negatives": "uniform" if epoch.teacher is None else f"ranks {self.bounds[0]}:{self.bounds[1]} of {epoch.teacher}",
+            "learning_rate": rate,
+            **{name: sums[name] / total for name in sums if name.startswith("loss")},
+            "seconds": sums["seconds"],
+            "targets_per_second": sums["targets"] / max(sums["seconds"], 1e-9),
+            "padding": sums["slots"] / total,
+        }
+
+    def _step(self, epoch: Epoch, batch: Batch, teacher_catalog: Tensor | None) -> tuple[dict[str, Tensor], Packing]:
+        """Forward and backward of one batch: gradients are left in the student's parameters."""
+        config, student = self.config, self.recommender.network(epoch.student)
+        packing = Packing.of(batch.lengths, self.device)
+        items, target = (torch.from_numpy(x).to(self.device) for x in (batch.items, batch.targets))
+        neg, positives = self._negatives(epoch, items, packing, teacher_catalog)
+        self.optimizers[epoch.student].zero_grad(set_to_none=True)
+        catalog = student.catalog()  # (V, d)
+        query = student.queries(catalog, items, packing)  # (T, d)
+        options: dict[str, Any] = {"backend": config.backend, "precision": config.precision}
+        loss = slice_cross_entropy(
+            query,
+            catalog,
+            target,
+            neg,
+            positives=positives,
+            positive_weight=config.positive_weight,
+            temperature=student.temperature,
+            **options,
+        )
+        loss.backward()
+        losses = {"loss": loss.detach()}
+        if config.variant == "nfrec_concat":
+            with torch.no_grad():
+                for part, q, e in zip(("id", "text"), query.chunk(2, 1), catalog.chunk(2, 1), strict=True):
+                    part_loss = slice_cross_entropy(q, e, target, neg, temperature=student.temperature, **options)
+                    losses[f"loss_{part}"] = part_loss
+        return losses, packing
+
+    def _negatives(
+        self, epoch: Epoch, items: Tensor, packing: Packing, teacher_catalog: Tensor | None
+    ) -> tuple[RankSlice, Tensor | None]:
+        """The batch's negatives, and in alterrec_aug its extra positives (T, p)."""
+        config, (k1, k2) = self.config, self.bounds
+        if epoch.teacher is None or teacher_catalog is None:
+            return RankSlice.uniform(len(items), self.dataset.num_items, k2 - k1, device=self.device), None
+        with torch.no_grad():
+            query = self.recommender.network(epoch.teacher).queries(teacher_catalog, items, packing)
+        top = min(config.positives, self.dataset.num_items) if config.variant == "alterrec_aug" else 0
+        neg = rank_slice(query, teacher_catalog, k1, k2, top=top, backend=config.backend, precision=config.precision)
+        return neg.mix(config.hard_fraction), (neg.top if top else None)
+
+    def _teacher_catalog(self, epoch: Epoch) -> Tensor | None:
+        if epoch.teacher is None:
+            return None
+        teacher = self.recommender.network(epoch.teacher).eval()
+        with torch.no_grad():
+            return teacher.catalog()
+
+    def _set_rate(self, epoch: Epoch) -> float:
+        """The learning rate of this epoch: stepped by the epochs that the student has had of its own."""
+        config = self.config
+        start, period = {
+            "id": (config.lr_id, config.lr_step_id),
+            "text": (config.lr_text, config.lr_step_text),
+            "fused": (config.lr_id, config.lr_step_id),
+        }[epoch.student]
+        rate: float = start * config.lr_gamma ** (epoch.own // period)
+        for group in self.optimizers[epoch.student].param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _finish_epoch(self, number: int, line: dict[str, Any], progress: Progress) -> None:
+        """Validates, keeps the best, writes history and checkpoint, in an order that a kill at any point forgives."""
+        state = self.state
+        begun = time.monotonic()
+        found = evaluate(self.recommender, self.dataset.validation, self.counts, self.config).metrics()
+        line |= {"validation": found, "validation_seconds": time.monotonic() - begun, "peak_memory": peak_memory()}
+        state.history.append(line)
+        state.epoch, state.step, state.sums = number, 0, {}
+        assert found["fused"] is not None
+        score = found["fused"][self.config.monitor]
+        if score > state.best:
+            state.best, state.best_epoch = score, number
+            best = {"epoch": number, "validation": found}
+            checkpoint.save(self.run / BEST, self.recommender.state_dict(), best)
+        self._save_last()
+        lines = "".join(json.dumps(entry) + "\n" for entry in state.history)
+        checkpoint.write_text(self.run / HISTORY, lines)
+        progress(line)
+
+    def _save_last(self) -> None:
+        tensors = {f"model.{key}": tensor for key, tensor in self.recommender.state_dict().items()}
+        for name, optimizer in self.optimizers.items():
+            for key, parameter in self.recommender.network(name).named_parameters():
+                for moment, tensor in optimizer.state.get(parameter, {}).items():
+                    tensors[f"adam.{name}.{key}.{moment}"] = tensor
+        checkpoint.save(self.run / LAST, tensors, asdict(self.state))
+
+
+def pick_device(name: str) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def peak_memory() -> int:
+    """Bytes: the process's peak, and on a GPU the most that was allocated there."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return host + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+
+
+def _seed(*parts: int) -> int:
+    """One well-mixed seed of several numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}

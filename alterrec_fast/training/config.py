@@ -1,0 +1,170 @@
+"""The configuration of a run: one flat dataclass, checked as a whole, read from and written to TOML."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import tomli_w
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+Variant = Literal["alterrec", "alterrec_aug", "random", "id_only", "text_only", "nfrec_sum", "nfrec_concat"]
+VARIANTS: tuple[str, ...] = get_args(Variant)
+HUB_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names it, its value and what was expected."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the result of a run. Names in parentheses are the paper's."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    # What is trained, on what, and where it goes.
+    data: str = ""  # folder made by `prepare`; empty with demo
+    demo: bool = False  # train on the generated shop
+    out: str = ""  # run directory; "runs/demo" with demo
+    variant: Variant = "alterrec"
+    seed: int = 0
+
+    # Text.
+    text_model: str = HUB_MODEL  # hub name, path, or "packaged"
+
+    # Networks (appendix G and the published code).
+    width: int = 300  # d
+    layers: int = 2
+    heads: int = 2
+    inner: int = 0  # feed-forward width of a transformer block; 0: 4 * width
+    max_length: int = 50  # sessions are cut to their last items
+    dropout: float = 0.1
+    init: Literal["uniform", "xavier"] = "uniform"
+    id_session: Literal["transformer", "mean"] = "transformer"
+    text_session: Literal["transformer", "mean"] = "transformer"
+    temperature_id: float = 1.0
+    temperature_text: float = 0.07
+    temperature_fusion: float = 1.0  # of nfrec_sum and nfrec_concat
+
+    # Alternate training (Algorithm 1). Epochs are passes over all training targets by one network.
+    m_random: int = 2
+    m_gap: int = 2
+    m_max: int = 30
+    k1: int | None = None  # hard negatives are ranks [k1, k2); None: by the size of the catalog, see slice_bounds
+    k2: int | None = None
+    positives: int = 5  # ranks [0, p) join as positives in alterrec_aug (p)
+    positive_weight: float = 0.5  # beta
+    hard_fraction: float = 1.0  # members of the slice that stay; the rest is drawn uniformly (published code: 0.5)
+    alpha: float = 0.5  # weight of the ID scores in the fused score
+
+    # Optimiser: Adam for each network, its learning rate stepped by the network's own epochs.
+    batch_targets: int = 512
+    lr_id: float = 1e-3
+    lr_text: float = 1e-3
+    lr_gamma: float = 0.1
+    lr_step_id: int = 2
+    lr_step_text: int = 5
+    weight_decay: float = 0.0
+
+    # Validation.
+    monitor: str = "ndcg@20"  # of the fused score; the best epoch by it is kept
+    patience: int = 15  # epochs without a better one, then training stops
+    group_edges: tuple[int, ...] = (30, 100, 300)  # last training count of each long-tail group but the open one
+    eval_targets: int = 8192  # targets scored at once
+
+    # Machine.
+    device: str = "auto"  # "auto": cuda where there is one, else cpu
+    backend: Literal["auto", "reference", "native", "triton"] = "auto"
+    precision: Literal["fp32", "bf16"] | None = None  # of the slice and the loss; None: float32 inputs decide
+    checkpoint_minutes: float = 10.0  # a checkpoint is written at every epoch's end, and within long epochs this often
+
+    def __post_init__(self) -> None:
+        positive = ("width", "layers", "heads", "m_gap", "batch_targets", "eval_targets", "temperature_id",
+                    "temperature_text", "temperature_fusion", "lr_id", "lr_text", "lr_step_id", "lr_step_text",
+                    "patience", "checkpoint_minutes")  # fmt: skip
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("inner", "m_random", "positives", "positive_weight", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("hard_fraction", "alpha", "lr_gamma"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout must lie in [0, 1), got {self.dropout}")
+        if self.max_length < 2:
+            raise ConfigError(f"max_length must be at least 2 (an item and its target), got {self.max_length}")
+        if self.width % self.heads:
+            raise ConfigError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
+        if self.m_max < max(1, 2 * self.m_random):
+            raise ConfigError(f"m_max must be at least 2 * m_random = {2 * self.m_random} and 1, got {self.m_max}")
+        if (self.k1 is None) != (self.k2 is None):
+            raise ConfigError(f"k1 and k2 go together, got {self.k1} and {self.k2}")
+        if self.k1 is not None and self.k2 is not None and not 0 <= self.k1 < self.k2:
+            raise ConfigError(f"expected 0 <= k1 < k2, got k1 = {self.k1} and k2 = {self.k2}")
+        if list(self.group_edges) != sorted(set(self.group_edges)):
+            raise ConfigError(f"group_edges must rise, got {self.group_edges}")
+        if self.monitor not in METRICS:
+            raise ConfigError(f"monitor must be one of {', '.join(METRICS)}, got {self.monitor!r}")
+        if self.demo and self.data:
+            raise ConfigError(f"demo trains on its own generated shop; leave data out, got {self.data!r}")
+
+    def slice_bounds(self, num_items: int) -> tuple[int, int]:
+        """[k1, k2) for a catalog of V items: as set, clipped to V, or by the catalog's size (open-points.md)."""
+        if self.k1 is not None and self.k2 is not None:
+            if self.k1 >= num_items:
+                raise ConfigError(f"k1 = {self.k1} lies beyond the catalog of {num_items} items")
+            return self.k1, min(self.k2, num_items)
+        if num_items >= 20_000:
+            return 20, 20_000
+        if num_items >= 14:
+            return 6, min(2000, num_items // 2)
+        return num_items // 4, num_items // 2
+
+    def replace(self, **changes: Any) -> Config:
+        return from_mapping({**dataclasses.asdict(self), **changes}, "settings")
+
+    def to_toml(self) -> str:
+        """TOML of every field; None, which TOML lacks, is left out and is the default of the fields that may hold it."""
+        return tomli_w.dumps({name: value for name, value in dataclasses.asdict(self).items() if value is not None})
+
+
+METRICS = ("hits@10", "hits@20", "ndcg@10", "ndcg@20", "mrr@20")
+
+
+@cache
+def _adapter() -> TypeAdapter[Config]:
+    return TypeAdapter(Config)
+
+
+def from_mapping(values: Mapping[str, Any], where: str) -> Config:
+    """A Config of these values; strings are read as numbers where numbers are due. Raises ConfigError, naming `where`."""
+    try:
+        return _adapter().validate_python(dict(values))
+    except ValidationError as error:
+        known = [field.name for field in dataclasses.fields(Config)]
+        lines = []
+        for problem in error.errors():
+            name = ".".join(str(part) for part in problem["loc"])
+            if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+                lines.append(f"unknown setting {name!r}; known are {', '.join(known)}")
+            elif name:
+                lines.append(f"{name}: {problem['msg']}, got {problem['input']!r}")
+            else:
+                lines.append(problem["msg"].removeprefix("Value error, "))
+        raise ConfigError(f"{where}: {'; '.join(lines)}") from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file; raises ConfigError where it is missing or not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error

@@ -1,0 +1,115 @@
+"""Ranking metrics over every prefix of every session, of the fused score and of its parts, and by long-tail group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alterrec_fast.data.batches import Batch, pack, plan
+from alterrec_fast.data.sessions import Sessions
+from alterrec_fast.model.networks import Recommender
+from alterrec_fast.model.packing import Packing
+from alterrec_fast.ops import top_k
+from alterrec_fast.training.config import Config
+
+DEPTH = 20  # the deepest rank that a metric looks at
+VIEWS = ("fused", "id", "text")
+
+Ranker = Callable[[Batch], dict[str, Tensor]]  # a batch -> for each view the items of ranks 0..19, (T, 20), best first
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found at each rank: hits[view][g, r] targets of group g at rank r, column 20 for those below."""
+
+    hits: dict[str, np.ndarray]
+    group_edges: tuple[int, ...]
+
+    def metrics(self) -> dict[str, dict[str, float] | None]:
+        """Fractions for fused, id and text; None for a part that the model does not have."""
+        return {view: summarise(self.hits[view].sum(0)) if view in self.hits else None for view in VIEWS}
+
+    def groups(self) -> dict[str, dict[str, Any]]:
+        """The same by the target's count in training, with the group's number and share of targets."""
+        total = self.hits["fused"].sum()
+        out: dict[str, dict[str, Any]] = {}
+        for g, name in enumerate(group_names(self.group_edges)):
+            targets = int(self.hits["fused"][g].sum())
+            out[name] = {"targets": targets, "share": targets / max(1, int(total))}
+            for view in VIEWS:
+                found = view in self.hits and targets > 0
+                out[name][view] = summarise(self.hits[view][g]) if found else None
+        return out
+
+
+def summarise(hits: np.ndarray) -> dict[str, float]:
+    """hits (21,): targets found at ranks 0..19, and the rest -> hits@k, ndcg@k and mrr@20 as fractions."""
+    total = max(1.0, float(hits.sum()))
+    rank = np.arange(DEPTH)
+    gain = hits[:DEPTH] / np.log2(rank + 2)  # one relevant item, so the ideal gain is 1
+    out = {f"hits@{k}": float(hits[:k].sum() / total) for k in (10, 20)}
+    out |= {f"ndcg@{k}": float(gain[:k].sum() / total) for k in (10, 20)}
+    return out | {"mrr@20": float((hits[:DEPTH] / (rank + 1)).sum() / total)}
+
+
+def group_names(edges: tuple[int, ...]) -> list[str]:
+    """For edges (30, 100): "0-30", "31-100", "101+"."""
+    starts = [0, *(edge + 1 for edge in edges)]
+    return [f"{start}-{edge}" for start, edge in zip(starts, edges, strict=False)] + [f"{starts[-1]}+"]
+
+
+def training_counts(train: Sessions, num_items: int) -> np.ndarray:
+    """(V,) int64, how often each item occurs in training."""
+    return np.bincount(np.asarray(train.items), minlength=num_items)
+
+
+def measure(
+    rank: Ranker,
+    sessions: Sessions,
+    counts: np.ndarray,
+    group_edges: tuple[int, ...],
+    max_length: int,
+    batch_targets: int,
+) -> Evaluation:
+    """Ranks every prefix of every session with `rank` and counts where the targets stand; items already in the session
+    are not removed from the ranking.
+    """
+    hits: dict[str, np.ndarray] = {}
+    shape = (len(group_edges) + 1, DEPTH + 1)
+    for which in plan(sessions, max_length, batch_targets):
+        batch = pack(sessions, which, max_length)
+        group = np.searchsorted(group_edges, counts[batch.targets])
+        for view, items in rank(batch).items():
+            match = items.cpu().numpy() == batch.targets[:, None]  # (T, 20)
+            place = np.where(match.any(1), match.argmax(1), DEPTH)
+            flat = np.bincount(group * (DEPTH + 1) + place, minlength=shape[0] * shape[1])
+            hits[view] = hits.get(view, np.zeros(shape, np.int64)) + flat.reshape(shape)
+    return Evaluation(hits or {"fused": np.zeros(shape, np.int64)}, group_edges)
+
+
+def evaluate(recommender: Recommender, sessions: Sessions, counts: np.ndarray, config: Config) -> Evaluation:
+    """Every view of the recommender on one split; the recommender is left in eval mode."""
+    recommender.eval()
+    with torch.no_grad():
+        catalogs = recommender.catalogs()
+        views = recommender.views(catalogs)
+        device = views["fused"].catalog.device
+
+        def rank(batch: Batch) -> dict[str, Tensor]:
+            packing = Packing.of(batch.lengths, device)
+            queries = recommender.queries(catalogs, torch.from_numpy(batch.items).to(device), packing)
+            out = {}
+            for name, view in views.items():
+                depth = min(DEPTH, view.catalog.shape[0])
+                out[name] = top_k(view.query(queries), view.catalog, depth, backend=config.backend)[1]
+            return out
+
+        found = measure(rank, sessions, counts, config.group_edges, config.max_length, config.eval_targets)
+    if config.variant in ("id_only", "text_only"):  # the only part repeats the fused numbers
+        found.hits[config.variant.removesuffix("_only")] = found.hits["fused"]
+    return found
