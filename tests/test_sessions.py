@@ -11,7 +11,10 @@ from alterrec_fast.data.sessions import SPLITS, DataError, Dataset, Sessions
 
 def sessions(*rows: list[int]) -> Sessions:
     lengths = [len(row) for row in rows]
-    return Sessions(np.array(sum(rows, []), np.int32), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    return Sessions(
+        np.array([item for row in rows for item in row], np.int32),
+        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+    )
 
 
 def write(path: Path, overwrite: bool = False) -> Dataset:

@@ -1,5 +1,4 @@
-"""Raw files to a prepared data set: a reader, ids to catalog rows, splits by session, and a summary of all that was
-left out."""
+"""Raw files to a prepared data set: a reader, ids to catalog rows, splits by session, a summary of what was left out."""
 
 from __future__ import annotations
 

@@ -7,9 +7,10 @@ computed in float64, for gradcheck. Notation: B sessions, V items, d width, P po
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from alterrec_fast.ops.slices import RankSlice, pack_bits, uses_bits
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 BLOCK_BYTES = 64 << 20  # what the scores of one row block may take
 
@@ -46,7 +50,7 @@ class _TouchedRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (ids,) = ctx.saved_tensors
-        return torch.sparse_coo_tensor(ids.unsqueeze(0), grad, ctx.shape, is_coalesced=True), None
+        return torch.sparse_coo_tensor(ids.unsqueeze(0), grad, ctx.shape, check_invariants=False, is_coalesced=True), None
 
 
 def widen(x: Tensor, precision: str) -> Tensor:
@@ -56,6 +60,19 @@ def widen(x: Tensor, precision: str) -> Tensor:
     return _Round.apply(x) if precision == "bf16" else x.float()
 
 
+def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Autocast decides the precision of an op, which `widen` applies; it must not touch the arithmetic below that."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = next(x.device.type for x in args if isinstance(x, Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+@_without_autocast
 def rank_slice_ref(
     query: Tensor,
     catalog: Tensor,
@@ -97,6 +114,7 @@ def rank_slice_ref(
     )
 
 
+@_without_autocast
 def top_k_ref(
     query: Tensor,
     catalog: Tensor,
@@ -120,6 +138,7 @@ def top_k_ref(
     return torch.cat(values), torch.cat(items)
 
 
+@_without_autocast
 def slice_cross_entropy_ref(
     query: Tensor,
     catalog: Tensor,
@@ -153,10 +172,11 @@ def slice_cross_entropy_ref(
         check_ids_in("target", target, first_item, v, ignore_index)
         if positives is not None:
             check_ids_in("positives", positives, first_item, v, -1)
-    blocks = list(_blocks(b, v))
-    return _concatenate([_bounded(block, len(blocks), q[i:j], e, offset, i, j) for i, j in blocks], q)
+    blocks = list(_blocks(b, v)) or [(0, 0)]  # over no rows the loss still has zero gradients
+    return torch.cat([_bounded(block, len(blocks), q[i:j], e, offset, i, j) for i, j in blocks])
 
 
+@_without_autocast
 def sampled_softmax_ref(
     query: Tensor,
     catalog: Tensor,
@@ -205,8 +225,8 @@ def sampled_softmax_ref(
         return _row_loss(y, member, best, want, positive_weight)
 
     width = negatives.shape[0] if negatives.ndim == 1 else negatives.shape[1] * query.shape[1]
-    blocks = list(_blocks(b, width))
-    return _concatenate([_bounded(block, len(blocks), q[i:j], rows, shift, minus, i, j) for i, j in blocks], q)
+    blocks = list(_blocks(b, width)) or [(0, 0)]
+    return torch.cat([_bounded(block, len(blocks), q[i:j], rows, shift, minus, i, j) for i, j in blocks])
 
 
 def check_ids_in(name: str, ids: Tensor, first: int, stop: int, none: int) -> None:
@@ -243,11 +263,6 @@ def _bounded(block: Callable[..., Tensor], blocks: int, *args: Any) -> Tensor:
         return block(*args)
     result: Tensor = checkpoint(block, *args, use_reentrant=False)
     return result
-
-
-def _concatenate(parts: list[Tensor], like: Tensor) -> Tensor:
-    # Over no rows the loss still hangs on the query, so that backward() gives zero gradients and not an error.
-    return torch.cat(parts) if parts else like.sum(1)
 
 
 def _scores(

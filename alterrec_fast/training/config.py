@@ -168,3 +168,16 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def demo_settings() -> dict[str, Any]:
+    """What --demo sets unless told otherwise: sized for the generated shop and two cores."""
+    return {
+        "text_model": "packaged",
+        "width": 64,
+        "m_max": 16,
+        "k1": 3,
+        "k2": 600,
+        "lr_step_id": 4,
+        "hard_fraction": 0.5,
+    }

@@ -56,25 +56,28 @@ def read(path: Path, options: Options) -> Raw:
 
 def _find(path: Path) -> tuple[dict[str, Path], Path]:
     """The .inter files by split (by "" where there is one file for all), train first, and the place of NAME.item."""
-    if path.is_file():
-        stem = path.name.removesuffix(".inter")
-        name = stem.rpartition(".")[0] if stem.rpartition(".")[2] in _SPLITS else stem
-        candidates = [path] if name == stem else sorted(path.parent.glob("*.inter"))
-        folder = path.parent
-    else:
-        need_folder(path)
-        folder, candidates = path, sorted(path.glob("*.inter"))
-        name = candidates[0].name.split(".")[0] if candidates else ""
-    benchmark = {split: folder / f"{name}.{short}.inter" for short, split in _SPLITS.items()}
-    files = {split: file for split, file in benchmark.items() if file in candidates}
-    if not path.is_file() and len(files) != len(candidates):
-        files = {"": candidates[0]} if len(candidates) == 1 else {}
-    elif path.is_file() and name == stem:
-        files = {"": path}
-    if "" not in files and "train" not in files:
-        expected = "NAME.inter, or NAME.train.inter with NAME.valid.inter and NAME.test.inter"
-        raise DataError(f"{folder}: expected {expected}, found {listing(folder)}; name a file to choose among several")
-    return files, folder / f"{name}.item"
+    folder = path.parent if path.is_file() else path
+    need_folder(folder)
+    found = sorted(folder.glob("*.inter"))
+    chosen = [path] if path.is_file() else found
+    names = {_dataset_name(file) for file in chosen}
+    if len(names) == 1:
+        name = names.pop()
+        whole, item_file = folder / f"{name}.inter", folder / f"{name}.item"
+        parts = {split: folder / f"{name}.{short}.inter" for short, split in _SPLITS.items()}
+        parts = {split: file for split, file in parts.items() if file in found}
+        if whole in chosen and (path.is_file() or not parts):
+            return {"": whole}, item_file
+        if whole not in chosen and "train" in parts:
+            return parts, item_file
+    expected = "NAME.inter, or NAME.train.inter with NAME.valid.inter and NAME.test.inter"
+    raise DataError(f"{folder}: expected {expected}, found {listing(folder)}; name a file to choose among several")
+
+
+def _dataset_name(file: Path) -> str:
+    stem = file.name.removesuffix(".inter")
+    name, _, split = stem.rpartition(".")
+    return name if name and split in _SPLITS else stem
 
 
 def _table(file: Path, required: tuple[str, ...], optional: tuple[str, ...]) -> Table:
@@ -115,7 +118,7 @@ def _interactions(table: Table, left_out: dict[str, int]) -> pl.DataFrame:
 def _longest(frame: pl.DataFrame, left_out: dict[str, int]) -> pl.DataFrame:
     """Interactions in long form: of each session its longest row, the prefix and then the target."""
     prefix = pl.col("item_id_list").fill_null("").str.extract_all(r"\S+")
-    rows = frame.drop("item_id_list").with_columns(prefix.list.concat(pl.col("item_id")).alias("item_id"))
+    rows = frame.with_columns(prefix.list.concat(pl.col("item_id")).alias("item_id")).drop("item_id_list")
     length = pl.col("item_id").list.len()
     longest = rows.filter(length == length.max().over("session_id")).unique(
         "session_id", keep="first", maintain_order=True

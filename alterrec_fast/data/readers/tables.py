@@ -100,7 +100,7 @@ def column_names(path: Path, layout: Layout = CSV) -> list[str]:
     """The column names of a text or Parquet file; raises DataError for one that is empty or cannot be read."""
     if path.suffix == ".parquet":
         return list(_parquet(path, None, rows=0).columns)
-    return _read_text(path, None, layout, rows=0).columns
+    return _read_text(path, layout, rows=0).columns
 
 
 def read_table(path: Path, required: Sequence[str], optional: Sequence[str] = (), layout: Layout = CSV) -> Table:
@@ -115,7 +115,7 @@ def read_table(path: Path, required: Sequence[str], optional: Sequence[str] = ()
         raise DataError(f"{path}: column {', '.join(missing)} is missing; found {', '.join(names)}")
     extra = [name for name in optional if name in names]
     columns = list(dict.fromkeys([*required, *extra]))
-    frame = _parquet(path, columns) if path.suffix == ".parquet" else _read_text(path, columns, layout)
+    frame = _parquet(path, columns) if path.suffix == ".parquet" else _read_text(path, layout)
     return Table(path, frame.select(columns), layout)
 
 
@@ -235,23 +235,24 @@ def clean_text(frame: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
 
 def _parquet(path: Path, columns: Sequence[str] | None, rows: int | None = None) -> pl.DataFrame:
     try:
-        return pl.read_parquet(path, columns=None if columns is None else list(columns), n_rows=rows)
+        return pl.read_parquet(path, columns=None if columns is None else list(columns), n_rows=rows, glob=False)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
 
 
-def _read_text(path: Path, columns: Sequence[str] | None, layout: Layout, rows: int | None = None) -> pl.DataFrame:
-    """All columns come as String: types are the readers' business, and "00123" must stay what it is."""
+def _read_text(path: Path, layout: Layout, rows: int | None = None) -> pl.DataFrame:
+    """All columns, since polars overlooks lines with too many fields when it reads some, and all as String: types are
+    the readers' business, and "00123" must stay what it is."""
     try:
         # gzip and not polars unpacks: it tells a cut file from a damaged one, and where it ends
         source = _unpack(path, None if rows is None else 1 << 16) if _is_gzip(path) else path
         frame = pl.read_csv(
             source,
-            columns=None if columns is None else list(columns),
             separator=layout.separator,
             quote_char='"' if layout.quoted else None,
             infer_schema=False,
             n_rows=rows,
+            glob=False,
         )
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}, line {_last_line(path)}: the gzip data ends early or is damaged ({error})") from error

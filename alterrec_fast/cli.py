@@ -1,0 +1,193 @@
+"""The command line: prepare, train, recommend, evaluate, doctor."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from alterrec_fast.data.prepare import prepare as prepare_data
+from alterrec_fast.data.sessions import SPLITS, DataError
+from alterrec_fast.doctor import diagnose
+from alterrec_fast.ops import BackendError
+from alterrec_fast.run import RunError, load, train_seeds
+from alterrec_fast.run import train as train_one
+from alterrec_fast.training.checkpoint import CheckpointError
+from alterrec_fast.training.config import METRICS, VARIANTS, ConfigError, demo_settings, from_mapping, read_toml
+from alterrec_fast.training.evaluate import VIEWS
+
+app = typer.Typer(
+    help="Train AlterRec on catalogs of any size: exact hard negatives from the whole catalog.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+KNOWN_ERRORS = (BackendError, CheckpointError, ConfigError, DataError, RunError)
+
+Source = Enum("Source", {name: name for name in ("generic", "amazon-m2", "online-retail", "recbole")}, type=str)
+Catalog = Enum("Catalog", {name: name for name in ("sessions", "all")}, type=str)
+VariantName = Enum("VariantName", {name: name for name in VARIANTS}, type=str)
+Split = Enum("Split", {name: name for name in SPLITS}, type=str)
+
+
+@app.command()
+def prepare(
+    source: Annotated[Source, typer.Argument(help="layout of the raw files")],
+    raw: Annotated[Path, typer.Argument(help="folder or file with the raw data")],
+    out: Annotated[Path, typer.Argument(help="folder to make")],
+    text_columns: Annotated[str | None, typer.Option(help="item text columns, separated by commas; default: all")] = None,
+    locale: Annotated[str | None, typer.Option(help="amazon-m2: UK, DE, JP, ES, FR or IT")] = None,
+    test: Annotated[Path | None, typer.Option(help="amazon-m2: labelled test file")] = None,
+    validation_fraction: Annotated[float, typer.Option(help="share of the sessions before the test ones")] = 0.1,
+    test_fraction: Annotated[float, typer.Option(help="share of the latest sessions")] = 0.2,
+    catalog: Annotated[Catalog, typer.Option(help="items of some session, or all of the item table")] = Catalog.sessions,  # type: ignore[attr-defined]
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT")] = False,
+) -> None:
+    """Turn raw files into a data set on disk; prints what was read, kept and left out."""
+    columns = None if text_columns is None else [name.strip() for name in text_columns.split(",")]
+    with _errors():
+        summary = prepare_data(
+            source.value,
+            raw,
+            out,
+            text_columns=columns,
+            locale=locale,
+            test=test,
+            validation_fraction=validation_fraction,
+            test_fraction=test_fraction,
+            catalog=catalog.value,
+            overwrite=overwrite,
+        )
+    typer.echo(str(summary))
+
+
+@app.command()
+def train(
+    data: Annotated[Path | None, typer.Option(help="folder made by prepare")] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="train on a generated shop; needs no data")] = False,
+    variant: Annotated[VariantName | None, typer.Option(help="default: alterrec")] = None,
+    out: Annotated[Path | None, typer.Option(help="run directory; with --demo runs/demo")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings")] = None,
+    seed: Annotated[int | None, typer.Option(help="default: 0")] = None,
+    seeds: Annotated[str | None, typer.Option(help="several seeds, separated by commas")] = None,
+    text_model: Annotated[str | None, typer.Option(help="hub name, path, or 'packaged'")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE for any other setting")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
+) -> None:
+    """Train one variant; leaves a run directory with checkpoints, metrics.json and report.html."""
+    with _errors():
+        values: dict[str, Any] = demo_settings() if demo else {}
+        values |= read_toml(config) if config else {}
+        for setting in settings or []:
+            name, equals, value = setting.partition("=")
+            if not equals:
+                raise ConfigError(f"--set takes NAME=VALUE, got {setting!r}")
+            values[name] = value.split(",") if name == "group_edges" else value
+        given = {
+            "data": None if data is None else str(data),
+            "demo": demo or None,
+            "variant": None if variant is None else variant.value,
+            "out": None if out is None else str(out),
+            "seed": seed,
+            "text_model": text_model,
+        }
+        made = from_mapping(values | {name: value for name, value in given.items() if value is not None}, "settings")
+        if seeds is None:
+            result = train_one(made, resume, _print_epoch)
+        else:
+            result = train_seeds(made, _seed_list(seeds), resume, _print_epoch)
+    typer.echo("\n" + _table(result.metrics["test"], result.metrics.get("test_std")))
+    typer.echo(f"\nreport: {result.path / 'report.html'}\nmetrics: {result.path / 'metrics.json'}")
+
+
+@app.command()
+def recommend(
+    run: Annotated[Path, typer.Argument(help="run directory")],
+    session: Annotated[str, typer.Option(help="item ids, oldest first, separated by spaces; quote ids that hold one")],
+    n: Annotated[int, typer.Option("-n", min=1, help="how many items")] = 10,
+    repeats: Annotated[bool, typer.Option("--repeats", help="also items of the session itself")] = False,
+) -> None:
+    """Print the best next items after a session: ids, scores and titles."""
+    with _errors():
+        try:
+            found = load(run).recommend(shlex.split(session), n, repeats)
+        except ValueError as error:
+            raise RunError(str(error)) from error
+    width = max((len(one.item) for one in found), default=0)
+    for one in found:
+        typer.echo(f"{one.item:<{width}}  {one.score:9.4f}  {one.title or ''}")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="run directory")],
+    split: Annotated[Split, typer.Option(help="which sessions")] = Split.test,  # type: ignore[attr-defined]
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON with the long-tail groups")] = False,
+) -> None:
+    """Measure the best epoch of a run on one split."""
+    with _errors():
+        found = load(run).evaluate(split.value)
+    if as_json:
+        typer.echo(json.dumps({split.value: found.metrics(), "groups": found.groups()}, indent=2))
+    else:
+        typer.echo(_table(found.metrics()))
+
+
+@app.command()
+def doctor() -> None:
+    """Say which engines this machine has, and why others are off."""
+    typer.echo(diagnose())
+
+
+class _errors:
+    """Turns what a user can mend into one line on standard error and exit status 1."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, KNOWN_ERRORS):
+            typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
+            raise typer.Exit(1) from error
+
+
+def _seed_list(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seeds takes numbers separated by commas, got {text!r}") from None
+
+
+def _print_epoch(line: dict[str, Any]) -> None:
+    scores = "  ".join(
+        f"{view} {100 * found['hits@20']:5.2f} / {100 * found['ndcg@20']:5.2f}"
+        for view in VIEWS
+        if (found := line["validation"][view]) is not None
+    )
+    if line["epoch"] == 0:
+        typer.echo(f"validation Hits@20 / NDCG@20 in %\nepoch  0  untrained            {'':28s}{scores}")
+        return
+    typer.echo(
+        f"epoch {line['epoch']:2d}  {line['student']:5s} loss {line['loss']:8.4f}  "
+        f"{line['seconds']:6.1f} s {line['targets_per_second']:8.0f} targets/s   {scores}"
+    )
+
+
+def _table(test: dict[str, Any], deviation: dict[str, Any] | None = None) -> str:
+    """Metrics in percent, a row for each part that the model has; mean and standard deviation over several seeds."""
+    rows = [f"{'in %':8s}" + "".join(f"{name:>15s}" for name in METRICS)]
+    for view in VIEWS:
+        if test[view] is None:
+            continue
+        cells = []
+        for name in METRICS:
+            spread = f" ± {100 * deviation[view][name]:.2f}" if deviation else ""
+            cells.append(f"{100 * test[view][name]:.2f}{spread}")
+        rows.append(f"{view:8s}" + "".join(f"{cell:>15s}" for cell in cells))
+    return "\n".join(rows)
+
+
