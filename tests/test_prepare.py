@@ -186,6 +186,11 @@ def test_text_columns(tmp_path):
     fails(tmp_path, r"items\.csv: no text column colour; found title, brand, price", text_columns=["colour"])
     (tmp_path / "raw" / "items.csv").unlink()
     fails(tmp_path, r"no text column title; found none", text_columns=["title"])
+    table = pl.DataFrame({"item_id": [0, 1], "price": [1.5, None], "tags": [["a"], []]})
+    table.write_parquet(tmp_path / "raw" / "items.parquet")
+    fails(tmp_path, r"items\.parquet, column tags: List\(String\) is no text")
+    _, data = run(tmp_path, text_columns=["price"], overwrite=True)
+    assert set(data.items["price"]) == {None}  # item 0 is not i0
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])

@@ -1,4 +1,4 @@
-"""Raw files to a prepared data set: a reader, ids to catalog rows, splits by session, a summary of what was left out."""
+"""Raw files to a prepared data set: a reader, ids to catalog rows, splits by session, a summary of what is left out."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def prepare(
         raise DataError(f"{out}: holds the raw files {raw}, which writing would replace; choose another folder")
 
     read = READERS[source](raw, Options(text_columns, locale, None if test is None else Path(test)))
-    left_out, notes = dict(read.left_out), dict(read.notes)
+    left_out = dict(read.left_out)
     table = _item_table(read, left_out)
     seen = read.interactions["item_id"].unique(maintain_order=True)
     names = pl.concat([table["item_id"], seen]).unique(maintain_order=True)
@@ -134,9 +134,11 @@ def prepare(
     texts = pl.col(read.text_columns)
     trained = np.zeros(len(items), bool)
     trained[parts["train"].items] = True
-    notes["items that the item table lacks"] = int(used[len(table) :].sum())
-    notes["items with no text"] = len(items) - len(items.filter(pl.any_horizontal(texts.is_not_null())))
-    notes["items in no training session"] = int((~trained).sum())
+    notes = {
+        "items that the item table lacks": int(used[len(table) :].sum()),
+        "items with no text": len(items) - len(items.filter(pl.any_horizontal(texts.is_not_null()))),
+        "items in no training session": int((~trained).sum()),
+    }
     summary = Summary(
         source=source,
         out=str(out),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
+from ..sessions import DataError
 from .raw import Options, Raw
 from .tables import (
     check_splits,
@@ -45,4 +46,8 @@ def _read_items(folder: Path, options: Options) -> pl.DataFrame | None:
     available = [name for name in column_names(file) if name != "item_id"]
     chosen = choose_text(file, available, options.text_columns, available)
     table = read_table(file, ["item_id"], chosen)
+    for name in chosen:
+        kind = table.frame[name].dtype
+        if kind.is_nested() or kind == pl.Binary:
+            raise DataError(f"{file}, column {name}: {kind} is no text; name the columns to use (--text-columns)")
     return clean_text(table.frame.with_columns(table.ids("item_id")), chosen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
@@ -29,14 +29,13 @@ class Raw:
     empty), ``timestamp`` (Int64 or Float64, any unit) unless the files carry no time, and ``split`` (String: train,
     validation, test, or null where the split is left to `prepare`) if the files give splits.
     items: ``item_id`` and the text columns, all String, text null where it is missing; None without an item table.
-    read, left_out, notes: what to count and how many, in words fit to print.
+    read, left_out: what to count and how many, in words fit to print.
     """
 
     interactions: pl.DataFrame
     items: pl.DataFrame | None
     read: dict[str, int]
     left_out: dict[str, int]
-    notes: dict[str, int] = field(default_factory=dict)
 
     @property
     def text_columns(self) -> list[str]:

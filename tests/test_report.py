@@ -1,0 +1,239 @@
+"""The report: right numbers, whole in itself, valid, and the same every time."""
+
+import json
+import math
+import re
+import statistics
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alterrec_fast.report import DASH, write_report
+from alterrec_fast.training.config import METRICS, VARIANTS, Config
+from alterrec_fast.training.evaluate import VIEWS
+
+VOID = {"meta", "br", "wbr", "link", "img"}
+PARTS = {"id_only": ("id",), "text_only": ("text",), "nfrec_sum": ()}
+LEVEL = {"fused": 0.34, "id": 0.29, "text": 0.22}
+FACTOR = {"hits@10": 0.76, "hits@20": 1.0, "ndcg@10": 0.46, "ndcg@20": 0.52, "mrr@20": 0.39}
+
+
+def metrics_at(variant: str, quality: float) -> dict[str, Any]:
+    """Metrics of every view that the variant has, at a quality of 0 (untrained) to 1."""
+    parts = PARTS.get(variant, ("id", "text"))
+    found = {view: {name: LEVEL[view] * FACTOR[name] * quality for name in METRICS} for view in VIEWS}
+    return {view: found[view] if view == "fused" or view in parts else None for view in VIEWS} | (
+        {parts[0]: found["fused"]} if len(parts) == 1 else {}
+    )
+
+
+def history_line(variant: str, epoch: int, seed: int) -> dict[str, Any]:
+    quality = 0.02 + (1 - math.exp(-epoch / 5)) * (1 + 0.015 * math.sin(3 * epoch + seed)) - 0.002 * max(0, epoch - 11)
+    line = {
+        "epoch": epoch,
+        "validation": metrics_at(variant, quality),
+        "validation_seconds": 0.8,
+        "peak_memory": 912 << 20,
+    }
+    if epoch == 0:
+        return line
+    single = {"id_only": "id", "text_only": "text", "nfrec_sum": "fused", "nfrec_concat": "fused"}
+    hard = variant.startswith("alterrec") and epoch > 4
+    student = single.get(variant, "id" if (epoch - 1) % 4 < 2 else "text")
+    loss = 3.1 * math.exp(-epoch / 9) + (1.4 if hard else 0.6) + (0.8 if student == "text" else 0) + 0.03 * seed
+    line |= {
+        "student": student,
+        "negatives": f"ranks 6:1842 of {'text' if student == 'id' else 'id'}" if hard else "uniform",
+        "learning_rate": 1e-3 * 0.1 ** (epoch // 6),
+        "loss": loss,
+        "seconds": 6.2 + 0.1 * seed,
+        "targets_per_second": 21_480.0,
+        "padding": 1.021,
+    }
+    if variant == "nfrec_concat":
+        line |= {"loss_id": loss + 0.04, "loss_text": loss + 1.9 - 0.02 * epoch}
+    return line
+
+
+def make_run(run: Path, variant: str = "alterrec", seed: int = 0, epochs: int = 16, **settings: Any) -> dict[str, Any]:
+    """Writes a plausible run directory and returns its metrics."""
+    run.mkdir(parents=True, exist_ok=True)
+    config = Config(variant=variant, seed=seed, data="/data/shop", out=str(run), **settings)  # type: ignore[arg-type]
+    (run / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    history = [history_line(variant, epoch, seed) for epoch in range(epochs + 1)]
+    (run / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history), encoding="utf-8")
+    best = max(history, key=lambda line: line["validation"]["fused"]["ndcg@20"])
+    groups = {}
+    shares = {"0-30": (0.41, 0.55), "31-100": (0.27, 0.9), "101-300": (0.2, 1.2), "301+": (0.12, 1.5)}
+    for name, (share, quality) in shares.items():
+        groups[name] = {"targets": round(9000 * share), "share": share, **metrics_at(variant, quality)}
+    metrics = {
+        "variant": variant,
+        "seed": seed,
+        "best_epoch": best["epoch"],
+        "items": 3684,
+        "validation": best["validation"],
+        "test": metrics_at(variant, 0.95 + 0.01 * seed),
+        "groups": groups,
+    }
+    (run / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    return metrics
+
+
+def over(how: Any, values: list[Any]) -> Any:
+    if isinstance(values[0], dict):
+        return {key: over(how, [value[key] for value in values]) for key in values[0]}
+    return None if values[0] is None else how(values)
+
+
+def make_seeds(run: Path, variant: str = "alterrec", lengths: tuple[int, ...] = (16, 14, 16)) -> dict[str, Any]:
+    """Writes a run over several seeds, one of which stopped early, and returns its metrics."""
+    found = [make_run(run / f"seed-{seed}", variant, seed, epochs) for seed, epochs in enumerate(lengths)]
+    metrics: dict[str, Any] = {"seeds": list(range(len(lengths))), "variant": variant, "items": 3684}
+    for suffix, how in (("", statistics.fmean), ("_std", statistics.stdev)):
+        metrics |= {key + suffix: over(how, [one[key] for one in found]) for key in ("test", "groups")}
+    (run / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    return metrics
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and gathers attributes, ids and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open and data.strip():
+            self.text.append(data.strip())
+
+    def values(self, name: str) -> list[str]:
+        return [value for _, found, value in self.attributes if found == name]
+
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).split())
+
+
+def read(run: Path) -> tuple[str, Page]:
+    path = write_report(run)
+    assert path == run / "report.html"
+    text = path.read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+def check_whole(text: str, page: Page) -> None:
+    """Nothing from elsewhere, every reference met within the page, ids unique, no script."""
+    assert not re.search(r"https?://|@import|@font-face|<script|<link|<img", text)
+    assert not page.values("src")
+    ids = page.values("id")
+    assert len(ids) == len(set(ids))
+    references = [value.removeprefix("#") for value in page.values("href") if value.startswith("#")]
+    assert len(references) == len(page.values("href"))
+    assert {*references, *re.findall(r"url\(#([^)]*)\)", text)} <= set(ids)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_makes_a_whole_page(tmp_path: Path, variant: str) -> None:
+    metrics = make_run(tmp_path, variant)
+    text, page = read(tmp_path)
+    check_whole(text, page)
+    assert text.count("<svg") == 8
+    for figure in metrics["test"]["fused"].values():
+        assert f"{100 * figure:.2f}" in page.words()
+
+
+@pytest.mark.parametrize(
+    ("variant", "shown", "hidden"),
+    [("alterrec", ("Fused", "ID", "Text"), ()), ("id_only", ("ID",), ("Fused", "Text")),
+     ("text_only", ("Text",), ("Fused", "ID")), ("nfrec_sum", ("Fused",), ("ID", "Text"))],
+)  # fmt: skip
+def test_views_that_a_variant_lacks_are_left_out(
+    tmp_path: Path, variant: str, shown: tuple[str, ...], hidden: tuple[str, ...]
+) -> None:
+    make_run(tmp_path, variant)
+    _, page = read(tmp_path)
+    assert set(shown) <= set(page.text)
+    assert not set(hidden) & set(page.text)
+
+
+def test_parts_of_naive_concatenation_have_loss_curves(tmp_path: Path) -> None:
+    make_run(tmp_path, "nfrec_concat")
+    _, page = read(tmp_path)
+    assert "Training loss by epoch: Fused and ID and Text" in page.values("aria-label")
+
+
+def test_seeds_show_mean_and_deviation(tmp_path: Path) -> None:
+    metrics = make_seeds(tmp_path)
+    text, page = read(tmp_path)
+    check_whole(text, page)
+    for view in VIEWS:
+        mean, deviation = (100 * metrics[key][view]["hits@20"] for key in ("test", "test_std"))
+        assert f"{mean:.2f} ± {deviation:.2f}" in page.words()
+    for seed, epochs in enumerate((16, 14, 16)):
+        assert f"Seed {seed}: {epochs} epochs" in page.words()
+    assert "0, 1, 2" in page.text
+
+
+def test_a_group_without_targets_is_left_empty(tmp_path: Path) -> None:
+    metrics = make_run(tmp_path)
+    metrics["groups"]["0-30"] = {"targets": 0, "share": 0.0, "fused": None, "id": None, "text": None}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    text, page = read(tmp_path)
+    check_whole(text, page)
+    assert f"0{DASH}30 0" + 6 * f" {DASH}" in page.words()
+
+
+def test_one_epoch_and_nothing_found(tmp_path: Path) -> None:
+    metrics = make_run(tmp_path, "id_only", epochs=1)
+    for view in ("fused", "id"):
+        metrics["test"][view] = dict.fromkeys(METRICS, 0.0)
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    check_whole(*read(tmp_path))
+
+
+def test_changed_settings_come_before_the_others(tmp_path: Path) -> None:
+    make_run(tmp_path, width=64, k1=6, k2=1842)
+    _, page = read(tmp_path)
+    words = page.words()
+    changed, rest = words.split("All others, at their default")
+    assert "width 64 300" in changed and f"k2 1842 {DASH}" in changed
+    assert "group_edges 30, 100, 300" in rest and "width" not in rest
+
+
+def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
+    make_run(tmp_path, text_model="<script>alert('&')</script>")
+    text, page = read(tmp_path)
+    check_whole(text, page)
+    assert "<script>alert('&')</script>" in page.text
+
+
+def test_the_same_run_makes_the_same_bytes(tmp_path: Path) -> None:
+    make_seeds(tmp_path)
+    first = write_report(tmp_path).read_bytes()
+    assert write_report(tmp_path).read_bytes() == first
+
+
+def test_every_colour_follows_the_theme(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    text, _ = read(tmp_path)
+    drawn = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    assert not re.search(r"#[0-9a-f]{6}[;\"]", drawn)
+    assert {"fused", "id", "text", "ink"} <= set(re.findall(r"var\(--(\w+)\)", drawn))

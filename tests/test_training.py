@@ -1,0 +1,299 @@
+"""Training: the plan of Algorithm 1, determinism, and runs that are killed, resumed, or out of disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import alterrec_fast as af
+from alterrec_fast.data.sessions import Dataset
+from alterrec_fast.run import RunError
+from alterrec_fast.training import checkpoint
+from alterrec_fast.training.alternate import BEST, LAST
+from alterrec_fast.training.config import VARIANTS, Config, ConfigError, from_mapping, read_toml
+from alterrec_fast.training.variants import epochs
+
+SMALL: dict[str, Any] = {
+    "text_model": "packaged",
+    "width": 16,
+    "layers": 1,
+    "m_random": 1,
+    "m_gap": 1,
+    "m_max": 4,
+    "k1": 2,
+    "k2": 60,
+    "batch_targets": 128,
+}
+TIMES = ("seconds", "targets_per_second", "validation_seconds", "peak_memory")
+
+
+def small(shop: Dataset, out: Path, **changes: Any) -> Config:
+    return from_mapping({**SMALL, "data": str(shop.path), "out": str(out), **changes}, "test")
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    """The lines of history.jsonl without what depends on the machine's pace."""
+    lines = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def same_run(one: Path, other: Path) -> None:
+    assert history(one) == history(other)
+    assert (one / "metrics.json").read_bytes() == (other / "metrics.json").read_bytes()
+    for name in (BEST, LAST):
+        a, b = checkpoint.load(one / name)[0], checkpoint.load(other / name)[0]
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_the_plan_is_algorithm_1() -> None:
+    plan = list(epochs(Config(m_random=2, m_gap=2, m_max=12)))
+    assert [epoch.student for epoch in plan] == ["id"] * 2 + ["text"] * 2 + (["id"] * 2 + ["text"] * 2) * 2
+    assert [epoch.teacher for epoch in plan] == [None] * 4 + (["text"] * 2 + ["id"] * 2) * 2
+    assert [epoch.own for epoch in plan] == [0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5]
+    assert [epoch.number for epoch in plan] == list(range(1, 13))
+    assert all(epoch.teacher is None for epoch in epochs(Config(variant="random")))
+    assert {epoch.student for epoch in epochs(Config(variant="id_only"))} == {"id"}
+
+
+@pytest.mark.parametrize(
+    ("items", "expected"),
+    [(40_258, (20, 20_000)), (20_000, (20, 20_000)), (3786, (6, 1893)), (14, (6, 7)), (13, (3, 6)), (5000, (6, 2000))],
+)
+def test_slice_bounds_follow_the_catalog(items: int, expected: tuple[int, int]) -> None:
+    assert Config().slice_bounds(items) == expected
+    assert Config(k1=5, k2=10**6).slice_bounds(items) == (5, items)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_learns_and_reports(variant: str, shop: Dataset, tmp_path: Path) -> None:
+    result = af.train(small(shop, tmp_path / "run", variant=variant, m_max=6))
+    lines = history(tmp_path / "run")
+    assert [line["epoch"] for line in lines] == list(range(7))
+    assert all(line["padding"] <= 1.1 for line in lines[1:])
+    test = result.metrics["test"]
+    assert test["fused"]["hits@20"] > 0.15  # 20 of 200 items by chance: 0.1
+    parts = {"id": test["id"] is not None, "text": test["text"] is not None}
+    assert parts == {
+        "id": variant not in ("text_only", "nfrec_sum"),
+        "text": variant not in ("id_only", "nfrec_sum"),
+    }
+    assert ("loss_id" in lines[1]) == ("loss_text" in lines[1]) == (variant == "nfrec_concat")
+    groups = result.metrics["groups"]
+    assert list(groups) == ["0-30", "31-100", "101-300", "301+"]
+    assert sum(group["share"] for group in groups.values()) == pytest.approx(1.0)
+    hits = sum(g["targets"] * g["fused"]["hits@20"] for g in groups.values() if g["fused"])
+    assert hits / sum(g["targets"] for g in groups.values()) == pytest.approx(test["fused"]["hits@20"])
+    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+
+
+def test_same_seed_same_run_and_the_users_random_state_is_left_alone(shop: Dataset, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    for name in ("a", "b"):
+        af.train(small(shop, tmp_path / name))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    same_run(tmp_path / "a", tmp_path / "b")
+    af.train(small(shop, tmp_path / "c", seed=1))
+    assert history(tmp_path / "a") != history(tmp_path / "c")
+
+
+def test_a_run_stopped_within_an_epoch_goes_on_from_its_step(
+    shop: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint after every step; the run is broken off in the middle of an epoch."""
+    from alterrec_fast.training.alternate import Trainer
+
+    config = small(shop, tmp_path / "whole", variant="alterrec_aug", hard_fraction=0.5, checkpoint_minutes=1e-9)
+    af.train(config)
+    calls = 0
+    original = Trainer._step
+
+    def failing(self: Trainer, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 31:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    broken = config.replace(out=str(tmp_path / "broken"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", failing)
+        with pytest.raises(KeyboardInterrupt):
+            af.train(broken)
+    state = checkpoint.load(tmp_path / "broken" / LAST)[1]
+    assert state["step"] > 0
+    af.train(broken, resume=True)
+    same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def start(config: Config, resume: bool) -> subprocess.Popen[bytes]:
+    values = {name: value for name, value in config.__dict__.items() if value is not None}
+    program = (
+        "import json, sys, torch, alterrec_fast as af\n"
+        "from alterrec_fast.training.config import from_mapping\n"
+        "torch.set_num_threads(1)\n"
+        "af.train(from_mapping(json.loads(sys.argv[1]), 'test'), resume=sys.argv[2] == 'True')\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", program, json.dumps(values), str(resume)])
+
+
+def test_a_run_killed_at_random_moments_ends_the_same(shop: Dataset, tmp_path: Path) -> None:
+    config = small(shop, tmp_path / "whole", checkpoint_minutes=0.001, m_max=6)
+    assert start(config, False).wait() == 0
+    killed = config.replace(out=str(tmp_path / "killed"))
+    moments = random.Random(0)
+    kills = 0
+    for attempt in range(60):
+        process = start(killed, resume=attempt > 0)
+        # From the imports of the first moments to the last epochs: what a kill meets is left to chance.
+        deadline = time.monotonic() + moments.uniform(1.5, 8.0)
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if process.poll() is None and kills < 6:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+            process.wait()
+            continue
+        assert process.wait() == 0
+        break
+    assert kills >= 3
+    same_run(tmp_path / "whole", tmp_path / "killed")
+    left = [path.name for path in (tmp_path / "killed").rglob(".*")]
+    assert len(left) <= kills  # a killed write may leave its draft behind, nothing else
+
+
+def limit_file_size() -> None:
+    """Writes beyond 60 kB fail from here on, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+
+def test_a_full_disk_loses_nothing(shop: Dataset, tmp_path: Path) -> None:
+    config = small(shop, tmp_path / "run")
+    af.train(config.replace(m_max=3))
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in (BEST, LAST, "history.jsonl")}
+    program = (
+        "import sys; from pathlib import Path; from alterrec_fast.training import checkpoint\n"
+        "tensors, state = checkpoint.load(Path(sys.argv[1]))\n"
+        "try: checkpoint.save(Path(sys.argv[1]), tensors, state)\n"
+        "except checkpoint.CheckpointError as error: print(error); sys.exit(3)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "run" / LAST)],
+        preexec_fn=limit_file_size,  # noqa: PLW1509
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert done.returncode == 3, done.stderr
+    assert "could not be written" in done.stdout and "untouched" in done.stdout
+    for name, content in before.items():
+        assert (tmp_path / "run" / name).read_bytes() == content
+    assert not list((tmp_path / "run").rglob(".*"))
+
+
+def test_a_run_directory_is_not_taken_twice(shop: Dataset, tmp_path: Path) -> None:
+    config = small(shop, tmp_path / "run")
+    first = af.train(config)
+    with pytest.raises(RunError, match="--resume"):
+        af.train(config)
+    assert af.train(config, resume=True).metrics == first.metrics
+    with pytest.raises(RunError, match=r"width = 16 \(now 32\)"):
+        af.train(config.replace(width=32), resume=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="not empty"):
+        af.train(config.replace(out=str(tmp_path / "other")))
+
+
+def test_several_seeds_give_mean_and_deviation(shop: Dataset, tmp_path: Path) -> None:
+    config = small(shop, tmp_path / "run", variant="id_only", m_max=2)
+    result = af.train_seeds(config, [0, 1])
+    single = [json.loads((tmp_path / "run" / f"seed-{s}" / "metrics.json").read_text()) for s in (0, 1)]
+    values = [one["test"]["fused"]["hits@20"] for one in single]
+    assert result.metrics["test"]["fused"]["hits@20"] == pytest.approx(sum(values) / 2)
+    assert result.metrics["test_std"]["fused"]["hits@20"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    assert result.metrics["test"]["text"] is None
+    assert af.train_seeds(config, [0, 1], resume=True).metrics == result.metrics
+
+
+def test_patience_ends_a_run_and_the_best_epoch_is_kept(shop: Dataset, tmp_path: Path) -> None:
+    config = small(shop, tmp_path / "run", variant="id_only", lr_id=1e-9, m_max=20, patience=3, m_random=0)
+    result = af.train(config)
+    lines = history(tmp_path / "run")
+    scores = [line["validation"]["fused"]["ndcg@20"] for line in lines]
+    assert result.metrics["best_epoch"] == scores.index(max(scores))
+    assert len(lines) == result.metrics["best_epoch"] + 4
+
+
+def test_recommend_and_evaluate(shop: Dataset, tmp_path: Path) -> None:
+    result = af.train(small(shop, tmp_path / "run"))
+    model = af.load(tmp_path / "run")
+    ids = shop.items["item_id"].to_list()
+    found = model.recommend(ids[:2], n=5)
+    assert len(found) == len({one.item for one in found}) == 5
+    assert not {one.item for one in found} & set(ids[:2])
+    assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
+    assert found[0].title == shop.items["title"][ids.index(found[0].item)]
+    assert len(model.recommend(ids[:2], n=500)) == 198
+    assert len(model.recommend(ids[:2], n=500, repeats=True)) == 200
+    with pytest.raises(ValueError, match="unknown items 'nothing'"):
+        model.recommend(["nothing"])
+    with pytest.raises(ValueError, match="empty session"):
+        model.recommend([])
+    assert model.evaluate("test").metrics() == result.metrics["test"]
+    assert model.evaluate("validation").metrics() == result.metrics["validation"]
+    with pytest.raises(RunError, match="no trained model"):
+        af.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"widht": 3}, "unknown setting 'widht'"),
+        ({"width": "wide"}, "width: .*'wide'"),
+        ({"width": 15}, "multiple of heads, got 15 and 2"),
+        ({"k1": 5}, "k1 and k2 go together"),
+        ({"k1": 5, "k2": 5}, "k1 = 5 and k2 = 5"),
+        ({"m_max": 3, "m_random": 2}, "m_max must be at least 2"),
+        ({"hard_fraction": 2}, r"hard_fraction must lie in \[0, 1\], got 2"),
+        ({"variant": "alter"}, "variant"),
+        ({"monitor": "auc"}, "'auc'"),
+        ({"demo": True, "data": "x"}, "demo"),
+        ({"group_edges": [3, 2]}, "group_edges"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_mapping(settings, "file.toml")
+
+
+def test_config_survives_toml(tmp_path: Path) -> None:
+    config = Config(data="x", k1=3, k2=9, precision="bf16", group_edges=(1, 2))
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    assert from_mapping(read_toml(tmp_path / "config.toml"), "file") == config
+    with pytest.raises(ConfigError, match=r"missing\.toml"):
+        read_toml(tmp_path / "missing.toml")
+    (tmp_path / "bad.toml").write_text("width = ")
+    with pytest.raises(ConfigError, match=r"bad\.toml"):
+        read_toml(tmp_path / "bad.toml")
+
+
+def test_damaged_checkpoints_are_named(shop: Dataset, tmp_path: Path) -> None:
+    af.train(small(shop, tmp_path / "run", m_max=2))
+    path = tmp_path / "run" / BEST
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(checkpoint.CheckpointError, match=r"best\.safetensors"):
+        af.load(tmp_path / "run")
