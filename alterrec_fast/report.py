@@ -68,7 +68,7 @@ DARK = {
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",  # comes with matplotlib; the page shows its own, narrower font
-    "font.size": 10,
+    "font.size": 11,
     "text.color": LIGHT["ink"],
     "axes.labelcolor": LIGHT["muted"],
     "axes.edgecolor": LIGHT["muted"],
@@ -116,6 +116,14 @@ class _Results:
     @property
     def variant(self) -> str:
         return str(self.seeds[0].metrics["variant"])
+
+    @property
+    def items(self) -> int:
+        return int(self.seeds[0].metrics["items"])
+
+    @property
+    def longest(self) -> _Seed:
+        return max(self.seeds, key=lambda seed: len(seed.epochs))
 
     @property
     def views(self) -> list[str]:
@@ -183,7 +191,7 @@ def _read_seed(folder: Path) -> _Seed:
 
 def _facts(results: _Results) -> list[tuple[str, str]]:
     """What the run was, as pairs of a name and a value."""
-    config, metrics, seeds = results.seeds[0].config, results.metrics, results.seeds
+    config, seeds = results.seeds[0].config, results.seeds
     trained = [line for seed in seeds for line in seed.epochs]
     busy = sum(line["seconds"] for line in trained)
     targets = sum(line["seconds"] * line["targets_per_second"] for line in trained)
@@ -191,10 +199,10 @@ def _facts(results: _Results) -> list[tuple[str, str]]:
     hard = {line["negatives"].split(" of ")[0] for line in trained if _is_hard(line)}
     facts = [
         ("Data", data),
-        ("Catalog", f"{metrics.get('items', seeds[0].metrics['items']):,} items"),
+        ("Catalog", f"{results.items:,} items"),
         ("Seeds" if len(seeds) > 1 else "Seed", _listed(seed.metrics["seed"] for seed in seeds)),
         ("Hard negatives", _listed(sorted(hard))),
-        ("Best epoch", f"{_listed(s.metrics['best_epoch'] for s in seeds)} of {_listed(len(s.epochs) for s in seeds)}"),
+        ("Best epoch", ", ".join(f"{seed.metrics['best_epoch']} of {len(seed.epochs)}" for seed in seeds)),
         ("Time", _duration(sum(seed.seconds for seed in seeds))),
         ("Speed", f"{targets / max(busy, 1e-9):,.0f} targets a second"),
         ("Peak memory", _size(max(line["peak_memory"] for seed in seeds for line in seed.history))),
@@ -221,9 +229,7 @@ def _shown(value: Any) -> str:
 
 
 def _listed(values: Iterable[Any]) -> str:
-    """Values separated by commas; one value where all are equal."""
-    texts = [str(value) for value in values]
-    return texts[0] if len(set(texts)) == 1 else ", ".join(texts)
+    return ", ".join(str(value) for value in values)
 
 
 def _percent(fraction: float, digits: int = 2) -> str:
@@ -267,21 +273,18 @@ def _headline_chart(results: _Results, metric: str) -> Markup:
     """A bar for each view, with its value."""
     test, deviation, views = results.metrics["test"], results.metrics.get("test_std"), results.views
     values = [100 * test[view][metric] for view in views]
-    labels = [f"{value:.2f}" for value in values]
+    spreads = [f" ± {100 * deviation[view][metric]:.2f}" if deviation else "" for view in views]
+    labels = [f"{value:.2f}{spread}" for value, spread in zip(values, spreads, strict=True)]
 
     def draw(axes: Axes) -> None:
-        errors = [100 * deviation[view][metric] for view in views] if deviation else None
         axes.barh(range(len(views)), values, height=0.66, color=[LIGHT[view] for view in views])
-        if errors:
-            axes.errorbar(values, range(len(views)), xerr=errors, fmt="none", ecolor=LIGHT["ink"], elinewidth=1.2)
         for row, (value, label) in enumerate(zip(values, labels, strict=True)):
-            reach = value + (errors[row] if errors else 0.0)
             axes.annotate(
-                label, (reach, row), (5, 0), textcoords="offset points", va="center", fontsize=12, weight="bold"
+                label, (value, row), (5, 0), textcoords="offset points", va="center", fontsize=12, weight="bold"
             )
         axes.set_yticks(range(len(views)), [VIEW_NAMES[view] for view in views], fontsize=11, color=LIGHT["ink"])
         axes.set_ylim(len(views) - 0.5, -0.5)
-        axes.set_xlim(0, 1.25 * max(*values, 1e-3))
+        axes.set_xlim(0, (1.5 if deviation else 1.25) * max(*values, 1e-3))
         axes.spines["bottom"].set_visible(False)
         axes.xaxis.set_visible(False)
 
@@ -291,24 +294,25 @@ def _headline_chart(results: _Results, metric: str) -> Markup:
 
 def _validation_chart(results: _Results, metric: str) -> Markup:
     """The metric by epoch for each view, over the phases of the training, with each seed's best epoch."""
-    fused = results.views[0]
+    views = results.views
 
     def draw(axes: Axes) -> None:
         _shade_phases(axes, results)
-        for view in reversed(results.views):  # the fused score on top
+        for view in reversed(views):  # the fused score on top
             _draw_lines(axes, results.lines(partial(_validation, view, metric)), view)
-        for seed, series in zip(results.seeds, results.lines(partial(_validation, fused, metric)), strict=True):
-            _mark_best(axes, seed.metrics["best_epoch"], series[seed.metrics["best_epoch"]], len(seed.history) - 1)
-        _finish_epochs(axes)
+        for seed, series in zip(results.seeds, results.lines(partial(_validation, views[0], metric)), strict=True):
+            best = seed.metrics["best_epoch"]
+            axes.plot(best, series[best], "o", color=LIGHT["ink"], markersize=10, markerfacecolor="none", clip_on=False)
+        _finish_epochs(axes, results)
         axes.set_ylim(bottom=0)
 
-    shown = " and ".join(VIEW_NAMES[view] for view in results.views)
+    shown = " and ".join(VIEW_NAMES[view] for view in views)
     return _svg(f"validation-{metric}", f"Validation {_metric_name(metric)} in percent by epoch: {shown}", 3.0, draw)
 
 
 def _loss_chart(results: _Results) -> Markup:
     """Training loss by epoch: of each student, and of the parts of a naive fusion where they are known."""
-    longest = max(results.seeds, key=lambda seed: len(seed.epochs))
+    longest = results.longest
     students = sorted({line["student"] for line in longest.epochs}, key=VIEWS.index)
     parts = [view for view in ("id", "text") if any(f"loss_{view}" in line for line in longest.epochs)]
 
@@ -320,7 +324,7 @@ def _loss_chart(results: _Results) -> Markup:
             own = results.lines(partial(_own_loss, view))
             soft = {line["epoch"] for line in longest.epochs if not _is_hard(line)}
             _draw_lines(axes, own, view, hollow=soft)
-        _finish_epochs(axes)
+        _finish_epochs(axes, results)
 
     shown = " and ".join(VIEW_NAMES[view] for view in students + parts)
     return _svg("loss", f"Training loss by epoch: {shown}", 3.0, draw)
@@ -413,7 +417,7 @@ def _phases(seed: _Seed) -> list[dict[str, Any]]:
 
 def _shade_phases(axes: Axes, results: _Results) -> None:
     """Where students take turns, a tint in the student's colour; a dotted line where hard negatives begin."""
-    phases = _phases(max(results.seeds, key=lambda seed: len(seed.epochs)))
+    phases = _phases(results.longest)
     if len({phase["student"] for phase in phases}) > 1:
         for phase in phases:
             begin, end, colour = phase["first"] - 1, phase["last"], LIGHT[phase["student"]]
@@ -424,25 +428,17 @@ def _shade_phases(axes: Axes, results: _Results) -> None:
             axes.axvline(before["last"], color=LIGHT["ink"], linewidth=1.1, linestyle=(0, (1, 2)))
 
 
-def _mark_best(axes: Axes, epoch: int, value: float, last: int) -> None:
-    """A ring around the fused score of the best epoch, and its value above the figure."""
-    axes.plot(epoch, value, marker="o", markersize=10, color=LIGHT["ink"], markerfacecolor="none", markeredgewidth=1.3)
-    axes.plot(
-        epoch,
-        1.035,
-        marker="v",
-        markersize=5,
-        color=LIGHT["ink"],
-        transform=axes.get_xaxis_transform(),
-        clip_on=False,
-    )
-
-
-def _finish_epochs(axes: Axes) -> None:
+def _finish_epochs(axes: Axes, results: _Results) -> None:
+    """The epoch axis, with a tip above the figure at the best epoch of each seed."""
+    best = [seed.metrics["best_epoch"] for seed in results.seeds]
+    above: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+    axes.plot(best, [1.035] * len(best), "v", color=LIGHT["ink"], markersize=5, **above)
     axes.grid(True, axis="y")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     axes.set_xlabel("epoch")
-    axes.margins(x=0.02, y=0.12)
+    last = len(results.longest.epochs)
+    axes.set_xlim(-0.02 * last, 1.02 * last)
+    axes.margins(y=0.12)
 
 
 def _finish_groups(axes: Axes, names: list[str]) -> None:

@@ -174,6 +174,17 @@ def test_views_that_a_variant_lacks_are_left_out(
     assert not set(hidden) & set(page.text)
 
 
+@pytest.mark.parametrize(
+    ("variant", "turns", "hard"), [("alterrec", True, True), ("random", True, False), ("id_only", False, False)]
+)
+def test_phases_are_told_apart(tmp_path: Path, variant: str, turns: bool, hard: bool) -> None:
+    make_run(tmp_path, variant)
+    _, page = read(tmp_path)
+    assert ("ID is trained" in page.text) is turns
+    assert ("Hard negatives begin" in page.text) is hard
+    assert ("ranks 6:1842" in page.text) is hard
+
+
 def test_parts_of_naive_concatenation_have_loss_curves(tmp_path: Path) -> None:
     make_run(tmp_path, "nfrec_concat")
     _, page = read(tmp_path)

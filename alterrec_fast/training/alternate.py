@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from alterrec_fast.data.batches import Batch, pack, plan
-from alterrec_fast.data.sessions import Dataset
+from alterrec_fast.data.sessions import DataError, Dataset
 from alterrec_fast.model.networks import Recommender
 from alterrec_fast.model.packing import Packing
 from alterrec_fast.ops import RankSlice, rank_slice, slice_cross_entropy
@@ -51,6 +51,9 @@ class Trainer:
     """One run: the recommender, an optimiser for each network, and the state; `fit` goes through the plan."""
 
     def __init__(self, config: Config, dataset: Dataset, features: Tensor | None, run: Path):
+        for name in ("train", "validation"):
+            if len(dataset.split(name)) == 0:
+                raise DataError(f"{dataset.path}: the {name} split is empty; training needs one")
         self.config, self.dataset, self.run = config, dataset, run
         self.device = torch.device(pick_device(config.device))
         self.bounds = config.slice_bounds(dataset.num_items)
