@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import shlex
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from alterrec_fast.data.prepare import prepare as prepare_data
-from alterrec_fast.data.sessions import SPLITS, DataError
+from alterrec_fast.data.sessions import DataError
 from alterrec_fast.doctor import diagnose
 from alterrec_fast.ops import BackendError
 from alterrec_fast.run import RunError, load, train_seeds
 from alterrec_fast.run import train as train_one
 from alterrec_fast.training.checkpoint import CheckpointError
-from alterrec_fast.training.config import METRICS, VARIANTS, ConfigError, demo_settings, from_mapping, read_toml
+from alterrec_fast.training.config import METRICS, Variant, ConfigError, demo_settings, from_mapping, read_toml
 from alterrec_fast.training.evaluate import VIEWS
 
 app = typer.Typer(
@@ -28,10 +27,9 @@ app = typer.Typer(
 )
 KNOWN_ERRORS = (BackendError, CheckpointError, ConfigError, DataError, RunError)
 
-Source = Enum("Source", {name: name for name in ("generic", "amazon-m2", "online-retail", "recbole")}, type=str)
-Catalog = Enum("Catalog", {name: name for name in ("sessions", "all")}, type=str)
-VariantName = Enum("VariantName", {name: name for name in VARIANTS}, type=str)
-Split = Enum("Split", {name: name for name in SPLITS}, type=str)
+Source = Literal["generic", "amazon-m2", "online-retail", "recbole"]
+Catalog = Literal["sessions", "all"]
+Split = Literal["train", "validation", "test"]
 
 
 @app.command()
@@ -39,19 +37,21 @@ def prepare(
     source: Annotated[Source, typer.Argument(help="layout of the raw files")],
     raw: Annotated[Path, typer.Argument(help="folder or file with the raw data")],
     out: Annotated[Path, typer.Argument(help="folder to make")],
-    text_columns: Annotated[str | None, typer.Option(help="item text columns, separated by commas; default: all")] = None,
+    text_columns: Annotated[
+        str | None, typer.Option(help="item text columns, separated by commas; default: all")
+    ] = None,
     locale: Annotated[str | None, typer.Option(help="amazon-m2: UK, DE, JP, ES, FR or IT")] = None,
     test: Annotated[Path | None, typer.Option(help="amazon-m2: labelled test file")] = None,
     validation_fraction: Annotated[float, typer.Option(help="share of the sessions before the test ones")] = 0.1,
     test_fraction: Annotated[float, typer.Option(help="share of the latest sessions")] = 0.2,
-    catalog: Annotated[Catalog, typer.Option(help="items of some session, or all of the item table")] = Catalog.sessions,  # type: ignore[attr-defined]
+    catalog: Annotated[Catalog, typer.Option(help="items of some session, or all of the item table")] = "sessions",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT")] = False,
 ) -> None:
     """Turn raw files into a data set on disk; prints what was read, kept and left out."""
     columns = None if text_columns is None else [name.strip() for name in text_columns.split(",")]
-    with _errors():
+    with _Errors():
         summary = prepare_data(
-            source.value,
+            source,
             raw,
             out,
             text_columns=columns,
@@ -59,7 +59,7 @@ def prepare(
             test=test,
             validation_fraction=validation_fraction,
             test_fraction=test_fraction,
-            catalog=catalog.value,
+            catalog=catalog,
             overwrite=overwrite,
         )
     typer.echo(str(summary))
@@ -69,7 +69,7 @@ def prepare(
 def train(
     data: Annotated[Path | None, typer.Option(help="folder made by prepare")] = None,
     demo: Annotated[bool, typer.Option("--demo", help="train on a generated shop; needs no data")] = False,
-    variant: Annotated[VariantName | None, typer.Option(help="default: alterrec")] = None,
+    variant: Annotated[Variant | None, typer.Option(help="default: alterrec")] = None,
     out: Annotated[Path | None, typer.Option(help="run directory; with --demo runs/demo")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings")] = None,
     seed: Annotated[int | None, typer.Option(help="default: 0")] = None,
@@ -79,7 +79,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
 ) -> None:
     """Train one variant; leaves a run directory with checkpoints, metrics.json and report.html."""
-    with _errors():
+    with _Errors():
         values: dict[str, Any] = demo_settings() if demo else {}
         values |= read_toml(config) if config else {}
         for setting in settings or []:
@@ -90,7 +90,7 @@ def train(
         given = {
             "data": None if data is None else str(data),
             "demo": demo or None,
-            "variant": None if variant is None else variant.value,
+            "variant": variant,
             "out": None if out is None else str(out),
             "seed": seed,
             "text_model": text_model,
@@ -112,7 +112,7 @@ def recommend(
     repeats: Annotated[bool, typer.Option("--repeats", help="also items of the session itself")] = False,
 ) -> None:
     """Print the best next items after a session: ids, scores and titles."""
-    with _errors():
+    with _Errors():
         try:
             found = load(run).recommend(shlex.split(session), n, repeats)
         except ValueError as error:
@@ -125,14 +125,14 @@ def recommend(
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="run directory")],
-    split: Annotated[Split, typer.Option(help="which sessions")] = Split.test,  # type: ignore[attr-defined]
+    split: Annotated[Split, typer.Option(help="which sessions")] = "test",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON with the long-tail groups")] = False,
 ) -> None:
     """Measure the best epoch of a run on one split."""
-    with _errors():
-        found = load(run).evaluate(split.value)
+    with _Errors():
+        found = load(run).evaluate(split)
     if as_json:
-        typer.echo(json.dumps({split.value: found.metrics(), "groups": found.groups()}, indent=2))
+        typer.echo(json.dumps({split: found.metrics(), "groups": found.groups()}, indent=2))
     else:
         typer.echo(_table(found.metrics()))
 
@@ -143,7 +143,7 @@ def doctor() -> None:
     typer.echo(diagnose())
 
 
-class _errors:
+class _Errors:
     """Turns what a user can mend into one line on standard error and exit status 1."""
 
     def __enter__(self) -> None:
@@ -189,5 +189,3 @@ def _table(test: dict[str, Any], deviation: dict[str, Any] | None = None) -> str
             cells.append(f"{100 * test[view][name]:.2f}{spread}")
         rows.append(f"{view:8s}" + "".join(f"{cell:>15s}" for cell in cells))
     return "\n".join(rows)
-
-

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from alterrec_fast.data.sessions import Dataset
-from alterrec_fast.model.networks import Recommender
 from alterrec_fast.model.packing import Packing
 from alterrec_fast.ops import top_k
 from alterrec_fast.report import write_report
@@ -29,7 +28,7 @@ from alterrec_fast.training.config import Config, ConfigError, from_mapping, rea
 from alterrec_fast.training.evaluate import Evaluation, evaluate, training_counts
 from alterrec_fast.training.variants import build, needs_text
 
-CONFIG, METRICS = "config.toml", "metrics.json"
+CONFIG, METRICS, DEMO_DATA = "config.toml", "metrics.json", "data"
 WHERE_FREE = ("backend", "device", "checkpoint_minutes", "out")  # settings that a resumed run may change
 
 
@@ -56,11 +55,13 @@ def train(config: Config, resume: bool = False, progress: Progress | None = None
     """
     config = _with_places(config)
     run = Path(config.out)
-    _claim(run, config, resume)
+    _check_place(run, config, resume)
     if (run / METRICS).exists():  # finished; only the report may be missing
         return _finish(run, json.loads((run / METRICS).read_text(encoding="utf-8")))
     dataset = _dataset(config)
     trainer = Trainer(config, dataset, _features(config, dataset), run)
+    if not (run / CONFIG).exists():
+        checkpoint.write_text(run / CONFIG, config.to_toml())
     if resume:
         trainer.resume()
     recommender = trainer.fit(progress or (lambda line: None))
@@ -79,9 +80,7 @@ def train(config: Config, resume: bool = False, progress: Progress | None = None
     return _finish(run, metrics)
 
 
-def train_seeds(
-    config: Config, seeds: Sequence[int], resume: bool = False, progress: Progress | None = None
-) -> Result:
+def train_seeds(config: Config, seeds: Sequence[int], resume: bool = False, progress: Progress | None = None) -> Result:
     """Trains one run a seed, in config.out/seed-N, and writes their mean and standard deviation beside them."""
     if len(set(seeds)) != len(seeds) or not seeds:
         raise ConfigError(f"seeds must be one or more different numbers, got {list(seeds)}")
@@ -187,13 +186,12 @@ def _with_places(config: Config) -> Config:
     return config.replace(out=out, data=str(Path(config.data).absolute()) if config.data else "")
 
 
-def _claim(run: Path, config: Config, resume: bool) -> None:
-    """Writes config.toml into a new run directory, or checks that a resumed run was made with the same settings."""
+def _check_place(run: Path, config: Config, resume: bool) -> None:
+    """Raises RunError where the run directory is taken, or holds a run of other settings than the one to be resumed."""
     written = run / CONFIG
     if not written.exists():
-        if run.exists() and any(run.iterdir()) and not resume:
-            raise RunError(f"{run} is not empty; choose another --out")
-        checkpoint.write_text(written, config.to_toml())
+        if run.exists() and any(path.name != DEMO_DATA for path in run.iterdir()):
+            raise RunError(f"{run} holds other files and no run; choose another --out")
         return
     if not resume:
         raise RunError(f"{run} holds a run already; choose another --out, or go on with --resume")
@@ -211,7 +209,7 @@ def _demo_data(config: Config) -> Path:
         return Path(config.data)
     from alterrec_fast.data.shop import ShopConfig, write_shop
 
-    folder = Path(config.out) / "data"
+    folder = Path(config.out) / DEMO_DATA
     if not folder.exists():
         write_shop(folder, ShopConfig())
     return folder
@@ -246,4 +244,3 @@ def _over(how: Any, values: list[Any]) -> Any:
 def _deviation(values: list[float]) -> float:
     """Sample standard deviation, 0 of a single value."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
-

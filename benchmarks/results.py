@@ -10,7 +10,6 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -18,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from alterrec_fast.benchmarks.count_baselines import BASELINES
+
 from alterrec_fast.data.prepare import prepare
 from alterrec_fast.data.sessions import Dataset
 from alterrec_fast.run import train
@@ -55,14 +54,14 @@ def main() -> None:
     data = options.out / "data"
     if not data.exists():
         print(prepare("generic", options.raw, data))
-    jobs = [
-        (_config(row, seed, data, options), options.threads) for seed in range(options.seeds) for row in ROWS
-    ]
+    jobs = [(_config(row, seed, data, options), options.threads) for seed in range(options.seeds) for row in ROWS]
     # Spawned, not forked: torch's thread pool does not survive a fork.
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
         for config, metrics in zip((job[0] for job in jobs), pool.map(_train, jobs), strict=True):
             fused = metrics["test"]["fused"]
-            print(f"{Path(config.out).name:40s} {100 * fused['hits@20']:6.2f} {100 * fused['ndcg@20']:6.2f}", flush=True)
+            print(
+                f"{Path(config.out).name:40s} {100 * fused['hits@20']:6.2f} {100 * fused['ndcg@20']:6.2f}", flush=True
+            )
     runs = {row.name: [_finished(row, seed, options.out) for seed in range(options.seeds)] for row in ROWS}
     dataset = Dataset.load(data)
     table = _page(runs, _count(dataset), dataset, options, (time.monotonic() - begun) / 60)
@@ -128,8 +127,8 @@ def _page(
     sizes = ", ".join(f"{len(dataset.split(name)):,} {name}" for name in ("train", "validation", "test"))
     shared = ", ".join(f"{name} = {value}" for name, value in SETTINGS.items())
     lines = [
-        f"Online Retail: {sizes} sessions, {dataset.num_items:,} items; width {options.width}, {options.epochs} epochs, "
-        f"{options.seeds} seeds; {shared}. This pass took {minutes:.0f} minutes.",
+        f"Online Retail: {sizes} sessions, {dataset.num_items:,} items; width {options.width}, "
+        f"{options.epochs} epochs, {options.seeds} seeds; {shared}. This pass took {minutes:.0f} minutes.",
         "",
         "| test, in % | " + " | ".join(METRICS) + " | ID hits@20 | ID ndcg@20 | text hits@20 | text ndcg@20 |",
         "| --- |" + " --- |" * (len(METRICS) + 4),
@@ -155,19 +154,18 @@ def _cell(seeds: list[Metrics], view: str, metric: str) -> str:
 def _orderings(runs: dict[str, list[Metrics]], counted: dict[str, Metrics]) -> list[str]:
     """Whether AlterRec's fused score is above what it should be above, with the figures."""
 
-    def mean(name: str, view: str) -> Callable[[str], float]:
-        return lambda metric: statistics.fmean(100 * one["test"][view][metric] for one in runs[name])
+    def mean(name: str, view: str, metric: str) -> float:
+        return statistics.fmean(100 * one["test"][view][metric] for one in runs[name])
 
     lines = []
     for name in ("alterrec", "alterrec, hard_fraction 0.5", "alterrec_aug"):
-        rivals = {"its ID network": mean(name, "id"), "its text network": mean(name, "text")}
-        rivals |= {rival: mean(rival, "fused") for rival in ("id_only", "text_only", "random")}
-        rivals |= {rival: (lambda metric, r=rival: 100 * counted[r][metric]) for rival in counted}
         for metric in ("hits@20", "ndcg@20"):
-            ours = mean(name, "fused")(metric)
+            ours = mean(name, "fused", metric)
+            rivals = {f"its {part} network": mean(name, part, metric) for part in ("id", "text")}
+            rivals |= {rival: mean(rival, "fused", metric) for rival in ("id_only", "text_only", "random")}
+            rivals |= {rival: 100 * found[metric] for rival, found in counted.items()}
             against = ", ".join(
-                f"{'above' if ours > value(metric) else 'BELOW'} {rival} ({value(metric):.2f})"
-                for rival, value in rivals.items()
+                f"{'above' if ours > value else 'BELOW'} {rival} ({value:.2f})" for rival, value in rivals.items()
             )
             lines.append(f"- {name}, {metric} {ours:.2f}: {against}.")
     return lines

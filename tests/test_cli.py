@@ -12,7 +12,22 @@ from typer.testing import CliRunner, Result
 from alterrec_fast.cli import app
 from alterrec_fast.data.sessions import Dataset
 
-FAST = "--set width=16 --set layers=1 --set m_random=1 --set m_gap=1 --set m_max=2 --set k1=2 --set k2=40".split()
+FAST = [
+    "--set",
+    "width=16",
+    "--set",
+    "layers=1",
+    "--set",
+    "m_random=1",
+    "--set",
+    "m_gap=1",
+    "--set",
+    "m_max=2",
+    "--set",
+    "k1=2",
+    "--set",
+    "k2=40",
+]
 
 
 def run(*args: str | Path) -> Result:

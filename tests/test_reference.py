@@ -46,9 +46,7 @@ def test_rank_slice_is_the_slice_of_a_stable_sort(size: tuple[int, int, int], se
     top = data.draw(st.integers(0, v - first))
     query, catalog, bias = integers(b, d, seed), integers(v, d, seed + 1), integers(1, v, seed + 2)[0]
     exclude = torch.randint(-2, v, (b, 3), generator=torch.Generator().manual_seed(seed))
-    found = af.rank_slice(
-        query, catalog, start, stop, top, exclude, bias=bias, first_item=first, backend="reference"
-    )
+    found = af.rank_slice(query, catalog, start, stop, top, exclude, bias=bias, first_item=first, backend="reference")
     scores = query @ catalog.T + bias
     for row in range(b):
         order = [item + first for item in ranking(scores[row, first:])]
@@ -204,7 +202,9 @@ def test_gradcheck(shared: bool, with_slice: bool) -> None:
 def test_empty_slices_and_ignored_rows_give_zero_gradients() -> None:
     query, catalog = torch.randn(3, 4, requires_grad=True), torch.randn(10, 4, requires_grad=True)
     neg = af.RankSlice.from_indices(torch.tensor([[2, -1], [5, 6], [1, 3]]), 10)
-    loss = af.slice_cross_entropy(query, catalog, torch.tensor([2, 5, -100]), neg, reduction="none", backend="reference")
+    loss = af.slice_cross_entropy(
+        query, catalog, torch.tensor([2, 5, -100]), neg, reduction="none", backend="reference"
+    )
     assert loss[0] == 0.0  # its only negative is the target
     assert loss[1] > 0.0
     assert loss[2] == 0.0

@@ -93,7 +93,7 @@ class Dataset:
 
     @cached_property
     def items(self) -> pl.DataFrame:
-        """The item table, row i for catalog row i: ``item_id`` (String) and the text columns (String, null if missing)."""
+        """The item table, row i for catalog row i: ``item_id`` and the text columns (String, null if missing)."""
         import polars as pl
 
         return pl.read_parquet(self.path / "items.parquet")

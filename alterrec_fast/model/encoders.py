@@ -23,7 +23,8 @@ class IdItems(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self) -> Tensor:
-        return self.norm(self.table)  # (V, d)
+        vectors: Tensor = self.norm(self.table)
+        return vectors  # (V, d)
 
 
 class TextItems(nn.Module):
@@ -39,7 +40,8 @@ class TextItems(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self) -> Tensor:
-        return self.norm(self.dropout(F.relu(self.linear(self.features))))  # (V, d)
+        vectors: Tensor = self.norm(self.dropout(F.relu(self.linear(self.features))))
+        return vectors  # (V, d)
 
 
 class SumItems(nn.Module):
@@ -50,7 +52,8 @@ class SumItems(nn.Module):
         self.id, self.text = id_items, text_items
 
     def forward(self) -> Tensor:
-        return self.id() + self.text()  # (V, d)
+        vectors: Tensor = self.id() + self.text()
+        return vectors  # (V, d)
 
 
 class ConcatItems(nn.Module):
@@ -113,7 +116,8 @@ class Block(nn.Module):
             mixed.append(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2))
         attention = self.out(packing.gather(mixed).view(t, d))
         x = self.norm_attention(x + self.dropout(attention))
-        return self.norm_forward(x + self.dropout(self.down(F.relu(self.up(x)))))  # type: ignore[no-any-return]
+        vectors: Tensor = self.norm_forward(x + self.dropout(self.down(F.relu(self.up(x)))))
+        return vectors
 
 
 def initialise(module: nn.Module, scheme: str, width: int) -> None:

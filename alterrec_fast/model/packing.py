@@ -52,7 +52,9 @@ class Packing:
         starts = ends - lengths
         total = int(ends[-1])
         order = np.argsort(-lengths, kind="stable")
-        tokens, slot, groups, begin = [], np.empty(total, np.int64), [], 0
+        tokens: list[np.ndarray] = []
+        groups: list[tuple[int, int]] = []
+        slot, begin = np.empty(total, np.int64), 0
         for members, longest in _groups(lengths[order]):
             chosen = order[begin : begin + members]
             place = np.arange(longest)

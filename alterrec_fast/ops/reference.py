@@ -50,7 +50,9 @@ class _TouchedRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (ids,) = ctx.saved_tensors
-        return torch.sparse_coo_tensor(ids.unsqueeze(0), grad, ctx.shape, check_invariants=False, is_coalesced=True), None
+        return torch.sparse_coo_tensor(
+            ids.unsqueeze(0), grad, ctx.shape, check_invariants=False, is_coalesced=True
+        ), None
 
 
 def widen(x: Tensor, precision: str) -> Tensor:

@@ -63,9 +63,7 @@ class Trainer:
             self.recommender = build(config, dataset.num_items, features).to(self.device)
         rates = {"id": config.lr_id, "text": config.lr_text, "fused": config.lr_id}
         self.optimizers = {
-            name: torch.optim.Adam(
-                network.parameters(), lr=rates[name], weight_decay=config.weight_decay, fused=True
-            )
+            name: torch.optim.Adam(network.parameters(), lr=rates[name], weight_decay=config.weight_decay, fused=True)
             for name, network in self.recommender.networks.items()
         }
         self.state = State()
@@ -132,7 +130,9 @@ class Trainer:
         return {
             "epoch": epoch.number,
             "student": epoch.student,
-            "negatives": "uniform" if epoch.teacher is None else f"ranks {self.bounds[0]}:{self.bounds[1]} of {epoch.teacher}",
+            "negatives": "uniform"
+            if epoch.teacher is None
+            else f"ranks {self.bounds[0]}:{self.bounds[1]} of {epoch.teacher}",
             "learning_rate": rate,
             **{name: sums[name] / total for name in sums if name.startswith("loss")},
             "seconds": sums["seconds"],

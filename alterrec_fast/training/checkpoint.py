@@ -21,7 +21,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message names the file and the cause."""
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Has `write` fill a draft beside `path` and moves it there in one step, durably.
 
     A crash or a full disk leaves what was at `path` before, and no draft. Raises CheckpointError with the cause.
@@ -51,7 +51,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda draft: draft.write_text(text, encoding="utf-8") and None)
+    write_whole(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:

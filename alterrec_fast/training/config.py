@@ -132,7 +132,7 @@ class Config:
         return from_mapping({**dataclasses.asdict(self), **changes}, "settings")
 
     def to_toml(self) -> str:
-        """TOML of every field; None, which TOML lacks, is left out and is the default of the fields that may hold it."""
+        """TOML of every field; None, which TOML lacks, is left out and is the default of the fields that hold it."""
         return tomli_w.dumps({name: value for name, value in dataclasses.asdict(self).items() if value is not None})
 
 
@@ -145,7 +145,7 @@ def _adapter() -> TypeAdapter[Config]:
 
 
 def from_mapping(values: Mapping[str, Any], where: str) -> Config:
-    """A Config of these values; strings are read as numbers where numbers are due. Raises ConfigError, naming `where`."""
+    """A Config of these values, strings read as numbers where those are due. Raises ConfigError, naming `where`."""
     try:
         return _adapter().validate_python(dict(values))
     except ValidationError as error:
