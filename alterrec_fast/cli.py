@@ -16,7 +16,7 @@ from alterrec_fast.ops import BackendError
 from alterrec_fast.run import RunError, load, train_seeds
 from alterrec_fast.run import train as train_one
 from alterrec_fast.training.checkpoint import CheckpointError
-from alterrec_fast.training.config import METRICS, Variant, ConfigError, demo_settings, from_mapping, read_toml
+from alterrec_fast.training.config import METRICS, ConfigError, Variant, demo_settings, from_mapping, read_toml
 from alterrec_fast.training.evaluate import VIEWS
 
 app = typer.Typer(
