@@ -73,7 +73,7 @@ def slice_cross_entropy(
         members = None if neg is None else neg.ids if neg.bits is None else neg.bits
         kept_size = 0
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, catalog, bias)):
-            kept_size = torch.sym_min(keep_bytes, _kept_bytes(b, v))
+            kept_size = torch.sym_min(keep_bytes, _kept_bytes(b, v, query.shape[1]))
         rows = torch.ops.alterrec_fast.slice_cross_entropy(
             query,
             catalog,
@@ -107,9 +107,10 @@ def slice_cross_entropy(
     return register.reduce_loss(rows, target, ignore_index, reduction)
 
 
-def _kept_bytes(rows: int, items: int) -> int:
-    """The most that the native engine can use: a float32 for each logit of whole tiles of 512 items, and its scale."""
-    return rows * -(-items // 512) * (512 + 1) * 4
+def _kept_bytes(rows: int, items: int, width: int) -> int:
+    """The most that the native engine can use: float32 logits of whole tiles of 512 items with a scale for each tile
+    and row; for a slice of ids, a softmax over them and a mean embedding."""
+    return rows * (-(-items // 512) * (512 + 1) + width) * 4
 
 
 register.LIBRARY.define(

@@ -12,6 +12,12 @@ namespace {
 
 constexpr int64_t kRowsPerTask = 64;
 
+// log(1 + exp(x)) and its derivative, exact at both ends.
+double softplus(double x) { return std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x))); }
+double sigmoid(double x) { return x >= 0 ? 1.0 / (1.0 + std::exp(-x)) : std::exp(x) / (1.0 + std::exp(x)); }
+
+}  // namespace
+
 void check_id(const char* name, int64_t row, int64_t id, int64_t none, int64_t first, int64_t stop) {
   if (id == none || (id >= first && id < stop)) return;
   std::ostringstream message;
@@ -19,12 +25,6 @@ void check_id(const char* name, int64_t row, int64_t id, int64_t none, int64_t f
           << stop << ")";
   throw ValueError(message.str());
 }
-
-// log(1 + exp(x)) and its derivative, exact at both ends.
-double softplus(double x) { return std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x))); }
-double sigmoid(double x) { return x >= 0 ? 1.0 / (1.0 + std::exp(-x)) : std::exp(x) / (1.0 + std::exp(x)); }
-
-}  // namespace
 
 void Fault::raise() const {
   if (row < 0) return;

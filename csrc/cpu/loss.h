@@ -33,6 +33,9 @@ struct ValueError : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
+// Raises ValueError where an id is neither `none` nor in [first, stop).
+void check_id(const char* name, int64_t row, int64_t id, int64_t none, int64_t first, int64_t stop);
+
 // The first score, by row and then by column, that is not finite.
 struct Fault {
   int64_t row = -1, column = 0;
@@ -49,9 +52,9 @@ struct Fault {
 
 // Where gradients go; null for those that nobody needs. Rows are dense, in the dtype of the input.
 struct Gradients {
-  void* query;           // (B, d)
-  void* catalog;         // (rows, d)
-  float* bias;           // one for each row of the catalog's gradient
+  void* query;    // (B, d)
+  void* catalog;  // (rows, d)
+  float* bias;    // one for each row of the catalog's gradient
   bool query_bf16, catalog_bf16;
 };
 

@@ -5,6 +5,11 @@
 
 #include "cpu/isa.h"
 
+// Vectors are only passed to functions that are always inlined, so their calling convention does not matter.
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
+
 #define ALTERREC_INLINE inline __attribute__((always_inline))
 #define ALTERREC_INLINE_LAMBDA __attribute__((always_inline))
 

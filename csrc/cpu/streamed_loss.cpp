@@ -11,9 +11,9 @@
 namespace alterrec {
 namespace {
 
-constexpr int64_t kTile = 512;   // columns of a tile, a multiple of 64
-constexpr int64_t kBlock = 512;  // rows that meet a tile at once: kTile * kBlock logits stay in cache
-constexpr int64_t kWords = kTile / 64;
+constexpr int64_t kTileColumns = 512;   // columns of a tile, a multiple of 64
+constexpr int64_t kBlock = 512;  // rows that meet a tile at once: kTileColumns * kBlock logits stay in cache
+constexpr int64_t kWords = kTileColumns / 64;
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
 // Partial sums are over chunks of tiles. Their number must not depend on the number of threads, else results would.
@@ -36,13 +36,13 @@ int64_t part(int64_t n, int64_t chunk, int64_t chunks) { return n * chunk / chun
 
 struct StreamedLoss::Scratch {
   Buffer<uint64_t> masks;  // (kBlock, kWords)
-  Buffer<float> logits;    // (kBlock, kTile)
+  Buffer<float> logits;    // (kBlock, kTileColumns)
   Buffer<uint16_t> exponentials;  // the same in bf16
   Buffer<float> gathered, tile_copy;
   const float* tile;  // (count, d) float32
   int64_t tile_stride;
   AmxTile amx;
-  Buffer<float> weights, scaled_query, query_product, catalog_sum, row;
+  Buffer<float> weights, scaled_query, query_product, catalog_sum, bias_sum, row;
 };
 
 StreamedLoss::StreamedLoss(const LossProblem& problem, const Columns& columns, const Members& members)
@@ -53,7 +53,7 @@ StreamedLoss::StreamedLoss(const LossProblem& problem, const Columns& columns, c
       rows_(problem.query.rows),
       width_(problem.query.cols),
       padded_(arithmetic_ == Arithmetic::kBf16 ? round_up(width_, 32) : width_),
-      tiles_((columns.count + kTile - 1) / kTile),
+      tiles_((columns.count + kTileColumns - 1) / kTileColumns),
       query_(float_rows(problem.query, 0, rows_, problem.bf16, query_copy_, &query_stride_)),
       wanted_(problem, query_, query_stride_),
       target_column_(rows_),
@@ -74,7 +74,7 @@ int64_t StreamedLoss::column_of(int64_t item) const {
 }
 
 int64_t StreamedLoss::kept_tile_bytes() const {
-  return rows_ * (kTile * (arithmetic_ == Arithmetic::kBf16 ? 2 : 4) + static_cast<int64_t>(sizeof(float)));
+  return rows_ * (kTileColumns * (arithmetic_ == Arithmetic::kBf16 ? 2 : 4) + static_cast<int64_t>(sizeof(float)));
 }
 
 int64_t StreamedLoss::kept_bytes(int64_t limit) const {
@@ -89,7 +89,7 @@ StreamedLoss::Kept StreamedLoss::kept(const uint8_t* bytes, int64_t size) const 
 }
 
 StreamedLoss::Tile StreamedLoss::tile(int64_t index) const {
-  return {index, index * kTile, std::min(kTile, columns_.count - index * kTile)};
+  return {index, index * kTileColumns, std::min(kTileColumns, columns_.count - index * kTileColumns)};
 }
 
 // Makes the tile's rows ready for the products.
@@ -97,7 +97,7 @@ void StreamedLoss::load(const Tile& tile, Scratch& scratch) const {
   Matrix rows = problem_.catalog;
   if (columns_.items) {
     const int64_t bytes = width_ * (rows.bf16 ? 2 : 4);
-    char* out = reinterpret_cast<char*>(scratch.gathered.reserve(kTile * width_));
+    char* out = reinterpret_cast<char*>(scratch.gathered.reserve(kTileColumns * width_));
     for (int64_t i = 0; i < tile.count; ++i) {
       const char* from = static_cast<const char*>(row_at(rows, columns_.items[tile.begin + i]));
       std::copy_n(from, bytes, out + i * bytes);
@@ -152,21 +152,21 @@ bool StreamedLoss::fill_masks(const Tile& tile, int64_t begin, int64_t end, Scra
   return any != 0;
 }
 
-// y (end - begin, kTile): logits of the tile's columns, zeros beyond them up to a whole word of the mask.
+// y (end - begin, kTileColumns): logits of the tile's columns, zeros beyond them up to a whole word of the mask.
 void StreamedLoss::logits(const Tile& tile, int64_t begin, int64_t end, float* y, Scratch& scratch) const {
   const int64_t rows = end - begin;
   if (width_ == 0) {
-    std::fill(y, y + rows * kTile, 0.0f);
+    std::fill(y, y + rows * kTileColumns, 0.0f);
   } else if (arithmetic_ == Arithmetic::kBf16) {
-    scratch.amx.logits(query_bf16_.get() + begin * padded_, rows, y, kTile);
+    scratch.amx.logits(query_bf16_.get() + begin * padded_, rows, y, kTileColumns);
   } else {
     sgemm(false, true, rows, tile.count, width_, query_ + begin * query_stride_, query_stride_, scratch.tile,
-          scratch.tile_stride, y, kTile, false);
+          scratch.tile_stride, y, kTileColumns, false);
   }
   const float* shift = columns_.shift ? columns_.shift + tile.begin : nullptr;
   const bool plain = problem_.temperature == 1.0f && !shift;
   if (plain && tile.count % 64 == 0) return;
-  for (int64_t row = 0; row < rows; ++row, y += kTile) {
+  for (int64_t row = 0; row < rows; ++row, y += kTileColumns) {
     if (!plain) loss_kernels().affine(1.0f / problem_.temperature, shift, tile.count, y);
     std::fill(y + tile.count, y + round_up(tile.count, 64), 0.0f);
   }
@@ -186,11 +186,11 @@ void StreamedLoss::forward_tile(const Tile& tile, const Kept& kept, float* top, 
     }
     if (!loaded) load(tile, scratch);
     loaded = true;
-    const int64_t place = (tile.index * rows_ + begin) * kTile;  // in kept.values
+    const int64_t place = (tile.index * rows_ + begin) * kTileColumns;  // in kept.values
     const bool in_place = keeps && !bf16;
-    float* y = in_place ? reinterpret_cast<float*>(kept.values) + place : scratch.logits.reserve(kBlock * kTile);
+    float* y = in_place ? reinterpret_cast<float*>(kept.values) + place : scratch.logits.reserve(kBlock * kTileColumns);
     logits(tile, begin, end, y, scratch);
-    for (int64_t row = begin; row < end; ++row, y += kTile) {
+    for (int64_t row = begin; row < end; ++row, y += kTileColumns) {
       const uint64_t* mask = scratch.masks.get() + (row - begin) * kWords;
       bool finite = true;
       const float largest = kernel.row_max(y, mask, words, &finite);
@@ -201,7 +201,7 @@ void StreamedLoss::forward_tile(const Tile& tile, const Kept& kept, float* top, 
       }
       float part_sum;
       if (keeps && bf16) {
-        uint16_t* out = reinterpret_cast<uint16_t*>(kept.values) + place + (row - begin) * kTile;
+        uint16_t* out = reinterpret_cast<uint16_t*>(kept.values) + place + (row - begin) * kTileColumns;
         part_sum = kernel.row_exp_bf16(y, mask, words, largest, out);
       } else {
         part_sum = kernel.row_exp(y, mask, words, largest, y);
@@ -245,7 +245,7 @@ void StreamedLoss::forward(uint8_t* bytes, int64_t size, float* losses, float* l
   wanted_.losses(log_partition, losses);
 }
 
-// With p (end - begin, kTile) and the weights of these rows: catalog_sum (count, padded) = p^T (weight q), added where
+// With p (end - begin, kTileColumns) and the weights of these rows: catalog_sum (count, padded) = p^T (weight q), added where
 // `accumulate`, and query_sum (B, d) += weight (p e). Either may be null.
 void StreamedLoss::add_products(const Tile& tile, int64_t begin, int64_t end, const void* p, float* catalog_sum,
                                 bool accumulate, float* query_sum, Scratch& scratch) const {
@@ -259,19 +259,19 @@ void StreamedLoss::add_products(const Tile& tile, int64_t begin, int64_t end, co
       kernel.scale(weight[i], query_ + (begin + i) * query_stride_, width_, scaled + i * width_);
     }
     if (bf16) {
-      scratch.amx.catalog_product(static_cast<const uint16_t*>(p), kTile, rows, scaled, width_, catalog_sum,
+      scratch.amx.catalog_product(static_cast<const uint16_t*>(p), kTileColumns, rows, scaled, width_, catalog_sum,
                                   accumulate);
     } else {
-      sgemm(true, false, tile.count, width_, rows, static_cast<const float*>(p), kTile, scaled, width_, catalog_sum,
+      sgemm(true, false, tile.count, width_, rows, static_cast<const float*>(p), kTileColumns, scaled, width_, catalog_sum,
             padded_, accumulate);
     }
   }
   if (query_sum) {
     float* product = scratch.query_product.reserve(kBlock * padded_);
     if (bf16) {
-      scratch.amx.query_product(static_cast<const uint16_t*>(p), kTile, rows, product);
+      scratch.amx.query_product(static_cast<const uint16_t*>(p), kTileColumns, rows, product);
     } else {
-      sgemm(false, false, rows, width_, tile.count, static_cast<const float*>(p), kTile, scratch.tile,
+      sgemm(false, false, rows, width_, tile.count, static_cast<const float*>(p), kTileColumns, scratch.tile,
             scratch.tile_stride, product, padded_, false);
     }
     for (int64_t i = 0; i < rows; ++i) {
@@ -282,15 +282,15 @@ void StreamedLoss::add_products(const Tile& tile, int64_t begin, int64_t end, co
 
 void StreamedLoss::backward_tile(const Tile& tile, const Kept& kept, const float* log_partition,
                                  const std::vector<Pull>& pulls, float* query_sum, const Gradients& gradients,
-                                 Scratch& scratch) const {
+                                 bool by_item, Scratch& scratch) const {
   const LossKernels& kernel = loss_kernels();
   const bool keeps = tile.index < kept.tiles, bf16 = arithmetic_ == Arithmetic::kBf16;
   const int64_t words = (tile.count + 63) / 64;
-  // A float32 gradient is summed where it belongs, unless its rows are padded.
-  const bool direct = gradients.catalog && !gradients.catalog_bf16 && padded_ == width_;
+  // A float32 gradient is summed where it belongs, unless its rows are padded or scattered.
+  const bool direct = gradients.catalog && !gradients.catalog_bf16 && padded_ == width_ && !by_item;
   float* catalog_sum = direct ? static_cast<float*>(gradients.catalog) + tile.begin * width_
-                              : gradients.catalog ? scratch.catalog_sum.reserve(kTile * padded_) : nullptr;
-  float* bias_sum = gradients.bias ? gradients.bias + tile.begin : nullptr;
+                              : gradients.catalog ? scratch.catalog_sum.reserve(kTileColumns * padded_) : nullptr;
+  float* bias_sum = gradients.bias ? scratch.bias_sum.reserve(kTileColumns) : nullptr;
   if (bias_sum) std::fill(bias_sum, bias_sum + tile.count, 0.0f);
   load(tile, scratch);
   bool some = false;
@@ -306,19 +306,19 @@ void StreamedLoss::backward_tile(const Tile& tile, const Kept& kept, const float
         const float weight = wanted_.weights()[row];
         weights[row - begin] = weight == 0.0f ? 0.0f : weight * std::exp(top[row] - log_partition[row]);
       }
-      p = kept.values + (tile.index * rows_ + begin) * kTile * (bf16 ? 2 : 4);
+      p = kept.values + (tile.index * rows_ + begin) * kTileColumns * (bf16 ? 2 : 4);
     } else {
       if (!fill_masks(tile, begin, end, scratch)) continue;
-      float* y = scratch.logits.reserve(kBlock * kTile);
-      uint16_t* narrow = bf16 ? scratch.exponentials.reserve(kBlock * kTile) : nullptr;
+      float* y = scratch.logits.reserve(kBlock * kTileColumns);
+      uint16_t* narrow = bf16 ? scratch.exponentials.reserve(kBlock * kTileColumns) : nullptr;
       logits(tile, begin, end, y, scratch);
       for (int64_t i = 0; i < end - begin; ++i) {
         const uint64_t* mask = scratch.masks.get() + i * kWords;
         weights[i] = wanted_.weights()[begin + i];
         if (bf16) {
-          kernel.row_exp_bf16(y + i * kTile, mask, words, log_partition[begin + i], narrow + i * kTile);
+          kernel.row_exp_bf16(y + i * kTileColumns, mask, words, log_partition[begin + i], narrow + i * kTileColumns);
         } else {
-          kernel.row_exp(y + i * kTile, mask, words, log_partition[begin + i], y + i * kTile);
+          kernel.row_exp(y + i * kTileColumns, mask, words, log_partition[begin + i], y + i * kTileColumns);
         }
       }
       p = bf16 ? static_cast<const void*>(narrow) : y;
@@ -326,10 +326,10 @@ void StreamedLoss::backward_tile(const Tile& tile, const Kept& kept, const float
     for (int64_t i = 0; i < end - begin; ++i) weights[i] /= problem_.temperature;
     add_products(tile, begin, end, p, catalog_sum, some, query_sum, scratch);
     for (int64_t i = 0; bias_sum && i < end - begin; ++i) {
-      const float* row = static_cast<const float*>(p) + i * kTile;
+      const float* row = static_cast<const float*>(p) + i * kTileColumns;
       if (bf16) {
-        float* wide = scratch.row.reserve(kTile);
-        kernels().widen(static_cast<const uint16_t*>(p) + i * kTile, tile.count, wide);
+        float* wide = scratch.row.reserve(kTileColumns);
+        kernels().widen(static_cast<const uint16_t*>(p) + i * kTileColumns, tile.count, wide);
         row = wide;
       }
       kernel.add_scaled(weights[i], row, tile.count, bias_sum);
@@ -346,10 +346,11 @@ void StreamedLoss::backward_tile(const Tile& tile, const Kept& kept, const float
     if (catalog_sum) kernel.add_scaled(coefficient, q, width_, catalog_sum + column * padded_);
     if (bias_sum) bias_sum[column] += coefficient;
   }
-  if (catalog_sum && !direct) {
-    for (int64_t i = 0; i < tile.count; ++i) {
-      write_row(catalog_sum + i * padded_, tile.begin + i, width_, gradients.catalog_bf16, gradients.catalog);
-    }
+  for (int64_t i = 0; i < tile.count; ++i) {
+    const int64_t row = by_item ? columns_.items[tile.begin + i] : tile.begin + i;
+    if (bias_sum) gradients.bias[row] = bias_sum[i];
+    if (!catalog_sum || direct) continue;
+    write_row(catalog_sum + i * padded_, row, width_, gradients.catalog_bf16, gradients.catalog);
   }
 }
 
@@ -372,7 +373,7 @@ void StreamedLoss::finish_query(const std::vector<float>& parts, int64_t chunks,
 }
 
 void StreamedLoss::backward(const float* grad_losses, const float* log_partition, const uint8_t* bytes, int64_t size,
-                            const Gradients& gradients) {
+                            const Gradients& gradients, bool by_item) {
   const Kept keep = kept(bytes, size);
   wanted_.differentiate(grad_losses, log_partition);
   std::vector<Pull> pulls = wanted_.pulls();
@@ -384,7 +385,7 @@ void StreamedLoss::backward(const float* grad_losses, const float* log_partition
     Scratch scratch;
     float* query_sum = gradients.query ? parts.data() + chunk * rows_ * width_ : nullptr;
     for (int64_t t = part(tiles_, chunk, chunks); t < part(tiles_, chunk + 1, chunks); ++t) {
-      backward_tile(tile(t), keep, log_partition, pulls, query_sum, gradients, scratch);
+      backward_tile(tile(t), keep, log_partition, pulls, query_sum, gradients, by_item, scratch);
     }
   });
   if (gradients.query) finish_query(parts, chunks, gradients);

@@ -34,9 +34,10 @@ class StreamedLoss {
 
   void forward(uint8_t* kept, int64_t kept_size, float* losses, float* log_partition) const;
 
-  // The gradients of catalog and bias have one row for each column.
+  // The gradients of catalog and bias have one row for each column; with `by_item` column c's is row items[c], and
+  // other rows are left alone.
   void backward(const float* grad_losses, const float* log_partition, const uint8_t* kept, int64_t kept_size,
-                const Gradients& gradients);
+                const Gradients& gradients, bool by_item = false);
 
  private:
   struct Scratch;
@@ -49,7 +50,7 @@ class StreamedLoss {
   struct Kept {
     int64_t tiles;
     float* top;      // (tiles, B), the largest logits
-    uint8_t* values;  // (tiles, B, kTile) float32, or bfloat16 in bf16 arithmetic
+    uint8_t* values;  // (tiles, B, kTileColumns) float32, or bfloat16 in bf16 arithmetic
   };
 
   Kept kept(const uint8_t* bytes, int64_t size) const;
@@ -62,7 +63,7 @@ class StreamedLoss {
   void logits(const Tile& tile, int64_t begin, int64_t end, float* y, Scratch& scratch) const;
   void forward_tile(const Tile& tile, const Kept& kept, float* top, float* sum, Fault& fault, Scratch& scratch) const;
   void backward_tile(const Tile& tile, const Kept& kept, const float* log_partition, const std::vector<Pull>& pulls,
-                     float* query_sum, const Gradients& gradients, Scratch& scratch) const;
+                     float* query_sum, const Gradients& gradients, bool by_item, Scratch& scratch) const;
   void add_products(const Tile& tile, int64_t begin, int64_t end, const void* p, float* catalog_sum, bool accumulate,
                     float* query_sum, Scratch& scratch) const;
   void finish_query(const std::vector<float>& parts, int64_t chunks, const Gradients& gradients) const;
