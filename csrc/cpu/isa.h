@@ -13,10 +13,6 @@ const char* isa_name(Isa isa);
 
 }  // namespace alterrec
 
-// Marks a function compiled for more than the baseline; only code behind a check of isa() may call it.
 #if defined(__x86_64__)
 #define ALTERREC_X86 1
-#define ALTERREC_AVX2 __attribute__((target("avx2,fma,bmi,bmi2,popcnt,lzcnt")))
-#define ALTERREC_AVX512 \
-  __attribute__((target("avx2,fma,bmi,bmi2,popcnt,lzcnt,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")))
 #endif

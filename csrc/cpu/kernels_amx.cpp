@@ -1,6 +1,6 @@
-// What CPUs with matrix units add: they have AVX-512 with bfloat16 conversions.
+#include "cpu/kernels_amx.h"
+
 #include "cpu/isa.h"
-#include "cpu/kernels_x86.h"
 
 #ifdef ALTERREC_X86
 #include <immintrin.h>
@@ -49,7 +49,9 @@ ALTERREC_AMX inline void transpose(__m512i r[16]) {
   }
 }
 
-ALTERREC_AMX void pack_panel(const Matrix& x, int64_t begin, int64_t count, int64_t width, uint16_t* out) {
+}  // namespace
+
+ALTERREC_AMX void pack_panel_amx(const Matrix& x, int64_t begin, int64_t count, int64_t width, uint16_t* out) {
   for (int64_t half = 0; half < kPanel; half += 16) {
     for (int64_t c = 0; c < width; c += 32) {
       __m512i r[16];
@@ -62,10 +64,6 @@ ALTERREC_AMX void pack_panel(const Matrix& x, int64_t begin, int64_t count, int6
     }
   }
 }
-
-}  // namespace
-
-void use_amx(Kernels& k) { k.pack_panel = pack_panel; }
 
 }  // namespace alterrec
 #endif
