@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from alterrec_fast.ops import register
 from alterrec_fast.ops.reference import check_exclude_values, rank_slice_ref
-from alterrec_fast.ops.slices import RankSlice, exclude_lists
+from alterrec_fast.ops.slices import RankSlice, bits_width, exclude_lists, uses_bits
+
+register.LIBRARY.define(
+    "rank_slice(Tensor query, Tensor catalog, int start, int stop, int top, Tensor exclude_values, "
+    "Tensor exclude_offsets, Tensor? bias, int first_item, Tensor? guess, str precision, bool check) "
+    "-> (Tensor members, Tensor top, Tensor thresholds)"
+)
 
 
 def rank_slice(
@@ -57,17 +64,49 @@ def rank_slice(
         raise ValueError(f"guess must be ({query.shape[0]}, 2), got {tuple(guess.shape)}")
     left_out = exclude_lists(exclude, query.shape[0], query.device)
     checked = register.choose_check(check, query)
-    if checked:
-        check_exclude_values(left_out, catalog.shape[0])
-    return rank_slice_ref(
-        query.detach(),
-        catalog.detach(),
-        start,
-        stop,
-        top,
-        left_out,
-        None if bias is None else bias.detach(),
-        first_item,
-        register.choose_precision(precision, query, catalog),
-        checked,
+    arithmetic = register.choose_precision(precision, query, catalog)
+    if engine == "reference":
+        if checked:
+            check_exclude_values(left_out, catalog.shape[0])
+        offset = None if bias is None else bias.detach()
+        return rank_slice_ref(
+            query.detach(), catalog.detach(), start, stop, top, left_out, offset, first_item, arithmetic, checked
+        )
+    members, best, thresholds = torch.ops.alterrec_fast.rank_slice(
+        query, catalog, start, stop, top, *left_out, bias, first_item, guess, arithmetic, checked
     )
+    as_bits = uses_bits(catalog.shape[0], stop - start)
+    return RankSlice(
+        bits=members if as_bits else None,
+        ids=None if as_bits else members,
+        top=best,
+        thresholds=thresholds,
+        exclude_values=left_out[0],
+        exclude_offsets=left_out[1],
+        num_items=catalog.shape[0],
+        first_item=first_item,
+        size=stop - start,
+    )
+
+
+@torch.library.register_fake("alterrec_fast::rank_slice", lib=register.LIBRARY)
+def _(
+    query: Tensor,
+    catalog: Tensor,
+    start: int,
+    stop: int,
+    top: int,
+    exclude_values: Tensor,
+    exclude_offsets: Tensor,
+    bias: Tensor | None,
+    first_item: int,
+    guess: Tensor | None,
+    precision: str,
+    check: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    b, v = query.shape[0], catalog.shape[0]
+    if uses_bits(v, stop - start):
+        members = query.new_empty(b, bits_width(v), dtype=torch.uint8)
+    else:
+        members = query.new_empty(b, stop - start, dtype=torch.int32)
+    return members, query.new_empty(b, top, dtype=torch.int64), query.new_empty(b, 2, dtype=torch.float32)

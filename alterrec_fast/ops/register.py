@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
+
+# Schemas, fakes and autograd are registered from Python, in each op's file, so that every op exists without the
+# extension too; the extension brings the kernels for CPU tensors.
+LIBRARY = torch.library.Library("alterrec_fast", "DEF")
 
 BACKENDS = ("auto", "reference", "native", "triton")
 PRECISIONS = (None, "fp32", "bf16")
 REDUCTIONS = ("mean", "sum", "none")
 FLOATS = (torch.float32, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
+
+
+EXTENSION = "alterrec_fast._C"
+NO_EXTENSION = ""  # why the extension is missing; empty where it is there
+try:
+    importlib.import_module(EXTENSION)
+except ImportError as error:
+    NO_EXTENSION = str(error)
 
 
 class BackendError(RuntimeError):
@@ -23,9 +37,24 @@ def choose_backend(backend: str, tensor: Tensor) -> str:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend in ("auto", "reference"):
-        return "reference"
-    raise BackendError(f"backend={backend!r} is not part of this build; use backend='auto' or 'reference'")
+    if backend == "reference":
+        return backend
+    # float64 is for gradcheck, which only the specification computes in.
+    serves = not NO_EXTENSION and tensor.device.type == "cpu" and tensor.dtype != torch.float64
+    if backend == "auto":
+        return "native" if serves else "reference"
+    if backend == "native" and serves:
+        return backend
+    if backend == "triton":
+        why = "it is not part of this build"
+    elif NO_EXTENSION:
+        why = (
+            f"the extension {EXTENSION} is not there ({NO_EXTENSION}); install again with a C++ compiler and without "
+            "ALTERREC_FAST_NO_EXT=1"
+        )
+    else:
+        why = f"it takes float32 and bfloat16 CPU tensors, got {tensor.dtype} on {tensor.device}"
+    raise BackendError(f"backend={backend!r}: {why}; backend='auto' and backend='reference' always work")
 
 
 def choose_precision(precision: str | None, query: Tensor, catalog: Tensor) -> str:

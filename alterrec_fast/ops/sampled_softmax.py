@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from alterrec_fast.ops import register
@@ -54,19 +57,132 @@ def sampled_softmax(
         register.check_ids("positives", positives, b, (2,), query.device)
     if log_q is not None:
         register.check_vector("log_q", log_q, v, query.device)
-    losses = sampled_softmax_ref(
+    fixed_log_q = None if log_q is None else log_q.detach()
+    chosen, checked = register.choose_precision(precision, query, catalog), register.choose_check(check, query)
+    if engine == "native":
+        kept_size = 0
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, catalog, bias)):
+            kept_size = _kept_bytes(query, negatives, positives)
+        losses = torch.ops.alterrec_fast.sampled_softmax(
+            query,
+            catalog,
+            target,
+            negatives,
+            fixed_log_q,
+            positives,
+            positive_weight,
+            temperature,
+            bias,
+            ignore_index,
+            sparse_grad,
+            kept_size,
+            chosen == "bf16",
+            checked,
+        )[0]
+    else:
+        losses = sampled_softmax_ref(
+            query,
+            catalog,
+            target,
+            negatives,
+            fixed_log_q,
+            positives,
+            positive_weight,
+            temperature,
+            bias,
+            ignore_index,
+            sparse_grad,
+            chosen,
+            checked,
+        )
+    return register.reduce_loss(losses, target, ignore_index, reduction)
+
+
+KEEP_SHARED_BYTES = 256 << 20  # what the logits of shared negatives may take from forward to backward
+
+
+def _kept_bytes(query: Tensor, negatives: Tensor, positives: Tensor | None) -> int:
+    """What the native engine keeps for the backward pass: for each row a softmax over its negatives and a mean
+    embedding; of shared negatives the logits, in whole tiles of 512 distinct items."""
+    rows, width = query.shape
+    if negatives.ndim == 2:
+        return rows * (negatives.shape[1] + width) * 4
+    items = negatives.shape[0] + rows * (1 if positives is None else 1 + positives.shape[1])
+    return torch.sym_min(KEEP_SHARED_BYTES, rows * -(-items // 512) * (512 + 1) * 4)
+
+
+register.LIBRARY.define(
+    "sampled_softmax(Tensor query, Tensor catalog, Tensor target, Tensor negatives, Tensor? log_q, Tensor? positives, "
+    "float positive_weight, float temperature, Tensor? bias, SymInt ignore_index, bool sparse_grad, SymInt kept_size, "
+    "bool bf16, bool check) -> (Tensor losses, Tensor log_partition, Tensor kept)"
+)
+register.LIBRARY.define(
+    "sampled_softmax_backward(Tensor grad_losses, Tensor query, Tensor catalog, Tensor target, Tensor negatives, "
+    "Tensor? log_q, Tensor? positives, float positive_weight, float temperature, Tensor? bias, SymInt ignore_index, "
+    "bool sparse_grad, bool bf16, Tensor log_partition, Tensor kept, bool[3] needs) "
+    "-> (Tensor query, Tensor catalog, Tensor bias, Tensor items)"
+)
+
+
+@torch.library.register_fake("alterrec_fast::sampled_softmax", lib=register.LIBRARY)
+def _forward_fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    losses = query.new_empty(query.shape[0], dtype=torch.float32)
+    return losses, torch.empty_like(losses), query.new_empty(rest[10], dtype=torch.uint8)
+
+
+@torch.library.register_fake("alterrec_fast::sampled_softmax_backward", lib=register.LIBRARY)
+def _backward_fake(_grad: Tensor, query: Tensor, catalog: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    bias, sparse, needs = rest[6], rest[8], rest[-1]
+    items = torch.library.get_ctx().new_dynamic_size() if sparse else 0
+    rows = items if sparse else catalog.shape[0]
+    return (
+        query.new_empty(query.shape if needs[0] else 0),
+        catalog.new_empty((rows, catalog.shape[1]) if needs[1] else 0),
+        catalog.new_empty(catalog.shape[0] if needs[2] else 0, dtype=torch.float32 if bias is None else bias.dtype),
+        catalog.new_empty(items, dtype=torch.int64),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, catalog, target, negatives, log_q, positives, ctx.positive_weight, ctx.temperature, bias, *static = inputs
+    ctx.ignore_index, ctx.sparse_grad, _, ctx.bf16, _ = static
+    ctx.save_for_backward(query, catalog, target, negatives, log_q, positives, bias, output[1], output[2])
+
+
+def _backward(ctx: Any, grad_losses: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    query, catalog, target, negatives, log_q, positives, bias, log_partition, kept = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 8)]
+    grad_query, grad_catalog, grad_bias, items = torch.ops.alterrec_fast.sampled_softmax_backward(
+        grad_losses,
         query,
         catalog,
         target,
         negatives,
-        None if log_q is None else log_q.detach(),
+        log_q,
         positives,
-        positive_weight,
-        temperature,
+        ctx.positive_weight,
+        ctx.temperature,
         bias,
-        ignore_index,
-        sparse_grad,
-        register.choose_precision(precision, query, catalog),
-        register.choose_check(check, query),
+        ctx.ignore_index,
+        ctx.sparse_grad,
+        ctx.bf16,
+        log_partition,
+        kept,
+        needs,
     )
-    return register.reduce_loss(losses, target, ignore_index, reduction)
+    if ctx.sparse_grad and needs[1]:
+        # With a second owner of its indices the gradient is cloned on its way to catalog.grad. Taken over as it is, it
+        # would lose the mark that it is coalesced, and an optimiser would sort it again.
+        ctx.indices = items.unsqueeze(0)
+        grad_catalog = torch.sparse_coo_tensor(
+            ctx.indices, grad_catalog, catalog.shape, check_invariants=False, is_coalesced=True
+        )
+    by_input: list[Tensor | None] = [None] * 14
+    for place, grad, needed in zip((0, 1, 8), (grad_query, grad_catalog, grad_bias), needs, strict=True):
+        by_input[place] = grad if needed else None
+    return tuple(by_input)
+
+
+torch.library.register_autograd(
+    "alterrec_fast::sampled_softmax", _backward, setup_context=_setup_context, lib=register.LIBRARY
+)

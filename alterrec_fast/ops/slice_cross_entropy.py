@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from alterrec_fast.ops import register
@@ -65,18 +68,111 @@ def slice_cross_entropy(
             raise ValueError(f"neg must be of {b} rows over {v} items, got {neg.batch_size} over {neg.num_items}")
         if neg.device != query.device:
             raise ValueError(f"neg must be on {query.device}, got {neg.device}")
-    rows = slice_cross_entropy_ref(
+    chosen, checked = register.choose_precision(precision, query, catalog), register.choose_check(check, query)
+    if engine == "native":
+        members = None if neg is None else neg.ids if neg.bits is None else neg.bits
+        kept_size = 0
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, catalog, bias)):
+            kept_size = torch.sym_min(keep_bytes, _kept_bytes(b, v, query.shape[1]))
+        rows = torch.ops.alterrec_fast.slice_cross_entropy(
+            query,
+            catalog,
+            target,
+            members,
+            positives,
+            positive_weight,
+            temperature,
+            bias,
+            first_item,
+            ignore_index,
+            kept_size,
+            chosen == "bf16",
+            checked,
+        )[0]
+    else:
+        rows = slice_cross_entropy_ref(
+            query,
+            catalog,
+            target,
+            neg,
+            positives,
+            positive_weight,
+            temperature,
+            bias,
+            first_item,
+            ignore_index,
+            chosen,
+            checked,
+        )
+    return register.reduce_loss(rows, target, ignore_index, reduction)
+
+
+def _kept_bytes(rows: int, items: int, width: int) -> int:
+    """The most that the native engine can use: float32 logits of whole tiles of 512 items with a scale for each tile
+    and row; for a slice of ids, a softmax over them and a mean embedding."""
+    return rows * (-(-items // 512) * (512 + 1) + width) * 4
+
+
+register.LIBRARY.define(
+    "slice_cross_entropy(Tensor query, Tensor catalog, Tensor target, Tensor? members, Tensor? positives, "
+    "float positive_weight, float temperature, Tensor? bias, SymInt first_item, SymInt ignore_index, SymInt kept_size, "
+    "bool bf16, bool check) -> (Tensor losses, Tensor log_partition, Tensor kept)"
+)
+register.LIBRARY.define(
+    "slice_cross_entropy_backward(Tensor grad_losses, Tensor query, Tensor catalog, Tensor target, Tensor? members, "
+    "Tensor? positives, float positive_weight, float temperature, Tensor? bias, SymInt first_item, "
+    "SymInt ignore_index, bool bf16, Tensor log_partition, Tensor kept, bool[3] needs) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("alterrec_fast::slice_cross_entropy", lib=register.LIBRARY)
+def _forward_fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    losses = query.new_empty(query.shape[0], dtype=torch.float32)
+    return losses, torch.empty_like(losses), query.new_empty(rest[9], dtype=torch.uint8)
+
+
+@torch.library.register_fake("alterrec_fast::slice_cross_entropy_backward", lib=register.LIBRARY)
+def _backward_fake(_grad: Tensor, query: Tensor, catalog: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    bias, needs = rest[5], rest[-1]
+    return (
+        query.new_empty(query.shape if needs[0] else 0),
+        catalog.new_empty(catalog.shape if needs[1] else 0),
+        catalog.new_empty(catalog.shape[0] if needs[2] else 0, dtype=torch.float32 if bias is None else bias.dtype),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, catalog, target, members, positives, ctx.positive_weight, ctx.temperature, bias, *static = inputs
+    ctx.first_item, ctx.ignore_index, _, ctx.bf16, _ = static
+    ctx.save_for_backward(query, catalog, target, members, positives, bias, output[1], output[2])
+
+
+def _backward(ctx: Any, grad_losses: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    query, catalog, target, members, positives, bias, log_partition, kept = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 7)]
+    grads = torch.ops.alterrec_fast.slice_cross_entropy_backward(
+        grad_losses,
         query,
         catalog,
         target,
-        neg,
+        members,
         positives,
-        positive_weight,
-        temperature,
+        ctx.positive_weight,
+        ctx.temperature,
         bias,
-        first_item,
-        ignore_index,
-        register.choose_precision(precision, query, catalog),
-        register.choose_check(check, query),
+        ctx.first_item,
+        ctx.ignore_index,
+        ctx.bf16,
+        log_partition,
+        kept,
+        needs,
     )
-    return register.reduce_loss(rows, target, ignore_index, reduction)
+    by_input: list[Tensor | None] = [None] * 13
+    for place, grad, needed in zip((0, 1, 7), grads, needs, strict=True):
+        by_input[place] = grad if needed else None
+    return tuple(by_input)
+
+
+torch.library.register_autograd(
+    "alterrec_fast::slice_cross_entropy", _backward, setup_context=_setup_context, lib=register.LIBRARY
+)

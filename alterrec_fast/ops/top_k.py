@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from alterrec_fast.ops import register
 from alterrec_fast.ops.reference import check_exclude_values, top_k_ref
 from alterrec_fast.ops.slices import exclude_lists
+
+register.LIBRARY.define(
+    "top_k(Tensor query, Tensor catalog, int k, Tensor exclude_values, Tensor exclude_offsets, Tensor? bias, "
+    "int first_item, str precision, bool check) -> (Tensor scores, Tensor items)"
+)
 
 
 def top_k(
@@ -40,15 +46,29 @@ def top_k(
     register.check_range("k", 0, k, catalog.shape[0] - first_item)
     left_out = exclude_lists(exclude, query.shape[0], query.device)
     checked = register.choose_check(check, query)
-    if checked:
-        check_exclude_values(left_out, catalog.shape[0])
-    return top_k_ref(
-        query.detach(),
-        catalog.detach(),
-        k,
-        left_out,
-        None if bias is None else bias.detach(),
-        first_item,
-        register.choose_precision(precision, query, catalog),
-        checked,
+    arithmetic = register.choose_precision(precision, query, catalog)
+    if engine == "reference":
+        if checked:
+            check_exclude_values(left_out, catalog.shape[0])
+        offset = None if bias is None else bias.detach()
+        return top_k_ref(query.detach(), catalog.detach(), k, left_out, offset, first_item, arithmetic, checked)
+    scores, items = torch.ops.alterrec_fast.top_k(
+        query, catalog, k, *left_out, bias, first_item, arithmetic, checked
     )
+    return scores, items
+
+
+@torch.library.register_fake("alterrec_fast::top_k", lib=register.LIBRARY)
+def _(
+    query: Tensor,
+    catalog: Tensor,
+    k: int,
+    exclude_values: Tensor,
+    exclude_offsets: Tensor,
+    bias: Tensor | None,
+    first_item: int,
+    precision: str,
+    check: bool,
+) -> tuple[Tensor, Tensor]:
+    b = query.shape[0]
+    return query.new_empty(b, k, dtype=torch.float32), query.new_empty(b, k, dtype=torch.int64)

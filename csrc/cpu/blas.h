@@ -1,0 +1,30 @@
+// What the kernels borrow: matrix products and threads. From torch in the extension (torch_blas.cpp), from plain C++ in
+// the sanitizers' test binary (tests/plain_blas.cpp), so that no kernel knows torch.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace alterrec {
+
+// Row-major C (m x n) = op(A) (m x k) op(B) (k x n) + (accumulate ? C : 0), op the transpose where asked for; ld* are
+// the row strides of A, B and C as stored. Runs on as many threads as it is called from: inside parallel_for, on one.
+void sgemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
+           int64_t ldb, float* c, int64_t ldc, bool accumulate);
+
+// Whether bf16_gemm runs on this CPU's matrix units.
+bool has_bf16_product();
+
+// Row-major C (m x n) = A (m x k) B (+ C), bf16 bits accumulated in float32. B is stored in pairs of rows: element
+// (r, c) at [(r / 2) * ldb * 2 + c * 2 + r % 2]; k is even. After the last call of a thread: bf16_release().
+void bf16_gemm(int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t lda, const uint16_t* b, int64_t ldb,
+               float* c, int64_t ldc, bool accumulate);
+void bf16_release();
+
+// How many threads parallel_for may use.
+int num_threads();
+
+// Calls task(i) once for each i in [0, tasks), spread over the threads; the first exception is thrown to the caller.
+void parallel_for(int64_t tasks, const std::function<void(int64_t)>& task);
+
+}  // namespace alterrec

@@ -1,0 +1,12 @@
+#include "cpu/isa.h"
+#include "cpu/kernels_x86.h"
+
+#ifdef ALTERREC_X86
+#include <immintrin.h>
+
+namespace alterrec {
+
+void use_avx2(Kernels&) {}
+
+}  // namespace alterrec
+#endif

@@ -1,0 +1,222 @@
+// Included by kernels.cpp once for each instruction set, inside a namespace that defines Floats, Ids, Mask (16 bits), load,
+// splat, ge, finite, load_ids, ids_from, splat_ids, le, append. Hence no include guard.
+
+// Appends the items whose bit is set, unless the buffer is full, which the caller then redoes in another way.
+inline void collect(const TileRow& row, const uint64_t* wanted, Candidates& out) {
+  int64_t count = out.count;
+  for (int64_t w = 0; w < row.words; ++w) {
+    uint64_t left = wanted[w];
+    if (left == 0) continue;
+    if (count + kWord > out.capacity) {
+      out.overflow = true;
+      break;
+    }
+    for (int64_t i = w * kWord; left != 0; left >>= kGroup, i += kGroup) {
+      const Mask mask = static_cast<Mask>(left & 0xffff);
+      if (mask == 0) continue;
+      append(out.scores + count, load(row.scores + i), mask);
+      append(out.ids + count, ids_from(row.item + static_cast<int32_t>(i)), mask);
+      count += __builtin_popcount(mask);
+    }
+  }
+  out.count = count;
+}
+
+inline void clip(const TileRow& row, uint64_t* words) {
+  words[0] &= row.first;
+  words[row.words - 1] &= row.last;
+}
+
+inline int64_t ones(const uint64_t* words, int64_t n) {
+  int64_t sum = 0;
+  for (int64_t w = 0; w < n; ++w) sum += __builtin_popcountll(words[w]);
+  return sum;
+}
+
+template <bool kAll>
+inline bool filter_members(const TileRow& row, const Limits& limits, Candidates& out) {
+  const Floats stop_low = splat(limits.stop_low), stop_mid = splat(limits.stop_mid), stop_high = splat(limits.stop_high);
+  const Floats start_low = splat(limits.start_low), start_mid = splat(limits.start_mid);
+  const Floats start_high = splat(limits.start_high), top_low = splat(limits.top_low);
+  uint64_t wanted[kStreamWords], high[kStreamWords], start[kStreamWords];
+  Mask all_finite = 0xffff;
+  for (int64_t w = 0; w < row.words; ++w) {
+    uint64_t member = 0, candidate = 0, above_stop = 0, above_start = 0;
+    for (int64_t g = 0; g < kWord; g += kGroup) {
+      const Floats x = load(row.scores + w * kWord + g);
+      all_finite &= finite(x);
+      const Mask in_stop = ge(x, stop_high);
+      Mask take = static_cast<Mask>((ge(x, stop_low) & ~in_stop) | ge(x, start_low));
+      if (kAll) {
+        const Mask in_start = ge(x, start_high);
+        take = static_cast<Mask>((ge(x, stop_low) & ~in_stop) | (ge(x, start_low) & ~in_start) | ge(x, top_low));
+        above_start |= static_cast<uint64_t>(in_start) << g;
+      }
+      const Mask marked = static_cast<Mask>(ge(x, stop_mid) & ~ge(x, start_mid));
+      member |= static_cast<uint64_t>(marked) << g;
+      candidate |= static_cast<uint64_t>(take) << g;
+      above_stop |= static_cast<uint64_t>(in_stop) << g;
+    }
+    row.bits[w] = member;
+    wanted[w] = candidate;
+    high[w] = above_stop;
+    start[w] = above_start;
+  }
+  clip(row, row.bits);
+  clip(row, wanted);
+  clip(row, high);
+  out.above_stop += ones(high, row.words);
+  if (kAll) {
+    clip(row, start);
+    out.above_start += ones(start, row.words);
+  }
+  collect(row, wanted, out);
+  return all_finite == 0xffff;
+}
+
+inline bool filter_slice(const TileRow& row, const Limits& limits, Candidates& out) {
+  return filter_members<false>(row, limits, out);
+}
+
+inline bool filter_all(const TileRow& row, const Limits& limits, Candidates& out) {
+  return filter_members<true>(row, limits, out);
+}
+
+inline bool filter_top(const TileRow& row, const Limits& limits, Candidates& out) {
+  const Floats top_low = splat(limits.top_low);
+  uint64_t wanted[kStreamWords];
+  Mask all_finite = 0xffff;
+  for (int64_t w = 0; w < row.words; ++w) {
+    uint64_t candidate = 0;
+    for (int64_t g = 0; g < kWord; g += kGroup) {
+      const Floats x = load(row.scores + w * kWord + g);
+      all_finite &= finite(x);
+      candidate |= static_cast<uint64_t>(ge(x, top_low)) << g;
+    }
+    wanted[w] = candidate;
+  }
+  clip(row, wanted);
+  collect(row, wanted, out);
+  return all_finite == 0xffff;
+}
+
+inline int64_t keep(const float* scores, const int32_t* ids, int64_t n, float low, float high, float* out_scores,
+                    int32_t* out_ids, int64_t* above) {
+  const Floats lower = splat(low), upper = splat(high);
+  int64_t kept = 0, beyond = 0;
+  for (int64_t i = 0; i < n; i += kGroup) {
+    const Mask exists = static_cast<Mask>(n - i >= kGroup ? 0xffff : (1u << (n - i)) - 1u);
+    const Floats x = load(scores + i);
+    const Ids id = load_ids(ids + i);
+    const Mask over = ge(x, upper) & exists;
+    const Mask mask = static_cast<Mask>(ge(x, lower) & exists & ~over);
+    append(out_scores + kept, x, mask);
+    append(out_ids + kept, id, mask);
+    kept += __builtin_popcount(mask);
+    beyond += __builtin_popcount(over);
+  }
+  *above = beyond;
+  return kept;
+}
+
+// Which candidates are no worse than the cut.
+inline Mask reach(const Floats& x, const Ids& id, const Floats& score, const Ids& last_id) {
+  const Mask at_least = ge(x, score), tied = at_least & ge(score, x);
+  return static_cast<Mask>(at_least & (~tied | le(id, last_id)));
+}
+
+inline int64_t mistaken(const float* scores, const int32_t* ids, int64_t n, const Limits& limits, Cut first, Cut last,
+                        int32_t* out) {
+  const Floats stop_mid = splat(limits.stop_mid), start_mid = splat(limits.start_mid);
+  const Floats first_score = splat(first.score), last_score = splat(last.score);
+  const Ids before_first = splat_ids(first.id - 1), last_id = splat_ids(last.id);
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += kGroup) {
+    const Mask exists = static_cast<Mask>(n - i >= kGroup ? 0xffff : (1u << (n - i)) - 1u);
+    const Floats x = load(scores + i);
+    const Ids id = load_ids(ids + i);
+    const Mask marked = static_cast<Mask>(ge(x, stop_mid) & ~ge(x, start_mid));
+    const Mask member =
+        static_cast<Mask>(reach(x, id, last_score, last_id) & ~reach(x, id, first_score, before_first));
+    const Mask wrong = static_cast<Mask>((marked ^ member) & exists);
+    append(out + count, id, wrong);
+    count += __builtin_popcount(wrong);
+  }
+  return count;
+}
+
+inline void bins(const float* x, int64_t n, float low, float scale, int32_t count, int32_t* out) {
+  const float last = static_cast<float>(count - 1);
+  for (int64_t i = 0; i < n; ++i) {
+    float place = (x[i] - low) * scale;
+    place = place > 0.0f ? place : 0.0f;  // NaN goes to 0
+    out[i] = static_cast<int32_t>(place < last ? place : last);
+  }
+}
+
+inline void range(const float* x, int64_t n, float* low, float* high) {
+  float least[kGroup], most[kGroup];
+  for (int64_t j = 0; j < kGroup; ++j) least[j] = most[j] = x[j < n ? j : 0];
+  int64_t i = 0;
+  for (; i + kGroup <= n; i += kGroup) {
+    for (int64_t j = 0; j < kGroup; ++j) {
+      least[j] = x[i + j] < least[j] ? x[i + j] : least[j];
+      most[j] = x[i + j] > most[j] ? x[i + j] : most[j];
+    }
+  }
+  for (; i < n; ++i) {
+    least[0] = x[i] < least[0] ? x[i] : least[0];
+    most[0] = x[i] > most[0] ? x[i] : most[0];
+  }
+  for (int64_t j = 1; j < kGroup; ++j) {
+    least[0] = least[j] < least[0] ? least[j] : least[0];
+    most[0] = most[j] > most[0] ? most[j] : most[0];
+  }
+  *low = least[0];
+  *high = most[0];
+}
+
+inline void add(float* x, const float* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] += y[i];
+}
+
+inline float from_bf16(uint16_t x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+inline uint16_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u : rounded);  // NaN stays NaN
+}
+
+inline void widen(const uint16_t* in, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = from_bf16(in[i]);
+}
+
+inline void round(const float* in, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = from_bf16(to_bf16(in[i]));
+}
+
+inline void narrow(const float* in, int64_t n, uint16_t* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = to_bf16(in[i]);
+}
+
+inline void pack_panel(const Matrix& x, int64_t begin, int64_t count, int64_t width, uint16_t* out) {
+  std::fill(out, out + width * kPanel, uint16_t{0});
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t row = (begin + r) * x.stride;
+    for (int64_t c = 0; c < x.cols; ++c) {
+      const uint16_t value = x.bf16 ? static_cast<const uint16_t*>(x.data)[row + c]
+                                    : to_bf16(static_cast<const float*>(x.data)[row + c]);
+      out[c / 2 * 2 * kPanel + 2 * r + c % 2] = value;
+    }
+  }
+}
+
+constexpr Kernels kTable = {widen,      round, narrow,   pack_panel, filter_slice, filter_all,
+                            filter_top, keep,  mistaken, bins,       range,        add};

@@ -1,0 +1,106 @@
+// What both losses share: the problem, and the part of it that concerns targets and positives.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <vector>
+
+#include "cpu/loss_kernels.h"
+#include "cpu/tile.h"
+
+namespace alterrec {
+
+// With y_i = (q . e_i + bias_i) / temperature - log_q_i and Z the log-sum-exp of y over a row's negatives, the row's loss
+// is softplus(Z - y_t) + positive_weight * sum_k softplus(Z - y_k); zero without negatives or target.
+struct LossProblem {
+  Matrix query;               // (B, d)
+  Matrix catalog;             // (V, d)
+  bool bf16;                  // products of values rounded to bfloat16
+  const int64_t* target;      // (B,)
+  const int64_t* positives;   // (B, P), -1 for none
+  int64_t num_positives;      // P
+  const float* bias;          // (V,) or null
+  const float* log_q;         // (V,) or null
+  double positive_weight;
+  float temperature;
+  int64_t first_item;
+  int64_t ignore_index;
+  bool check;                 // whether a score that is not finite raises
+};
+
+// An argument with a wrong value; the message holds row and value.
+struct ValueError : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
+// Raises ValueError where an id is neither `none` nor in [first, stop).
+void check_id(const char* name, int64_t row, int64_t id, int64_t none, int64_t first, int64_t stop);
+
+// The first score, by row and then by column, that is not finite.
+struct Fault {
+  int64_t row = -1, column = 0;
+  float score = 0;
+
+  void note(int64_t at_row, int64_t at_column, float value) {
+    if (row < 0 || at_row < row || (at_row == row && at_column < column)) *this = {at_row, at_column, value};
+  }
+  void note(const Fault& other) {
+    if (other.row >= 0) note(other.row, other.column, other.score);
+  }
+  void raise() const;  // ValueError, where there was one
+};
+
+// Where gradients go; null for those that nobody needs. Rows are dense, in the dtype of the input.
+struct Gradients {
+  void* query;    // (B, d)
+  void* catalog;  // (rows, d)
+  float* bias;    // one for each row of the catalog's gradient
+  bool query_bf16, catalog_bf16;
+};
+
+// How rows of the catalog are read, one by one.
+Row row_kind(const LossProblem& problem);
+inline const void* row_at(const Matrix& x, int64_t row) {
+  return static_cast<const char*>(x.data) + row * x.stride * (x.bf16 ? 2 : 4);
+}
+// Writes float32 values as row `row` of a dense matrix of either dtype.
+void write_row(const float* values, int64_t row, int64_t width, bool bf16, void* out);
+
+// What a target or positive adds to the gradient: coefficient * query[row] to the catalog's row `column`.
+struct Pull {
+  int64_t column;
+  int64_t row;
+  float coefficient;
+};
+
+// Targets and positives: 1 + P items a row that meet the same negatives.
+class Wanted {
+ public:
+  // Checks the ids. `query` holds the rows as float32, `stride` apart.
+  Wanted(const LossProblem& problem, const float* query, int64_t stride);
+
+  int64_t item(int64_t row, int64_t place) const { return items_[row * width_ + place]; }  // -1 for none
+  int64_t width() const { return width_; }
+  const Fault& fault() const { return fault_; }  // among the logits of these items
+
+  void losses(const float* log_partition, float* out) const;
+
+  // What each negative is worth in the row's gradient, times exp(y - Z); zero for rows without loss.
+  const float* weights() const { return weights_.data(); }
+  float coefficient(int64_t row, int64_t place) const { return coefficients_[row * width_ + place]; }
+  // Computes the weights and coefficients: d loss / d y, times the gradient of the row's loss.
+  void differentiate(const float* grad_losses, const float* log_partition);
+  // All that pull, ordered by item and then by row; `column` holds the item.
+  std::vector<Pull> pulls() const;
+  // out += sum over the row's items of coefficient * e_item.
+  void add_to_query_gradient(int64_t row, float* out) const;
+
+ private:
+  const LossProblem& problem_;
+  int64_t rows_, width_;
+  Fault fault_;
+  std::vector<int64_t> items_;
+  std::vector<float> logits_, weights_, coefficients_;
+};
+
+}  // namespace alterrec

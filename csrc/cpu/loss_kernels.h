@@ -1,0 +1,30 @@
+// The inner loops of the losses, one source compiled for each instruction set and chosen at run time.
+#pragma once
+
+#include <cstdint>
+
+namespace alterrec {
+
+// How the elements of a row are read. Arithmetic is always in float32.
+enum class Row { kF32, kF32Rounded, kBF16 };  // float32; float32 rounded to bfloat16; bfloat16
+
+struct LossKernels {
+  // The largest y among members, -inf for none. `mask` has one bit for each of 64 * words values. *finite turns false
+  // where any of the values, member or not, is NaN or infinite.
+  float (*row_max)(const float* y, const uint64_t* mask, int64_t words, bool* finite);
+  // out = exp(y - shift) for members and 0 for others; returns the sum over the members. y may be out.
+  float (*row_exp)(const float* y, const uint64_t* mask, int64_t words, float shift, float* out);
+  // The same, stored rounded to bfloat16; the sum is of the values before rounding.
+  float (*row_exp_bf16)(const float* y, const uint64_t* mask, int64_t words, float shift, uint16_t* out);
+  // out[i] = q . rows[i], and acc += sum_i weight[i] * rows[i]; q, acc and rows are d long. Indexed by Row.
+  void (*dot_rows[3])(const float* q, const void* const* rows, int64_t count, int64_t d, float* out);
+  void (*weighted_sum[3])(const float* weight, const void* const* rows, int64_t count, int64_t d, float* acc);
+  void (*affine)(float a, const float* shift, int64_t n, float* y);  // y = a y + shift, or a y without a shift
+  void (*scale)(float a, const float* x, int64_t n, float* out);     // out = a x
+  void (*add_scaled)(float a, const float* x, int64_t n, float* y);  // y += a x
+};
+
+// The kernels of the best instruction set that this machine has and ALTERREC_FAST_ISA allows.
+const LossKernels& loss_kernels();
+
+}  // namespace alterrec

@@ -1,0 +1,351 @@
+#include "cpu/ranks.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <vector>
+
+#include "cpu/blas.h"
+
+namespace alterrec {
+namespace {
+
+// All sizes are the same for any number of threads, so that every product has the same shape and the same rounding.
+constexpr int64_t kBlockRows = 512;         // sessions streamed together: enough for products at full speed
+constexpr int64_t kSampleRows = 128;        // sessions of one task while sampling
+constexpr int64_t kStoredRows = 64;         // and while whole rows of scores are kept
+constexpr int64_t kSettleRows = 8;          // and while settling
+constexpr int64_t kRuns = 16;               // runs of tiles, which are the tasks of the stream
+constexpr int64_t kSmallCatalog = 8192;     // items up to which whole rows of scores are kept in cache
+constexpr int64_t kBufferBytes = 48 << 20;  // for candidates
+constexpr int64_t kBitsBytes = 16 << 20;    // for member bits that are not an output
+constexpr int64_t kStoredBytes = 32 << 20;  // for whole rows of scores
+
+std::atomic<int64_t> total_rows{0}, total_missed{0}, total_overflow{0};
+std::atomic<Trouble> trouble{Trouble::kNone};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+class Engine {
+ public:
+  Engine(const RankJob& job, const Receive& receive)
+      : job_(job),
+        receive_(receive),
+        items_(job.catalog.rows - job.first_item),
+        base_(job.first_item / kWord * kWord),
+        words_(ceil_div(job.catalog.rows, kWord)),
+        sampled_(sample_size(items_)) {}
+
+  NotFinite run() {
+    const int64_t rows = job_.query.rows;
+    total_rows += rows;
+    if (items_ == 0) {
+      for (int64_t row = 0; row < rows; ++row) receive_(row, nullptr, Settled{});
+      return not_finite_;
+    }
+    const int64_t block = block_rows();
+    for (int64_t begin = 0; begin < rows && not_finite_.row < 0; begin += block) {
+      const int64_t count = std::min(block, rows - begin);
+      if (items_ <= kSmallCatalog) {
+        rank_stored(begin, count);
+      } else {
+        rank_streamed(begin, count);
+      }
+    }
+    return not_finite_;
+  }
+
+ private:
+  // --- what is asked of each row ---
+
+  Ranks ranks_of(int64_t row) const {
+    const int64_t extra = job_.extra == nullptr ? 0 : job_.extra[row + 1] - job_.extra[row];
+    return {job_.start, job_.stop, std::min(job_.top + extra, items_), items_};
+  }
+
+  // The plan that serves every row: that of the most best ones asked for.
+  Plan plan_of(int64_t begin, int64_t count) const {
+    Ranks most = ranks_of(begin);
+    for (int64_t row = begin; row < begin + count; ++row) most.top = std::max(most.top, ranks_of(row).top);
+    return make_plan(most, sampled_);
+  }
+
+  int64_t block_rows() const {
+    const int64_t rows = std::max<int64_t>(1, job_.query.rows);
+    int64_t limit = kBlockRows;
+    if (items_ > kSmallCatalog) {
+      const int64_t expected = std::max<int64_t>(plan_of(0, rows).expected, 1);
+      limit = std::min(limit, kBufferBytes / (expected * 5 / 4 * 8));
+      if (job_.start < job_.stop && job_.bits == nullptr) limit = std::min(limit, kBitsBytes / (words_ * 8));
+      limit = std::max<int64_t>(limit, 1);
+    }
+    return ceil_div(rows, ceil_div(rows, limit));  // blocks of about one size
+  }
+
+  // The member bits of a row of the block from `begin` on.
+  uint64_t* bits_of(int64_t begin, int64_t row) {
+    if (job_.start == job_.stop) return nullptr;
+    if (job_.bits != nullptr) return job_.bits + row * words_;
+    return scratch_bits_.get() + (row - begin) * words_;
+  }
+
+  void clear_padding(uint64_t* bits) const {
+    if (bits != nullptr) std::fill(bits, bits + base_ / kWord, uint64_t{0});
+  }
+
+  // --- scores that are not finite ---
+
+  void report(int64_t row, const float* scores, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (std::isfinite(scores[i])) continue;
+      const std::lock_guard<std::mutex> lock(report_mutex_);
+      if (not_finite_.row < 0 || row < not_finite_.row) not_finite_ = {row, scores[i]};
+      return;
+    }
+  }
+
+  // --- the compare pass over one row's scores of items [item, item + count); item and the scores start a word ---
+
+  void filter(const Plan& plan, const Limits& limits, const float* scores, int64_t item, int64_t count, int64_t row,
+              uint64_t* bits, Candidates& out) {
+    const Kernels& k = kernels();
+    const auto pass = plan.filter == Filter::kTop     ? k.filter_top
+                      : plan.filter == Filter::kSlice ? k.filter_slice
+                                                      : k.filter_all;
+    for (int64_t done = 0; done < count; done += kStreamTile) {
+      const int64_t here = item + done, n = std::min(kStreamTile, count - done);
+      TileRow tile{scores + done, ceil_div(n, kWord), ~uint64_t{0}, ~uint64_t{0}, static_cast<int32_t>(here),
+                   bits == nullptr ? nullptr : bits + here / kWord};
+      if (here < job_.first_item) tile.first <<= job_.first_item - here;
+      if (n % kWord != 0) tile.last >>= kWord - n % kWord;
+      if (!pass(tile, limits, out) && job_.check) report(row, tile.scores, n);
+    }
+  }
+
+  // Adds the bias, and makes what lies beside the ranked items harmless: columns [0, count) to [0, round_up(count)).
+  void finish_scores(float* scores, int64_t item, int64_t count) const {
+    if (job_.bias != nullptr) kernels().add(scores, job_.bias + item, count);
+    for (int64_t i = item; i < job_.first_item; ++i) scores[i - item] = 0.0f;
+    std::fill(scores + count, scores + round_up(count, kWord), 0.0f);
+  }
+
+  // --- small catalogs: whole rows of scores in cache ---
+
+  void rank_stored(int64_t begin, int64_t count) {
+    const int64_t end = job_.catalog.rows, width = round_up(end - base_, kWord);
+    const int64_t rows = kStoredRows;
+    if (job_.start < job_.stop && job_.bits == nullptr) scratch_bits_.reserve(count * words_);
+    const Plan plan = plan_of(begin, count);
+    parallel_for(ceil_div(count, rows), [&](int64_t task) {
+      const int64_t first = begin + task * rows, n = std::min(rows, begin + count - first);
+      Buffer<float> scores, sample;
+      Buffer<int32_t> bins;
+      QueryBlock::Scratch scratch;
+      Settler settler;
+      Settled settled;
+      const QueryBlock queries(job_.query, first, n, job_.arithmetic);
+      queries.scores(job_.catalog, base_, end - base_, scores.reserve(n * width), width, scratch);
+      sample.reserve(sampled_);
+      bins.reserve(sampled_);
+      Buffer<float> list_scores;
+      Buffer<int32_t> list_ids;
+      const int64_t capacity = round_up(items_, kWord) + kWord;
+      list_scores.reserve(capacity + kGroup);
+      list_ids.reserve(capacity + kGroup);
+      for (int64_t row = first; row < first + n; ++row) {
+        float* x = scores.get() + (row - first) * width;
+        finish_scores(x, base_, end - base_);
+        const float* ranked = x + (job_.first_item - base_);
+        for (int64_t i = 0; i < sampled_; ++i) sample.get()[i] = ranked[i * items_ / sampled_];
+        const Ranks ranks = ranks_of(row);
+        const Limits limits = draw(ranks, plan, sample.get(), row, bins.get());
+        uint64_t* bits = bits_of(begin, row);
+        clear_padding(bits);
+        Candidates list{list_scores.get(), list_ids.get(), usable(capacity), 0, 0, 0, false};
+        filter(plan, limits, x, base_, end - base_, row, bits, list);
+        if (!settler.settle(ranks, plan.filter, limits, &list, 1, bits, settled)) {
+          count_trouble(list.overflow);
+          settler.settle_all(ranks, ranked, static_cast<int32_t>(job_.first_item), bits, settled);
+        }
+        receive_(row, bits, settled);
+      }
+    });
+  }
+
+  // --- large catalogs: tiles of scores in cache, limits from a sample ---
+
+  void rank_streamed(int64_t begin, int64_t count) {
+    const Plan plan = plan_of(begin, count);
+    if (job_.start < job_.stop && job_.bits == nullptr) scratch_bits_.reserve(count * words_);
+    const QueryBlock queries(job_.query, begin, count, job_.arithmetic);
+    const std::vector<Limits> limits = sample_limits(begin, count, plan);
+
+    const int64_t tiles = ceil_div(job_.catalog.rows - base_, kStreamTile);
+    const int64_t runs = std::min(tiles, kRuns);
+    const int64_t capacity = usable(list_capacity(plan, count, runs));
+    Buffer<float> list_scores;
+    Buffer<int32_t> list_ids;
+    list_scores.reserve(count * runs * (capacity + kGroup));
+    list_ids.reserve(count * runs * (capacity + kGroup));
+    std::vector<Candidates> lists(count * runs);  // (count, runs)
+    for (int64_t i = 0; i < count * runs; ++i) {
+      const int64_t place = i * (capacity + kGroup);
+      lists[i] = {list_scores.get() + place, list_ids.get() + place, capacity, 0, 0, 0, false};
+    }
+
+    parallel_for(runs, [&](int64_t run) {
+      Buffer<float> scores;
+      QueryBlock::Scratch scratch;
+      scores.reserve(count * kStreamTile);
+      for (int64_t tile = tiles * run / runs; tile < tiles * (run + 1) / runs; ++tile) {
+        const int64_t item = base_ + tile * kStreamTile, n = std::min(kStreamTile, job_.catalog.rows - item);
+        queries.scores(job_.catalog, item, n, scores.get(), kStreamTile, scratch);
+        for (int64_t r = 0; r < count; ++r) {
+          float* x = scores.get() + r * kStreamTile;
+          finish_scores(x, item, n);
+          filter(plan, limits[r], x, item, n, begin + r, bits_of(begin, begin + r), lists[r * runs + run]);
+        }
+      }
+    });
+    if (not_finite_.row >= 0) return;
+
+    std::vector<char> missed(count, 0);
+    parallel_for(ceil_div(count, kSettleRows), [&](int64_t task) {
+      Settler settler;
+      Settled settled;
+      for (int64_t r = task * kSettleRows; r < std::min(count, (task + 1) * kSettleRows); ++r) {
+        uint64_t* bits = bits_of(begin, begin + r);
+        clear_padding(bits);
+        const Candidates* own = &lists[r * runs];
+        if (settler.settle(ranks_of(begin + r), plan.filter, limits[r], own, runs, bits, settled)) {
+          receive_(begin + r, bits, settled);
+        } else {
+          missed[r] = 1;
+          count_trouble(std::any_of(own, own + runs, [](const Candidates& list) { return list.overflow; }));
+        }
+      }
+    });
+    std::vector<int64_t> again;
+    for (int64_t r = 0; r < count; ++r) {
+      if (missed[r]) again.push_back(begin + r);
+    }
+    rank_again(begin, again);
+  }
+
+  // Rows whose limits did not hold: all their scores are kept, and settled without limits.
+  void rank_again(int64_t begin, const std::vector<int64_t>& rows) {
+    const int64_t end = job_.catalog.rows, width = round_up(end - base_, kStreamTile), tiles = width / kStreamTile;
+    const int64_t group = std::clamp<int64_t>(kStoredBytes / (4 * width), 1, kBlockRows);
+    const int64_t total = static_cast<int64_t>(rows.size()), size = job_.query.bf16 ? 2 : 4;
+    Buffer<float> scores;
+    Buffer<char> gathered;
+    for (int64_t done = 0; done < total; done += group) {
+      const int64_t n = std::min(group, total - done), bytes = job_.query.cols * size;
+      gathered.reserve(n * bytes);
+      for (int64_t r = 0; r < n; ++r) {
+        const char* row = static_cast<const char*>(job_.query.data) + rows[done + r] * job_.query.stride * size;
+        std::memcpy(gathered.get() + r * bytes, row, bytes);
+      }
+      const Matrix query{gathered.get(), job_.query.bf16, n, job_.query.cols, job_.query.cols};
+      const QueryBlock queries(query, 0, n, job_.arithmetic);
+      scores.reserve(n * width);
+      parallel_for(tiles, [&](int64_t tile) {
+        QueryBlock::Scratch scratch;
+        const int64_t item = base_ + tile * kStreamTile;
+        queries.scores(job_.catalog, item, std::min(kStreamTile, end - item), scores.get() + tile * kStreamTile, width, scratch);
+      });
+      parallel_for(n, [&](int64_t r) {
+        Settler settler;
+        Settled settled;
+        float* x = scores.get() + r * width;
+        const int64_t row = rows[done + r];
+        finish_scores(x, base_, end - base_);
+        settler.settle_all(ranks_of(row), x + (job_.first_item - base_), static_cast<int32_t>(job_.first_item),
+                           bits_of(begin, row), settled);
+        receive_(row, bits_of(begin, row), settled);
+      });
+    }
+  }
+
+  std::vector<Limits> sample_limits(int64_t begin, int64_t count, const Plan& plan) {
+    std::vector<int64_t> items(sampled_);
+    uint64_t state = 0x9e3779b97f4a7c15u;  // one random item from each of `sampled_` runs of the catalog
+    for (int64_t i = 0; i < sampled_; ++i) {
+      const int64_t low = job_.first_item + items_ * i / sampled_, high = job_.first_item + items_ * (i + 1) / sampled_;
+      state = state * 6364136223846793005u + 1442695040888963407u;
+      items[i] = low + static_cast<int64_t>((state >> 33) % static_cast<uint64_t>(std::max<int64_t>(1, high - low)));
+    }
+    const int64_t size = job_.catalog.bf16 ? 2 : 4, bytes = job_.catalog.cols * size;
+    Buffer<char> gathered;
+    gathered.reserve(sampled_ * bytes);
+    for (int64_t i = 0; i < sampled_; ++i) {
+      std::memcpy(gathered.get() + i * bytes,
+                  static_cast<const char*>(job_.catalog.data) + items[i] * job_.catalog.stride * size, bytes);
+    }
+    const Matrix sample{gathered.get(), job_.catalog.bf16, sampled_, job_.catalog.cols, job_.catalog.cols};
+
+    std::vector<Limits> limits(count);
+    const int64_t rows = kSampleRows;
+    const int64_t width = round_up(sampled_, kWord);
+    parallel_for(ceil_div(count, rows), [&](int64_t task) {
+      const int64_t first = task * rows, n = std::min(rows, count - first);
+      Buffer<float> scores;
+      Buffer<int32_t> bins;
+      QueryBlock::Scratch scratch;
+      const QueryBlock queries(job_.query, begin + first, n, job_.arithmetic);
+      queries.scores(sample, 0, sampled_, scores.reserve(n * width), width, scratch);
+      bins.reserve(sampled_);
+      for (int64_t r = 0; r < n; ++r) {
+        float* x = scores.get() + r * width;
+        if (job_.bias != nullptr) {
+          for (int64_t i = 0; i < sampled_; ++i) x[i] += job_.bias[items[i]];
+        }
+        const int64_t row = begin + first + r;
+        limits[first + r] = draw(ranks_of(row), plan, x, row, bins.get());
+      }
+    });
+    return limits;
+  }
+
+  // --- luck ---
+
+  Limits draw(const Ranks& ranks, const Plan& plan, const float* sample, int64_t row, int32_t* bins) const {
+    const float* guess = job_.guess == nullptr ? nullptr : job_.guess + 2 * row;
+    Limits limits = bracket(ranks, plan, sample, sampled_, guess, bins);
+    if (trouble == Trouble::kMiss) {
+      const float never = std::numeric_limits<float>::quiet_NaN();
+      limits = {never, never, never, never, never, never, never};
+    }
+    return limits;
+  }
+
+  int64_t list_capacity(const Plan& plan, int64_t rows, int64_t runs) const {
+    const int64_t wanted = plan.expected * 2 / runs + 8 * static_cast<int64_t>(std::sqrt(plan.expected)) + 512;
+    const int64_t affordable = kBufferBytes / (rows * runs * 8);
+    return std::max<int64_t>(round_up(std::min(wanted, affordable), kWord), kWord);
+  }
+
+  static int64_t usable(int64_t capacity) { return trouble == Trouble::kOverflow ? 0 : capacity; }
+
+  static void count_trouble(bool overflow) { ++(overflow ? total_overflow : total_missed); }
+
+  const RankJob& job_;
+  const Receive& receive_;
+  const int64_t items_, base_, words_, sampled_;
+  Buffer<uint64_t> scratch_bits_;
+  std::mutex report_mutex_;
+  NotFinite not_finite_;
+};
+
+}  // namespace
+
+NotFinite rank(const RankJob& job, const Receive& receive) { return Engine(job, receive).run(); }
+
+Counters counters() { return {total_rows, total_missed, total_overflow}; }
+
+void set_trouble(Trouble value) { trouble = value; }
+
+}  // namespace alterrec

@@ -1,0 +1,33 @@
+// Negatives that all rows share, as columns of the streamed loss.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/gathered_loss.h"
+#include "cpu/loss.h"
+#include "cpu/streamed_loss.h"
+
+namespace alterrec {
+
+// Distinct negatives, with the targets and positives among them, so that every gradient has its column. A negative that
+// is there c times has log c added to its logits.
+class SharedNegatives {
+ public:
+  SharedNegatives(const LossProblem& problem, const Negatives& negatives);
+
+  const std::vector<int64_t>& items() const { return items_; }
+  Columns columns() const { return {static_cast<int64_t>(items_.size()), items_.data(), shift_.data()}; }
+  Members members() const {
+    Members out;
+    out.shared = negative_.data();
+    return out;
+  }
+
+ private:
+  std::vector<int64_t> items_;      // ascending
+  std::vector<float> shift_;        // what each item's logit is besides its dot product
+  std::vector<uint64_t> negative_;  // one bit for each item: whether it is a negative
+};
+
+}  // namespace alterrec

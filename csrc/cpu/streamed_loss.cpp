@@ -1,0 +1,394 @@
+#include "cpu/streamed_loss.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/blas.h"
+#include "cpu/kernels.h"
+#include "cpu/loss_amx.h"
+
+namespace alterrec {
+namespace {
+
+constexpr int64_t kTileColumns = 512;   // columns of a tile, a multiple of 64
+constexpr int64_t kBlock = 512;  // rows that meet a tile at once: kTileColumns * kBlock logits stay in cache
+constexpr int64_t kWords = kTileColumns / 64;
+constexpr float kLowest = -std::numeric_limits<float>::infinity();
+
+// Partial sums are over chunks of tiles. Their number must not depend on the number of threads, else results would.
+constexpr int64_t kForwardChunks = 64, kBackwardChunks = 16;
+constexpr int64_t kPartBytes = 64 << 20;
+
+// Runs the tasks inside a parallel region even if there is only one: the BLAS then always uses one thread for each
+// product, and rounds in the same way for any number of threads.
+template <class Task>
+void for_each(int64_t tasks, const Task& task) {
+  parallel_for(std::max<int64_t>(tasks, 2), [&](int64_t i) {
+    if (i < tasks) task(i);
+  });
+}
+
+// The chunk'th of `chunks` nearly equal parts of [0, n) begins here.
+int64_t part(int64_t n, int64_t chunk, int64_t chunks) { return n * chunk / chunks; }
+
+}  // namespace
+
+struct StreamedLoss::Scratch {
+  Buffer<uint64_t> masks;  // (kBlock, kWords)
+  Buffer<float> logits;    // (kBlock, kTileColumns)
+  Buffer<uint16_t> exponentials;  // the same in bf16
+  Buffer<float> gathered, tile_copy;
+  const float* tile;  // (count, d) float32
+  int64_t tile_stride;
+  AmxTile amx;
+  Buffer<float> weights, scaled_query, query_product, catalog_sum, bias_sum, row;
+};
+
+StreamedLoss::StreamedLoss(const LossProblem& problem, const Columns& columns, const Members& members)
+    : problem_(problem),
+      columns_(columns),
+      members_(members),
+      arithmetic_(choose_arithmetic(problem.bf16)),
+      rows_(problem.query.rows),
+      width_(problem.query.cols),
+      padded_(arithmetic_ == Arithmetic::kBf16 ? round_up(width_, 32) : width_),
+      tiles_((columns.count + kTileColumns - 1) / kTileColumns),
+      query_(float_rows(problem.query, 0, rows_, problem.bf16, query_copy_, &query_stride_)),
+      wanted_(problem, query_, query_stride_),
+      target_column_(rows_),
+      ids_count_(members.ids ? rows_ : 0) {
+  if (arithmetic_ == Arithmetic::kBf16) {
+    bf16_rows(problem.query, 0, rows_, padded_, query_bf16_.reserve(rows_ * padded_));
+  }
+  for (int64_t row = 0; row < rows_; ++row) target_column_[row] = column_of(wanted_.item(row, 0));
+  for (size_t row = 0; row < ids_count_.size(); ++row) {
+    const int32_t* ids = members.ids + row * members.ids_width;
+    ids_count_[row] = std::partition_point(ids, ids + members.ids_width, [](int32_t id) { return id >= 0; }) - ids;
+  }
+}
+
+int64_t StreamedLoss::column_of(int64_t item) const {
+  if (item < 0 || !columns_.items) return item;
+  return std::lower_bound(columns_.items, columns_.items + columns_.count, item) - columns_.items;
+}
+
+int64_t StreamedLoss::kept_tile_bytes() const {
+  return rows_ * (kTileColumns * (arithmetic_ == Arithmetic::kBf16 ? 2 : 4) + static_cast<int64_t>(sizeof(float)));
+}
+
+int64_t StreamedLoss::kept_bytes(int64_t limit) const {
+  return rows_ == 0 ? 0 : std::min(tiles_, limit / kept_tile_bytes()) * kept_tile_bytes();
+}
+
+StreamedLoss::Kept StreamedLoss::kept(const uint8_t* bytes, int64_t size) const {
+  const int64_t tiles = size == 0 ? 0 : size / kept_tile_bytes();
+  uint8_t* values = const_cast<uint8_t*>(bytes);
+  const int64_t value_bytes = tiles * (kept_tile_bytes() - rows_ * static_cast<int64_t>(sizeof(float)));
+  return {tiles, reinterpret_cast<float*>(values + value_bytes), values};
+}
+
+StreamedLoss::Tile StreamedLoss::tile(int64_t index) const {
+  return {index, index * kTileColumns, std::min(kTileColumns, columns_.count - index * kTileColumns)};
+}
+
+// Makes the tile's rows ready for the products.
+void StreamedLoss::load(const Tile& tile, Scratch& scratch) const {
+  Matrix rows = problem_.catalog;
+  if (columns_.items) {
+    const int64_t bytes = width_ * (rows.bf16 ? 2 : 4);
+    char* out = reinterpret_cast<char*>(scratch.gathered.reserve(kTileColumns * width_));
+    for (int64_t i = 0; i < tile.count; ++i) {
+      const char* from = static_cast<const char*>(row_at(rows, columns_.items[tile.begin + i]));
+      std::copy_n(from, bytes, out + i * bytes);
+    }
+    rows.data = out;
+    rows.stride = width_;
+  } else {
+    rows.data = row_at(rows, tile.begin);
+  }
+  rows.rows = tile.count;
+  if (arithmetic_ == Arithmetic::kBf16) {
+    scratch.amx.load(rows, padded_);
+  } else {
+    scratch.tile = float_rows(rows, 0, tile.count, problem_.bf16, scratch.tile_copy, &scratch.tile_stride);
+  }
+}
+
+void StreamedLoss::fill_mask(const Tile& tile, int64_t row, uint64_t* words) const {
+  const int64_t used = (tile.count + 63) / 64;
+  std::fill(words, words + kWords, uint64_t{0});
+  if (wanted_.item(row, 0) < 0) return;
+  if (members_.bits) {
+    std::copy_n(members_.bits + row * members_.bits_stride + tile.begin / 8, used * 8,
+                reinterpret_cast<uint8_t*>(words));
+  } else if (members_.ids) {
+    const int32_t* ids = members_.ids + row * members_.ids_width;
+    const int32_t* end = ids + ids_count_[row];
+    for (const int32_t* id = std::lower_bound(ids, end, tile.begin); id < end && *id < tile.begin + tile.count; ++id) {
+      words[(*id - tile.begin) / 64] |= uint64_t{1} << (*id - tile.begin) % 64;
+    }
+  } else if (members_.shared) {
+    std::copy_n(members_.shared + tile.begin / 64, used, words);
+  } else {
+    for (int64_t w = 0; w < used; ++w) {
+      const int64_t from = std::clamp<int64_t>(problem_.first_item - tile.begin - w * 64, 0, 64);
+      const int64_t to = std::min<int64_t>(tile.count - w * 64, 64);
+      if (from < to) words[w] = (~uint64_t{0} << from) & (~uint64_t{0} >> (64 - to));
+    }
+  }
+  const int64_t target = target_column_[row] - tile.begin;
+  if (target >= 0 && target < tile.count) words[target / 64] &= ~(uint64_t{1} << target % 64);
+}
+
+// Whether any row of the block has a negative in the tile.
+bool StreamedLoss::fill_masks(const Tile& tile, int64_t begin, int64_t end, Scratch& scratch) const {
+  uint64_t* masks = scratch.masks.reserve(kBlock * kWords);
+  uint64_t any = 0;
+  for (int64_t row = begin; row < end; ++row, masks += kWords) {
+    fill_mask(tile, row, masks);
+    for (int64_t w = 0; w < kWords; ++w) any |= masks[w];
+  }
+  return any != 0;
+}
+
+// y (end - begin, kTileColumns): logits of the tile's columns, zeros beyond them up to a whole word of the mask.
+void StreamedLoss::logits(const Tile& tile, int64_t begin, int64_t end, float* y, Scratch& scratch) const {
+  const int64_t rows = end - begin;
+  if (width_ == 0) {
+    std::fill(y, y + rows * kTileColumns, 0.0f);
+  } else if (arithmetic_ == Arithmetic::kBf16) {
+    scratch.amx.logits(query_bf16_.get() + begin * padded_, rows, y, kTileColumns);
+  } else {
+    sgemm(false, true, rows, tile.count, width_, query_ + begin * query_stride_, query_stride_, scratch.tile,
+          scratch.tile_stride, y, kTileColumns, false);
+  }
+  const float* shift = columns_.shift ? columns_.shift + tile.begin : nullptr;
+  const bool plain = problem_.temperature == 1.0f && !shift;
+  if (plain && tile.count % 64 == 0) return;
+  for (int64_t row = 0; row < rows; ++row, y += kTileColumns) {
+    if (!plain) loss_kernels().affine(1.0f / problem_.temperature, shift, tile.count, y);
+    std::fill(y + tile.count, y + round_up(tile.count, 64), 0.0f);
+  }
+}
+
+void StreamedLoss::forward_tile(const Tile& tile, const Kept& kept, float* top, float* sum, Fault& fault,
+                                Scratch& scratch) const {
+  const LossKernels& kernel = loss_kernels();
+  const bool keeps = tile.index < kept.tiles, bf16 = arithmetic_ == Arithmetic::kBf16;
+  const int64_t words = (tile.count + 63) / 64;
+  bool loaded = false;
+  for (int64_t begin = 0; begin < rows_; begin += kBlock) {
+    const int64_t end = std::min(rows_, begin + kBlock);
+    if (!fill_masks(tile, begin, end, scratch)) {
+      if (keeps) std::fill(kept.top + tile.index * rows_ + begin, kept.top + tile.index * rows_ + end, kLowest);
+      continue;
+    }
+    if (!loaded) load(tile, scratch);
+    loaded = true;
+    const int64_t place = (tile.index * rows_ + begin) * kTileColumns;  // in kept.values
+    const bool in_place = keeps && !bf16;
+    float* y = in_place ? reinterpret_cast<float*>(kept.values) + place : scratch.logits.reserve(kBlock * kTileColumns);
+    logits(tile, begin, end, y, scratch);
+    for (int64_t row = begin; row < end; ++row, y += kTileColumns) {
+      const uint64_t* mask = scratch.masks.get() + (row - begin) * kWords;
+      bool finite = true;
+      const float largest = kernel.row_max(y, mask, words, &finite);
+      if (!finite) {
+        for (int64_t c = std::max<int64_t>(0, problem_.first_item - tile.begin); c < tile.count; ++c) {
+          if (!std::isfinite(y[c])) fault.note(row, tile.begin + c, y[c]);
+        }
+      }
+      float part_sum;
+      if (keeps && bf16) {
+        uint16_t* out = reinterpret_cast<uint16_t*>(kept.values) + place + (row - begin) * kTileColumns;
+        part_sum = kernel.row_exp_bf16(y, mask, words, largest, out);
+      } else {
+        part_sum = kernel.row_exp(y, mask, words, largest, y);
+      }
+      if (keeps) kept.top[tile.index * rows_ + row] = largest;
+      if (largest == kLowest) continue;
+      if (largest > top[row]) {
+        sum[row] = sum[row] * std::exp(top[row] - largest) + part_sum;
+        top[row] = largest;
+      } else {
+        sum[row] += part_sum * std::exp(largest - top[row]);
+      }
+    }
+  }
+}
+
+void StreamedLoss::forward(uint8_t* bytes, int64_t size, float* losses, float* log_partition) const {
+  const Kept keep = kept(bytes, size);
+  const int64_t chunks = std::min(tiles_, kForwardChunks);
+  std::vector<float> top(chunks * rows_, kLowest), sum(chunks * rows_, 0.0f);
+  std::vector<Fault> faults(chunks);
+  for_each(chunks, [&](int64_t chunk) {
+    Scratch scratch;
+    for (int64_t t = part(tiles_, chunk, chunks); t < part(tiles_, chunk + 1, chunks); ++t) {
+      forward_tile(tile(t), keep, top.data() + chunk * rows_, sum.data() + chunk * rows_, faults[chunk], scratch);
+    }
+  });
+  Fault fault = wanted_.fault();
+  for (const Fault& other : faults) fault.note(other);
+  if (problem_.check) fault.raise();
+  for (int64_t row = 0; row < rows_; ++row) {
+    float largest = kLowest;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) largest = std::max(largest, top[chunk * rows_ + row]);
+    double total = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t i = chunk * rows_ + row;
+      if (top[i] != kLowest) total += sum[i] * std::exp(static_cast<double>(top[i]) - largest);
+    }
+    log_partition[row] = largest == kLowest ? kLowest : static_cast<float>(largest + std::log(total));
+  }
+  wanted_.losses(log_partition, losses);
+}
+
+// With p (end - begin, kTileColumns) and the weights of these rows: catalog_sum (count, padded) = p^T (weight q), added where
+// `accumulate`, and query_sum (B, d) += weight (p e). Either may be null.
+void StreamedLoss::add_products(const Tile& tile, int64_t begin, int64_t end, const void* p, float* catalog_sum,
+                                bool accumulate, float* query_sum, Scratch& scratch) const {
+  const LossKernels& kernel = loss_kernels();
+  const int64_t rows = end - begin;
+  const float* weight = scratch.weights.get();
+  const bool bf16 = arithmetic_ == Arithmetic::kBf16;
+  if (catalog_sum) {
+    float* scaled = scratch.scaled_query.reserve(kBlock * width_);
+    for (int64_t i = 0; i < rows; ++i) {
+      kernel.scale(weight[i], query_ + (begin + i) * query_stride_, width_, scaled + i * width_);
+    }
+    if (bf16) {
+      scratch.amx.catalog_product(static_cast<const uint16_t*>(p), kTileColumns, rows, scaled, width_, catalog_sum,
+                                  accumulate);
+    } else {
+      sgemm(true, false, tile.count, width_, rows, static_cast<const float*>(p), kTileColumns, scaled, width_, catalog_sum,
+            padded_, accumulate);
+    }
+  }
+  if (query_sum) {
+    float* product = scratch.query_product.reserve(kBlock * padded_);
+    if (bf16) {
+      scratch.amx.query_product(static_cast<const uint16_t*>(p), kTileColumns, rows, product);
+    } else {
+      sgemm(false, false, rows, width_, tile.count, static_cast<const float*>(p), kTileColumns, scratch.tile,
+            scratch.tile_stride, product, padded_, false);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      kernel.add_scaled(weight[i], product + i * padded_, width_, query_sum + (begin + i) * width_);
+    }
+  }
+}
+
+void StreamedLoss::backward_tile(const Tile& tile, const Kept& kept, const float* log_partition,
+                                 const std::vector<Pull>& pulls, float* query_sum, const Gradients& gradients,
+                                 bool by_item, Scratch& scratch) const {
+  const LossKernels& kernel = loss_kernels();
+  const bool keeps = tile.index < kept.tiles, bf16 = arithmetic_ == Arithmetic::kBf16;
+  const int64_t words = (tile.count + 63) / 64;
+  // A float32 gradient is summed where it belongs, unless its rows are padded or scattered.
+  const bool direct = gradients.catalog && !gradients.catalog_bf16 && padded_ == width_ && !by_item;
+  float* catalog_sum = direct ? static_cast<float*>(gradients.catalog) + tile.begin * width_
+                              : gradients.catalog ? scratch.catalog_sum.reserve(kTileColumns * padded_) : nullptr;
+  float* bias_sum = gradients.bias ? scratch.bias_sum.reserve(kTileColumns) : nullptr;
+  if (bias_sum) std::fill(bias_sum, bias_sum + tile.count, 0.0f);
+  load(tile, scratch);
+  bool some = false;
+  for (int64_t begin = 0; begin < rows_; begin += kBlock) {
+    const int64_t end = std::min(rows_, begin + kBlock);
+    float* weights = scratch.weights.reserve(kBlock);
+    const void* p;
+    if (keeps) {
+      const float* top = kept.top + tile.index * rows_;
+      if (*std::max_element(top + begin, top + end) == kLowest) continue;
+      for (int64_t row = begin; row < end; ++row) {
+        // Rows without loss have the weight zero, and maybe no log-partition.
+        const float weight = wanted_.weights()[row];
+        weights[row - begin] = weight == 0.0f ? 0.0f : weight * std::exp(top[row] - log_partition[row]);
+      }
+      p = kept.values + (tile.index * rows_ + begin) * kTileColumns * (bf16 ? 2 : 4);
+    } else {
+      if (!fill_masks(tile, begin, end, scratch)) continue;
+      float* y = scratch.logits.reserve(kBlock * kTileColumns);
+      uint16_t* narrow = bf16 ? scratch.exponentials.reserve(kBlock * kTileColumns) : nullptr;
+      logits(tile, begin, end, y, scratch);
+      for (int64_t i = 0; i < end - begin; ++i) {
+        const uint64_t* mask = scratch.masks.get() + i * kWords;
+        weights[i] = wanted_.weights()[begin + i];
+        if (bf16) {
+          kernel.row_exp_bf16(y + i * kTileColumns, mask, words, log_partition[begin + i], narrow + i * kTileColumns);
+        } else {
+          kernel.row_exp(y + i * kTileColumns, mask, words, log_partition[begin + i], y + i * kTileColumns);
+        }
+      }
+      p = bf16 ? static_cast<const void*>(narrow) : y;
+    }
+    for (int64_t i = 0; i < end - begin; ++i) weights[i] /= problem_.temperature;
+    add_products(tile, begin, end, p, catalog_sum, some, query_sum, scratch);
+    for (int64_t i = 0; bias_sum && i < end - begin; ++i) {
+      const float* row = static_cast<const float*>(p) + i * kTileColumns;
+      if (bf16) {
+        float* wide = scratch.row.reserve(kTileColumns);
+        kernels().widen(static_cast<const uint16_t*>(p) + i * kTileColumns, tile.count, wide);
+        row = wide;
+      }
+      kernel.add_scaled(weights[i], row, tile.count, bias_sum);
+    }
+    some = true;
+  }
+  if (catalog_sum && !some) std::fill(catalog_sum, catalog_sum + tile.count * padded_, 0.0f);
+  const auto by_column = [](const Pull& pull, int64_t column) { return pull.column < column; };
+  for (auto pull = std::lower_bound(pulls.begin(), pulls.end(), tile.begin, by_column);
+       pull != pulls.end() && pull->column < tile.begin + tile.count; ++pull) {
+    const int64_t column = pull->column - tile.begin;
+    const float coefficient = pull->coefficient / problem_.temperature;
+    const float* q = query_ + pull->row * query_stride_;
+    if (catalog_sum) kernel.add_scaled(coefficient, q, width_, catalog_sum + column * padded_);
+    if (bias_sum) bias_sum[column] += coefficient;
+  }
+  for (int64_t i = 0; i < tile.count; ++i) {
+    const int64_t row = by_item ? columns_.items[tile.begin + i] : tile.begin + i;
+    if (bias_sum) gradients.bias[row] = bias_sum[i];
+    if (!catalog_sum || direct) continue;
+    write_row(catalog_sum + i * padded_, row, width_, gradients.catalog_bf16, gradients.catalog);
+  }
+}
+
+// Adds the chunks' parts in their order, and what targets and positives add.
+void StreamedLoss::finish_query(const std::vector<float>& parts, int64_t chunks, const Gradients& gradients) const {
+  constexpr int64_t kRowsPerTask = 32;
+  for_each((rows_ + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
+    std::vector<float> sum(width_), pulled(width_);
+    for (int64_t row = task * kRowsPerTask; row < std::min(rows_, (task + 1) * kRowsPerTask); ++row) {
+      std::fill(sum.begin(), sum.end(), 0.0f);
+      std::fill(pulled.begin(), pulled.end(), 0.0f);
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        loss_kernels().add_scaled(1.0f, parts.data() + (chunk * rows_ + row) * width_, width_, sum.data());
+      }
+      wanted_.add_to_query_gradient(row, pulled.data());
+      loss_kernels().add_scaled(1.0f / problem_.temperature, pulled.data(), width_, sum.data());
+      write_row(sum.data(), row, width_, gradients.query_bf16, gradients.query);
+    }
+  });
+}
+
+void StreamedLoss::backward(const float* grad_losses, const float* log_partition, const uint8_t* bytes, int64_t size,
+                            const Gradients& gradients, bool by_item) {
+  const Kept keep = kept(bytes, size);
+  wanted_.differentiate(grad_losses, log_partition);
+  std::vector<Pull> pulls = wanted_.pulls();
+  for (Pull& pull : pulls) pull.column = column_of(pull.column);
+  const int64_t part_bytes = std::max<int64_t>(1, rows_ * width_ * static_cast<int64_t>(sizeof(float)));
+  const int64_t chunks = std::min(tiles_, std::clamp<int64_t>(kPartBytes / part_bytes, 1, kBackwardChunks));
+  std::vector<float> parts(gradients.query ? chunks * rows_ * width_ : 0);
+  for_each(chunks, [&](int64_t chunk) {
+    Scratch scratch;
+    float* query_sum = gradients.query ? parts.data() + chunk * rows_ * width_ : nullptr;
+    for (int64_t t = part(tiles_, chunk, chunks); t < part(tiles_, chunk + 1, chunks); ++t) {
+      backward_tile(tile(t), keep, log_partition, pulls, query_sum, gradients, by_item, scratch);
+    }
+  });
+  if (gradients.query) finish_query(parts, chunks, gradients);
+}
+
+}  // namespace alterrec

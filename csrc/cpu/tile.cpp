@@ -1,0 +1,83 @@
+#include "cpu/tile.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/blas.h"
+#include "cpu/isa.h"
+#include "cpu/kernels.h"
+
+namespace alterrec {
+
+Arithmetic choose_arithmetic(bool bf16) {
+  if (!bf16) return Arithmetic::kFp32;
+  return isa() == Isa::kAmx ? Arithmetic::kBf16 : Arithmetic::kBf16InFp32;
+}
+
+const float* float_rows(const Matrix& x, int64_t begin, int64_t count, bool round, Buffer<float>& copy,
+                        int64_t* stride) {
+  if (!x.bf16 && !round) {
+    *stride = std::max<int64_t>(x.stride, x.cols);
+    return static_cast<const float*>(x.data) + begin * x.stride;
+  }
+  float* out = copy.reserve(count * x.cols);
+  *stride = x.cols;
+  for (int64_t r = 0; r < count; ++r) {
+    if (x.bf16) {
+      kernels().widen(static_cast<const uint16_t*>(x.data) + (begin + r) * x.stride, x.cols, out + r * x.cols);
+    } else {
+      kernels().round(static_cast<const float*>(x.data) + (begin + r) * x.stride, x.cols, out + r * x.cols);
+    }
+  }
+  return out;
+}
+
+void bf16_rows(const Matrix& x, int64_t begin, int64_t count, int64_t width, uint16_t* out) {
+  for (int64_t r = 0; r < count; ++r, out += width) {
+    if (x.bf16) {
+      std::copy_n(static_cast<const uint16_t*>(x.data) + (begin + r) * x.stride, x.cols, out);
+    } else {
+      kernels().narrow(static_cast<const float*>(x.data) + (begin + r) * x.stride, x.cols, out);
+    }
+    std::fill(out + x.cols, out + width, uint16_t{0});
+  }
+}
+
+void pack_panels(const Matrix& x, int64_t begin, int64_t count, int64_t width, uint16_t* out) {
+  for (int64_t p = 0; p < count; p += kPanel, out += width * kPanel) {
+    kernels().pack_panel(x, begin + p, std::min(kPanel, count - p), width, out);
+  }
+}
+
+QueryBlock::QueryBlock(const Matrix& query, int64_t begin, int64_t count, Arithmetic arithmetic)
+    : arithmetic_(arithmetic), rows_(count), width_(query.cols) {
+  if (arithmetic == Arithmetic::kBf16) {
+    width_ = round_up(query.cols, 32);
+    bf16_rows(query, begin, count, width_, bf16_.reserve(count * width_));
+  } else {
+    floats_ = float_rows(query, begin, count, arithmetic == Arithmetic::kBf16InFp32, copy_, &stride_);
+  }
+}
+
+void QueryBlock::scores(const Matrix& catalog, int64_t item, int64_t count, float* out, int64_t ld,
+                        Scratch& scratch) const {
+  if (width_ == 0) {
+    std::fill(out, out + rows_ * ld, 0.0f);
+    return;
+  }
+  if (arithmetic_ != Arithmetic::kBf16) {
+    int64_t stride = 0;
+    const bool round = arithmetic_ == Arithmetic::kBf16InFp32;
+    const float* tile = float_rows(catalog, item, count, round, scratch.floats, &stride);
+    sgemm(false, true, rows_, count, width_, floats_, stride_, tile, stride, out, ld, false);
+    return;
+  }
+  uint16_t* panels = scratch.panels.reserve(round_up(count, kPanel) * width_);
+  pack_panels(catalog, item, count, width_, panels);
+  for (int64_t p = 0; p < count; p += kPanel) {
+    bf16_gemm(rows_, kPanel, width_, bf16_.get(), width_, panels + p * width_, kPanel, out + p, ld, false);
+  }
+  bf16_release();
+}
+
+}  // namespace alterrec

@@ -1,0 +1,98 @@
+// One tile of the score matrix: a block of sessions times a run of catalog items, the product in cache.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace alterrec {
+
+// A row-major matrix of float32 or bfloat16 with unit last stride; `stride` elements from row to row.
+struct Matrix {
+  const void* data;
+  bool bf16;
+  int64_t rows;
+  int64_t cols;
+  int64_t stride;
+};
+
+// Uninitialised memory on cache lines; grows on demand and keeps its size, so that a reused one allocates nothing.
+template <typename T>
+class Buffer {
+ public:
+  T* reserve(int64_t count) {
+    if (count > capacity_) {
+      data_.reset();
+      capacity_ = 0;
+      const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64;
+      data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
+      if (!data_) throw std::bad_alloc();
+      capacity_ = count;
+    }
+    return data_.get();
+  }
+  T* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T, Free> data_;
+  int64_t capacity_ = 0;
+};
+
+// How products are computed: in float32; of bfloat16 values on matrix units; or of bfloat16 values in float32
+// arithmetic, on CPUs without them. The last two differ in rounding only.
+enum class Arithmetic { kFp32, kBf16, kBf16InFp32 };
+
+Arithmetic choose_arithmetic(bool bf16);
+
+constexpr int64_t kPanel = 32;  // items in one packed panel of a bf16 tile
+
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// Rows [begin, begin + count) of x as float32, rounded to bfloat16 first where `round`: a pointer into x where that
+// changes nothing, else a copy in `copy`; *stride receives the row stride.
+const float* float_rows(const Matrix& x, int64_t begin, int64_t count, bool round, Buffer<float>& copy,
+                        int64_t* stride);
+
+// Rows [begin, begin + count) of x as bfloat16, zeros from x.cols to `width`: (count, width), dense.
+void bf16_rows(const Matrix& x, int64_t begin, int64_t count, int64_t width, uint16_t* out);
+
+// Rows [begin, begin + count) of x, transposed, as right operands of bf16_gemm: for each panel of kPanel rows a dense
+// (width, kPanel) matrix in pairs; zeros from x.cols to `width` (a multiple of 32) and beyond the last row.
+void pack_panels(const Matrix& x, int64_t begin, int64_t count, int64_t width, uint16_t* out);
+
+// A block of sessions, made ready once, and its scores against any run of catalog items.
+//
+//   QueryBlock queries(query, 0, 512, arithmetic);
+//   queries.scores(catalog, item, 256, out, 256, scratch);   // out[s * 256 + j] = query[s] . catalog[item + j]
+//
+// Sessions are rows, so that one session's scores lie side by side. No bias is added. `scores` may be called from many
+// threads at once, each with its own scratch.
+class QueryBlock {
+ public:
+  struct Scratch {
+    Buffer<float> floats;     // the tile widened to float32
+    Buffer<uint16_t> panels;  // the tile packed for the matrix units
+  };
+
+  QueryBlock(const Matrix& query, int64_t begin, int64_t count, Arithmetic arithmetic);
+
+  int64_t rows() const { return rows_; }
+
+  // out (rows, ld) with ld >= round_up(count, kPanel): all of those columns may be written.
+  void scores(const Matrix& catalog, int64_t item, int64_t count, float* out, int64_t ld, Scratch& scratch) const;
+
+ private:
+  Arithmetic arithmetic_;
+  int64_t rows_, width_;
+  const float* floats_ = nullptr;
+  int64_t stride_ = 0;
+  Buffer<float> copy_;
+  Buffer<uint16_t> bf16_;
+};
+
+}  // namespace alterrec

@@ -1,0 +1,58 @@
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "cpu/blas.h"
+
+namespace alterrec {
+namespace {
+
+at::Tensor view(const float* data, int64_t rows, int64_t cols, int64_t stride) {
+  return at::from_blob(const_cast<float*>(data), {rows, cols}, {stride, 1}, at::TensorOptions().dtype(at::kFloat));
+}
+
+}  // namespace
+
+void sgemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
+           int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+  const at::InferenceMode guard;  // plain tensors: no autograd on the way to the BLAS
+  const at::Tensor left = trans_a ? view(a, k, m, lda).t() : view(a, m, k, lda);
+  const at::Tensor right = trans_b ? view(b, n, k, ldb).t() : view(b, k, n, ldb);
+  at::Tensor out = view(c, m, n, ldc);
+  if (accumulate) {
+    out.addmm_(left, right);
+  } else {
+    at::mm_out(out, left, right);
+  }
+}
+
+bool has_bf16_product() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("amx-bf16") && at::native::cpublas::could_pack(at::kBFloat16);
+#else
+  return false;
+#endif
+}
+
+void bf16_gemm(int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t lda, const uint16_t* b, int64_t ldb,
+               float* c, int64_t ldc, bool accumulate) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, reinterpret_cast<const at::BFloat16*>(a),
+                              reinterpret_cast<const at::BFloat16*>(b), c);
+}
+
+void bf16_release() { at::native::cpublas::brgemm_release(); }
+
+int num_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+void parallel_for(int64_t tasks, const std::function<void(int64_t)>& task) {
+  const int64_t workers = std::min<int64_t>(tasks, num_threads());
+  std::atomic<int64_t> next{0};  // tasks are handed out one by one: their lengths differ
+  at::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < tasks; i = next++) task(i);
+  });
+}
+
+}  // namespace alterrec
