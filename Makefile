@@ -9,7 +9,7 @@ demo: .venv/ready
 	.venv/bin/alterrec-fast train --demo
 
 test: .venv/ready
-	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist worksteal -m "not shared"
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist worksteal -m "not shared and not root"
 
 lint: .venv/ready
 	.venv/bin/ruff check
