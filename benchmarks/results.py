@@ -30,6 +30,7 @@ from alterrec_fast.training.evaluate import measure, training_counts
 SETTINGS: dict[str, Any] = {"text_model": "packaged"}
 
 Metrics = dict[str, Any]
+MARKS = ("<!-- made by make results -->", "<!-- end -->")
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,14 @@ def main() -> None:
     write_text(options.out / "results.md", table)
     print(table)
     if options.table:
-        write_text(options.table, table)
+        write_text(options.table, _between_marks(options.table, table))
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--raw", type=Path, required=True, help="folder in the generic layout")
     parser.add_argument("--out", type=Path, required=True, help="where data and runs go")
-    parser.add_argument("--table", type=Path, help="Markdown file to write")
+    parser.add_argument("--table", type=Path, help=f"Markdown file; the table replaces what stands between {MARKS}")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=12)
@@ -140,6 +141,15 @@ def _page(
         cells += [_cell(seeds, part, metric) for part in ("id", "text") for metric in ("hits@20", "ndcg@20")]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *_orderings(runs, counted), ""])
+
+
+def _between_marks(page: Path, table: str) -> str:
+    """The page with the table between its two marks."""
+    before, begin, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not begin or not end:
+        raise SystemExit(f"{page}: the marks {MARKS[0]} and {MARKS[1]} are missing")
+    return f"{before}{begin}\n\n{table}\n{end}{after}"
 
 
 def _cell(seeds: list[Metrics], view: str, metric: str) -> str:

@@ -52,9 +52,7 @@ def top_k(
             check_exclude_values(left_out, catalog.shape[0])
         offset = None if bias is None else bias.detach()
         return top_k_ref(query.detach(), catalog.detach(), k, left_out, offset, first_item, arithmetic, checked)
-    scores, items = torch.ops.alterrec_fast.top_k(
-        query, catalog, k, *left_out, bias, first_item, arithmetic, checked
-    )
+    scores, items = torch.ops.alterrec_fast.top_k(query, catalog, k, *left_out, bias, first_item, arithmetic, checked)
     return scores, items
 
 
