@@ -1,8 +1,8 @@
-"""Three ways to give every prefix its session embedding, timed side by side: `python -m alterrec_fast.benchmarks.packing`.
+"""Ways to give every prefix its session embedding, side by side: `python -m alterrec_fast.benchmarks.packing`.
 
 Each runs the forward and backward of the two-layer transformer over one batch of about 512 tokens: length groups (what
-the package does), one block-diagonal mask over all tokens, and rows padded to 50 as the published code has them (one row
-a session here; the published code pads every prefix). torch.nested is not among them: in torch 2.13 its jagged layout has
+the package does), one block-diagonal mask over all tokens, and rows padded to 50 as in the published code (one row a
+session here; the published code pads every prefix). torch.nested is not among them: in torch 2.13 its jagged layout has
 no attention backend on the CPU.
 """
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from alterrec_fast.benchmarks.count_baselines import BASELINES, DECAY
 from alterrec_fast.benchmarks.results import MARKS, ROWS, _between_marks, _page
+
 from alterrec_fast.data.batches import pack
 from alterrec_fast.data.sessions import Dataset
 from alterrec_fast.training.config import METRICS, VARIANTS
