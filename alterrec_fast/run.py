@@ -142,7 +142,7 @@ class TrainedModel:
         if unknown or not session:
             what = f"unknown items {', '.join(map(repr, unknown))}" if unknown else "an empty session"
             raise ValueError(f"{what}; expected one or more of the {self.dataset.num_items} ids in {self.dataset.path}")
-        rows = torch.tensor([self._rows[item] for item in session][-self.config.max_length :])
+        rows = torch.tensor([self._rows[item] for item in session][1 - self.config.max_length :])  # as in training
         with torch.no_grad():
             view = self.recommender.views(self._catalogs)["fused"]
             packing = Packing.of(torch.tensor([len(rows)]).numpy(), view.catalog.device)

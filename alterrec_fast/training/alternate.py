@@ -72,7 +72,9 @@ class Trainer:
         """Trains to the end of the plan or of the patience; returns the recommender of the best epoch, in eval mode."""
         config, state = self.config, self.state
         with torch.random.fork_rng():
-            if not state.history:
+            if state.history:
+                self._write_history()  # a kill may have come between the checkpoint and this file
+            else:
                 self._finish_epoch(0, {"epoch": 0}, progress)  # untrained, the left end of the curves
             for epoch in epochs(config):
                 if epoch.number <= state.epoch:
@@ -106,6 +108,8 @@ class Trainer:
         rate = self._set_rate(epoch)
         order = np.random.default_rng([config.seed, epoch.number])
         sums = state.sums = state.sums or dict.fromkeys(("loss", "targets", "slots", "seconds"), 0.0)
+        # Losses add up on the device and are read only for a checkpoint, so that no step waits for the one before.
+        totals = {name: self._float64(value) for name, value in sums.items() if name.startswith("loss")}
         begun = saved = time.monotonic()
         before = sums["seconds"]
         for step, which in enumerate(plan(self.dataset.train, config.max_length, config.batch_targets, order)):
@@ -116,16 +120,18 @@ class Trainer:
             losses, packing = self._step(epoch, batch, catalog)
             self.optimizers[epoch.student].step()
             for name, loss in losses.items():
-                sums[name] = sums.get(name, 0.0) + float(loss) * len(batch.targets)
+                totals[name] = totals.get(name, self._float64(0.0)) + loss.double() * len(batch.targets)
             sums["targets"] += len(batch.targets)
             sums["slots"] += packing.token.numel()
             state.step = step + 1
             now = time.monotonic()
             sums["seconds"] = before + now - begun
             if now - saved > 60.0 * config.checkpoint_minutes:
+                sums |= {name: float(loss) for name, loss in totals.items()}
                 self._save_last()
                 saved = now
         student.eval()
+        sums |= {name: float(loss) for name, loss in totals.items()}
         total = max(1.0, sums["targets"])
         return {
             "epoch": epoch.number,
@@ -134,7 +140,7 @@ class Trainer:
             if epoch.teacher is None
             else f"ranks {self.bounds[0]}:{self.bounds[1]} of {epoch.teacher}",
             "learning_rate": rate,
-            **{name: sums[name] / total for name in sums if name.startswith("loss")},
+            **{name: sums[name] / total for name in totals},
             "seconds": sums["seconds"],
             "targets_per_second": sums["targets"] / max(sums["seconds"], 1e-9),
             "padding": sums["slots"] / total,
@@ -182,6 +188,9 @@ class Trainer:
         neg = rank_slice(query, teacher_catalog, k1, k2, top=top, backend=config.backend, precision=config.precision)
         return neg.mix(config.hard_fraction), (neg.top if top else None)
 
+    def _float64(self, value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float64, device=self.device)
+
     def _teacher_catalog(self, epoch: Epoch) -> Tensor | None:
         if epoch.teacher is None:
             return None
@@ -217,9 +226,12 @@ class Trainer:
             best = {"epoch": number, "validation": found}
             checkpoint.save(self.run / BEST, self.recommender.state_dict(), best)
         self._save_last()
-        lines = "".join(json.dumps(entry) + "\n" for entry in state.history)
-        checkpoint.write_text(self.run / HISTORY, lines)
+        self._write_history()
         progress(line)
+
+    def _write_history(self) -> None:
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.state.history)
+        checkpoint.write_text(self.run / HISTORY, lines)
 
     def _save_last(self) -> None:
         tensors = {f"model.{key}": tensor for key, tensor in self.recommender.state_dict().items()}
