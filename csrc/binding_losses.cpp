@@ -2,10 +2,6 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <optional>
 #include <tuple>
 
@@ -13,24 +9,12 @@
 #include "cpu/gathered_loss.h"
 #include "cpu/shared_negatives.h"
 #include "cpu/streamed_loss.h"
+#include "recycle.h"
 
 namespace alterrec {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
-
-// Uninitialised memory in huge pages where the system has them: a gradient or a kept product is written once, and
-// faulting in its pages one by one would take about as long as that.
-at::Tensor empty_large(at::IntArrayRef sizes, at::ScalarType dtype) {
-  at::Tensor out = at::empty(sizes, at::TensorOptions().dtype(dtype));
-#ifdef __linux__
-  constexpr uintptr_t kHuge = 2 << 20;
-  const auto begin = (reinterpret_cast<uintptr_t>(out.data_ptr()) + kHuge - 1) / kHuge * kHuge;
-  const auto end = (reinterpret_cast<uintptr_t>(out.data_ptr()) + out.nbytes()) / kHuge * kHuge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: may fail
-#endif
-  return out;
-}
 
 Matrix matrix(const at::Tensor& x) {
   return {x.const_data_ptr(), x.scalar_type() == at::kBFloat16, x.size(0), x.size(1),
@@ -129,7 +113,7 @@ struct Forward {
   Forward(int64_t rows, int64_t kept_size)
       : losses(at::empty({rows}, at::kFloat)),
         log_partition(at::empty({rows}, at::kFloat)),
-        kept(empty_large({kept_size}, at::kByte)) {}
+        kept(recycled_empty({kept_size}, at::kByte)) {}
 
   void run(const StreamedLoss& loss) {
     loss.forward(kept.data_ptr<uint8_t>(), kept.numel(), losses.data_ptr<float>(), log_partition.data_ptr<float>());
@@ -149,7 +133,7 @@ struct Backward {
   Backward(const at::Tensor& query_, const at::Tensor& catalog_, int64_t rows, const c10::List<bool>& needs)
       : query(at::empty({0}, query_.options())), catalog(at::empty({0}, catalog_.options())), bias(at::empty({0})) {
     if (needs[0]) query = at::empty({query_.size(0), query_.size(1)}, query_.options());
-    if (needs[1]) catalog = empty_large({rows, catalog_.size(1)}, catalog_.scalar_type());
+    if (needs[1]) catalog = recycled_empty({rows, catalog_.size(1)}, catalog_.scalar_type());
     if (needs[2]) bias = at::empty({rows}, at::kFloat);
     gradients = {needs[0] ? query.data_ptr() : nullptr, needs[1] ? catalog.data_ptr() : nullptr,
                  needs[2] ? bias.data_ptr<float>() : nullptr, query.scalar_type() == at::kBFloat16,

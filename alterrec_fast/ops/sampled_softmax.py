@@ -146,6 +146,7 @@ def _backward_fake(_grad: Tensor, query: Tensor, catalog: Tensor, *rest: Any) ->
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     query, catalog, target, negatives, log_q, positives, ctx.positive_weight, ctx.temperature, bias, *static = inputs
     ctx.ignore_index, ctx.sparse_grad, _, ctx.bf16, _ = static
+    ctx.set_materialize_grads(False)  # there are none for what is kept, which may be large
     ctx.save_for_backward(query, catalog, target, negatives, log_q, positives, bias, output[1], output[2])
 
 
@@ -171,11 +172,8 @@ def _backward(ctx: Any, grad_losses: Tensor, *_: Any) -> tuple[Tensor | None, ..
         needs,
     )
     if ctx.sparse_grad and needs[1]:
-        # With a second owner of its indices the gradient is cloned on its way to catalog.grad. Taken over as it is, it
-        # would lose the mark that it is coalesced, and an optimiser would sort it again.
-        ctx.indices = items.unsqueeze(0)
         grad_catalog = torch.sparse_coo_tensor(
-            ctx.indices, grad_catalog, catalog.shape, check_invariants=False, is_coalesced=True
+            items.unsqueeze(0), grad_catalog, catalog.shape, check_invariants=False, is_coalesced=True
         )
     by_input: list[Tensor | None] = [None] * 14
     for place, grad, needed in zip((0, 1, 8), (grad_query, grad_catalog, grad_bias), needs, strict=True):

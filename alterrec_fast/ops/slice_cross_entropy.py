@@ -144,6 +144,7 @@ def _backward_fake(_grad: Tensor, query: Tensor, catalog: Tensor, *rest: Any) ->
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     query, catalog, target, members, positives, ctx.positive_weight, ctx.temperature, bias, *static = inputs
     ctx.first_item, ctx.ignore_index, _, ctx.bf16, _ = static
+    ctx.set_materialize_grads(False)  # there are none for what is kept, which may be large
     ctx.save_for_backward(query, catalog, target, members, positives, bias, output[1], output[2])
 
 

@@ -12,6 +12,7 @@ constexpr float kNever = std::numeric_limits<float>::quiet_NaN();
 constexpr float kAlways = -std::numeric_limits<float>::infinity();
 constexpr double kDeviations = 4.0;  // a boundary lies outside its bracket once in 16,000 times
 constexpr double kSlack = 3.0;       // and what a Poisson tail near the first and the last rank needs on top
+constexpr double kSettleCost = 2.5;  // cycles to keep and settle a candidate
 
 // Places in the sample between which the item of `rank` lies: that many of the sample are above it.
 struct Places {
@@ -87,10 +88,17 @@ class Histogram {
 
 }  // namespace
 
-int64_t sample_size(int64_t items) {
-  // A product of one item costs as much as settling some four candidates; the bracket narrows with the square root.
-  const auto best = static_cast<int64_t>(std::pow(0.54 * static_cast<double>(items), 2.0 / 3.0));
-  return std::min(items, round_up(std::max<int64_t>(best, 256), kPanel));
+int64_t sample_size(const Ranks& ranks, double product_cost) {
+  // Sampling s items costs s products, and leaves 2 * kDeviations * sqrt(f (1 - f) / s) of the catalog to settle.
+  const double items = static_cast<double>(ranks.items);
+  const auto spread = [&](int64_t rank) {
+    const double share = static_cast<double>(rank) / items;
+    return std::sqrt(share * (1.0 - share));
+  };
+  const double widest = std::max(spread(ranks.stop), std::max(spread(ranks.start), spread(ranks.top)));
+  const double best = std::pow(kDeviations * kSettleCost * items * widest / product_cost, 2.0 / 3.0);
+  const auto least = std::clamp<int64_t>(ranks.items / 64, 256, 1024);  // for the zone of the first ranks
+  return std::min(ranks.items, round_up(std::max(static_cast<int64_t>(best), least), kPanel));
 }
 
 Plan make_plan(const Ranks& ranks, int64_t sampled) {

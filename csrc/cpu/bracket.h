@@ -17,8 +17,8 @@ struct Ranks {
 // The compare pass that serves some limits.
 enum class Filter { kTop, kSlice, kAll };
 
-// How many items to sample for the cheapest mix of sampling and settling.
-int64_t sample_size(int64_t items);
+// How many items to sample for the cheapest mix of sampling and settling; product_cost: cycles for a session and an item.
+int64_t sample_size(const Ranks& ranks, double product_cost);
 
 struct Plan {
   Filter filter;

@@ -59,11 +59,12 @@ inline Mask ge(const Floats& a, const Floats& b) {
   for (int i = 0; i < kGroup; ++i) mask |= static_cast<uint32_t>(a.x[i] >= b.x[i]) << i;
   return static_cast<Mask>(mask);
 }
-inline Mask finite(const Floats& a) {
-  uint32_t mask = 0;
-  for (int i = 0; i < kGroup; ++i) mask |= static_cast<uint32_t>(std::isfinite(a.x[i])) << i;
-  return static_cast<Mask>(mask);
+inline Floats add_zero_times(const Floats& x, const Floats& sum) {
+  Floats out;
+  for (int i = 0; i < kGroup; ++i) out.x[i] = x.x[i] * 0.0f + sum.x[i];
+  return out;
 }
+inline bool all_zero(const Floats& x) { return ge(x, splat(0.0f)) == 0xffff; }
 template <typename T, typename Group>
 inline void append(T* out, const Group& group, Mask mask) {
   for (uint32_t left = mask; left != 0; left &= left - 1) *out++ = group.x[__builtin_ctz(left)];
@@ -108,10 +109,11 @@ inline Mask ge(const Floats& a, const Floats& b) {
   const int high = _mm256_movemask_ps(_mm256_cmp_ps(a.high, b.high, _CMP_GE_OQ));
   return static_cast<Mask>(low | high << 8);
 }
-inline Mask finite(const Floats& a) {  // x - x is 0 for finite x and NaN for others
-  const Floats zero = {_mm256_sub_ps(a.low, a.low), _mm256_sub_ps(a.high, a.high)};
-  return ge(zero, splat(0.0f));
+inline Floats add_zero_times(const Floats& x, const Floats& sum) {
+  const __m256 zero = _mm256_setzero_ps();
+  return {_mm256_fmadd_ps(x.low, zero, sum.low), _mm256_fmadd_ps(x.high, zero, sum.high)};
 }
+inline bool all_zero(const Floats& x) { return ge(x, splat(0.0f)) == 0xffff; }
 template <typename T>
 inline void append_each(T* out, const T* group, Mask mask) {
   for (uint32_t left = mask; left != 0; left &= left - 1) *out++ = group[__builtin_ctz(left)];
@@ -154,7 +156,8 @@ inline Floats splat(float x) { return _mm512_set1_ps(x); }
 inline Ids splat_ids(int32_t x) { return _mm512_set1_epi32(x); }
 inline Mask le(Ids a, Ids b) { return _mm512_cmple_epi32_mask(a, b); }
 inline Mask ge(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
-inline Mask finite(Floats a) { return static_cast<Mask>(~_mm512_fpclass_ps_mask(a, 0x99)); }  // NaNs and infinities
+inline Floats add_zero_times(Floats x, Floats sum) { return _mm512_fmadd_ps(x, _mm512_setzero_ps(), sum); }
+inline bool all_zero(Floats x) { return ge(x, splat(0.0f)) == 0xffff; }
 // Whole groups are written: compressing to memory is slow on some CPUs, and lists have room beyond their end.
 inline void append(float* out, Floats x, Mask mask) { _mm512_storeu_ps(out, _mm512_maskz_compress_ps(mask, x)); }
 inline void append(int32_t* out, Ids x, Mask mask) { _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(mask, x)); }

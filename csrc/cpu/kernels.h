@@ -25,11 +25,11 @@ struct Limits {
 struct Candidates {
   float* scores;
   int32_t* ids;
-  int64_t capacity;  // a multiple of kWord
+  int64_t capacity;     // there is room for kStreamTile + kGroup more
   int64_t count;
-  int64_t above_stop;   // scores >= stop_high
+  int64_t marked;       // items marked as members
   int64_t above_start;  // scores >= start_high
-  bool overflow;
+  bool overflow;        // some candidates are missing
 };
 
 // The item at some rank of a session: better ones have a larger score, or the same and a smaller id.
@@ -55,8 +55,9 @@ struct Kernels {
   // One panel of pack_panels: `count` <= kPanel rows of x from `begin` on.
   void (*pack_panel)(const Matrix& x, int64_t begin, int64_t count, int64_t width, uint16_t* out);
 
-  // The compare pass. filter_slice: where start_high and top_low are NaN, so that all above start_low are candidates;
-  // filter_all: any limits; filter_top: candidates at or above top_low alone, no bits. False: a score is not finite.
+  // The compare pass. filter_slice: where start_high and top_low are NaN and start_mid is start_low, so that all above
+  // it are candidates; filter_all: any limits; filter_top: candidates at or above top_low alone, no bits. False: a score
+  // is not finite, which shows in the sum of all scores times zero.
   bool (*filter_slice)(const TileRow& row, const Limits& limits, Candidates& out);
   bool (*filter_all)(const TileRow& row, const Limits& limits, Candidates& out);
   bool (*filter_top)(const TileRow& row, const Limits& limits, Candidates& out);
@@ -65,6 +66,7 @@ struct Kernels {
   // number at or above high. The outputs have room for n + kGroup and may be the inputs.
   int64_t (*keep)(const float* scores, const int32_t* ids, int64_t n, float low, float high, float* out_scores,
                   int32_t* out_ids, int64_t* above);
+  int64_t (*count)(const float* scores, int64_t n, float low);  // of n scores, those at or above low
   // The ids of those of n candidates whose mark (see Limits) is wrong: members run from `first` to `last`, the items at
   // ranks start and stop - 1. Returns how many; out has room for n + kGroup.
   int64_t (*mistaken)(const float* scores, const int32_t* ids, int64_t n, const Limits& limits, Cut first, Cut last,

@@ -1,26 +1,5 @@
 // Included by kernels.cpp once for each instruction set, inside a namespace that defines Floats, Ids, Mask (16 bits), load,
-// splat, ge, finite, load_ids, ids_from, splat_ids, le, append. Hence no include guard.
-
-// Appends the items whose bit is set, unless the buffer is full, which the caller then redoes in another way.
-inline void collect(const TileRow& row, const uint64_t* wanted, Candidates& out) {
-  int64_t count = out.count;
-  for (int64_t w = 0; w < row.words; ++w) {
-    uint64_t left = wanted[w];
-    if (left == 0) continue;
-    if (count + kWord > out.capacity) {
-      out.overflow = true;
-      break;
-    }
-    for (int64_t i = w * kWord; left != 0; left >>= kGroup, i += kGroup) {
-      const Mask mask = static_cast<Mask>(left & 0xffff);
-      if (mask == 0) continue;
-      append(out.scores + count, load(row.scores + i), mask);
-      append(out.ids + count, ids_from(row.item + static_cast<int32_t>(i)), mask);
-      count += __builtin_popcount(mask);
-    }
-  }
-  out.count = count;
-}
+// splat, ge, add_zero_times, all_zero, load_ids, ids_from, splat_ids, le, append. Hence no include guard.
 
 inline void clip(const TileRow& row, uint64_t* words) {
   words[0] &= row.first;
@@ -33,71 +12,94 @@ inline int64_t ones(const uint64_t* words, int64_t n) {
   return sum;
 }
 
-template <bool kAll>
-inline bool filter_members(const TileRow& row, const Limits& limits, Candidates& out) {
+// Whether the list takes another tile, which it has room for beyond its capacity.
+inline bool has_room(Candidates& out) {
+  out.overflow |= out.count > out.capacity;
+  return !out.overflow;
+}
+
+// Appends the items of one group whose bit is set. Groups are appended whether they hold candidates or not: where a few
+// in a hundred items are candidates, no branch would foresee it.
+inline void collect(const TileRow& row, int64_t i, const Floats& x, Mask wanted, Candidates& out) {
+  append(out.scores + out.count, x, wanted);
+  append(out.ids + out.count, ids_from(row.item + static_cast<int32_t>(i)), wanted);
+  out.count += __builtin_popcount(wanted);
+}
+
+// The bits of the group at i that exist: of all but the first and the last word, all.
+inline Mask existing(const TileRow& row, int64_t i) {
+  uint64_t word = ~uint64_t{0};
+  if (i < kWord) word &= row.first;
+  if (i >= (row.words - 1) * kWord) word &= row.last;
+  return static_cast<Mask>(word >> (i % kWord));
+}
+
+template <bool kAll, bool kRoom>
+inline bool filter_members(const TileRow& row, const Limits& limits, Candidates& list) {
   const Floats stop_low = splat(limits.stop_low), stop_mid = splat(limits.stop_mid), stop_high = splat(limits.stop_high);
   const Floats start_low = splat(limits.start_low), start_mid = splat(limits.start_mid);
   const Floats start_high = splat(limits.start_high), top_low = splat(limits.top_low);
-  uint64_t wanted[kStreamWords], high[kStreamWords], start[kStreamWords];
-  Mask all_finite = 0xffff;
+  Candidates out = list;  // in registers
+  Floats sum = splat(0.0f);
+  int64_t above_start = 0;
   for (int64_t w = 0; w < row.words; ++w) {
-    uint64_t member = 0, candidate = 0, above_stop = 0, above_start = 0;
-    for (int64_t g = 0; g < kWord; g += kGroup) {
-      const Floats x = load(row.scores + w * kWord + g);
-      all_finite &= finite(x);
-      const Mask in_stop = ge(x, stop_high);
-      Mask take = static_cast<Mask>((ge(x, stop_low) & ~in_stop) | ge(x, start_low));
+    const bool whole = w > 0 && w + 1 < row.words;
+    uint64_t member = 0;
+    for (int64_t i = w * kWord; i < (w + 1) * kWord; i += kGroup) {
+      const Floats x = load(row.scores + i);
+      const Mask real = whole ? static_cast<Mask>(0xffff) : existing(row, i);
+      sum = add_zero_times(x, sum);
+      const Mask above = ge(x, start_low);
+      Mask take = static_cast<Mask>((ge(x, stop_low) & ~ge(x, stop_high)) | above);
+      Mask marked = static_cast<Mask>(ge(x, stop_mid) & ~above);
       if (kAll) {
-        const Mask in_start = ge(x, start_high);
-        take = static_cast<Mask>((ge(x, stop_low) & ~in_stop) | (ge(x, start_low) & ~in_start) | ge(x, top_low));
-        above_start |= static_cast<uint64_t>(in_start) << g;
+        const Mask over = static_cast<Mask>(ge(x, start_high) & real);
+        above_start += __builtin_popcount(over);
+        take = static_cast<Mask>((ge(x, stop_low) & ~ge(x, stop_high)) | (above & ~over) | ge(x, top_low));
+        marked = static_cast<Mask>(ge(x, stop_mid) & ~ge(x, start_mid));
       }
-      const Mask marked = static_cast<Mask>(ge(x, stop_mid) & ~ge(x, start_mid));
-      member |= static_cast<uint64_t>(marked) << g;
-      candidate |= static_cast<uint64_t>(take) << g;
-      above_stop |= static_cast<uint64_t>(in_stop) << g;
+      member |= static_cast<uint64_t>(static_cast<Mask>(marked & real)) << (i % kWord);
+      if (kRoom) collect(row, i, x, static_cast<Mask>(take & real), out);
     }
     row.bits[w] = member;
-    wanted[w] = candidate;
-    high[w] = above_stop;
-    start[w] = above_start;
   }
-  clip(row, row.bits);
-  clip(row, wanted);
-  clip(row, high);
-  out.above_stop += ones(high, row.words);
-  if (kAll) {
-    clip(row, start);
-    out.above_start += ones(start, row.words);
-  }
-  collect(row, wanted, out);
-  return all_finite == 0xffff;
+  out.above_start += above_start;
+  out.marked += ones(row.bits, row.words);
+  list = out;
+  return all_zero(sum);
 }
 
 inline bool filter_slice(const TileRow& row, const Limits& limits, Candidates& out) {
-  return filter_members<false>(row, limits, out);
+  return has_room(out) ? filter_members<false, true>(row, limits, out) : filter_members<false, false>(row, limits, out);
 }
 
 inline bool filter_all(const TileRow& row, const Limits& limits, Candidates& out) {
-  return filter_members<true>(row, limits, out);
+  return has_room(out) ? filter_members<true, true>(row, limits, out) : filter_members<true, false>(row, limits, out);
 }
 
 inline bool filter_top(const TileRow& row, const Limits& limits, Candidates& out) {
   const Floats top_low = splat(limits.top_low);
   uint64_t wanted[kStreamWords];
-  Mask all_finite = 0xffff;
+  Floats sum = splat(0.0f);
   for (int64_t w = 0; w < row.words; ++w) {
     uint64_t candidate = 0;
     for (int64_t g = 0; g < kWord; g += kGroup) {
       const Floats x = load(row.scores + w * kWord + g);
-      all_finite &= finite(x);
+      sum = add_zero_times(x, sum);
       candidate |= static_cast<uint64_t>(ge(x, top_low)) << g;
     }
     wanted[w] = candidate;
   }
   clip(row, wanted);
-  collect(row, wanted, out);
-  return all_finite == 0xffff;
+  if (has_room(out)) {
+    for (int64_t w = 0; w < row.words; ++w) {  // few words hold any
+      int64_t i = w * kWord;
+      for (uint64_t left = wanted[w]; left != 0; left >>= kGroup, i += kGroup) {
+        collect(row, i, load(row.scores + i), static_cast<Mask>(left & 0xffff), out);
+      }
+    }
+  }
+  return all_zero(sum);
 }
 
 inline int64_t keep(const float* scores, const int32_t* ids, int64_t n, float low, float high, float* out_scores,
@@ -117,6 +119,12 @@ inline int64_t keep(const float* scores, const int32_t* ids, int64_t n, float lo
   }
   *above = beyond;
   return kept;
+}
+
+inline int64_t count(const float* scores, int64_t n, float low) {
+  int64_t sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += scores[i] >= low;
+  return sum;
 }
 
 // Which candidates are no worse than the cut.
@@ -219,4 +227,4 @@ inline void pack_panel(const Matrix& x, int64_t begin, int64_t count, int64_t wi
 }
 
 constexpr Kernels kTable = {widen,      round, narrow,   pack_panel, filter_slice, filter_all,
-                            filter_top, keep,  mistaken, bins,       range,        add};
+                            filter_top, keep,  count, mistaken, bins,       range,        add};

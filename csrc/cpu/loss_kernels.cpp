@@ -1,6 +1,7 @@
 #include "cpu/loss_kernels.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "cpu/isa.h"

@@ -20,7 +20,7 @@ struct LossKernels {
   void (*dot_rows[3])(const float* q, const void* const* rows, int64_t count, int64_t d, float* out);
   void (*weighted_sum[3])(const float* weight, const void* const* rows, int64_t count, int64_t d, float* acc);
   void (*affine)(float a, const float* shift, int64_t n, float* y);  // y = a y + shift, or a y without a shift
-  void (*scale)(float a, const float* x, int64_t n, float* out);     // out = a x
+  void (*scale)(float a, const float* x, int64_t n, float* out);  // out = a x, with zeros for what would be denormal
   void (*add_scaled)(float a, const float* x, int64_t n, float* y);  // y += a x
 };
 

@@ -199,9 +199,14 @@ void affine(float a, const float* shift, int64_t n, float* y) {
 }
 
 void scale(float a, const float* x, int64_t n, float* out) {
+  constexpr float kLeast = std::numeric_limits<float>::min();
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(out + i, a * load(x + i));
-  for (; i < n; ++i) out[i] = a * x[i];
+  for (; i + kLanes <= n; i += kLanes) {
+    const F32 y = a * load(x + i);
+    const I32 normal = ((I32)y & 0x7fffffff) >= (I32)splat(kLeast);
+    store(out + i, (F32)((I32)y & normal));
+  }
+  for (; i < n; ++i) out[i] = std::abs(a * x[i]) < kLeast ? 0.0f : a * x[i];
 }
 
 void add_scaled(float a, const float* x, int64_t n, float* y) {

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <mutex>
+#include <numeric>
 #include <vector>
 
 #include "cpu/blas.h"
@@ -18,9 +19,10 @@ constexpr int64_t kBlockRows = 512;         // sessions streamed together: enoug
 constexpr int64_t kSampleRows = 128;        // sessions of one task while sampling
 constexpr int64_t kStoredRows = 64;         // and while whole rows of scores are kept
 constexpr int64_t kSettleRows = 8;          // and while settling
-constexpr int64_t kRuns = 16;               // runs of tiles, which are the tasks of the stream
 constexpr int64_t kSmallCatalog = 8192;     // items up to which whole rows of scores are kept in cache
-constexpr int64_t kBufferBytes = 48 << 20;  // for candidates
+constexpr int64_t kBufferBytes = 48 << 20;  // for candidates, of each thread
+constexpr int64_t kBeyond = kStreamTile + kGroup;  // room of a list beyond its capacity
+constexpr int64_t kPrefetch = 80;                  // candidates of one tile, more or less
 constexpr int64_t kBitsBytes = 16 << 20;    // for member bits that are not an output
 constexpr int64_t kStoredBytes = 32 << 20;  // for whole rows of scores
 
@@ -28,6 +30,11 @@ std::atomic<int64_t> total_rows{0}, total_missed{0}, total_overflow{0};
 std::atomic<Trouble> trouble{Trouble::kNone};
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What the product of one session and one item costs, in cycles.
+double product_cost(const RankJob& job) {
+  return static_cast<double>(job.query.cols) / (job.arithmetic == Arithmetic::kBf16 ? 128.0 : 32.0);
+}
 
 class Engine {
  public:
@@ -37,7 +44,7 @@ class Engine {
         items_(job.catalog.rows - job.first_item),
         base_(job.first_item / kWord * kWord),
         words_(ceil_div(job.catalog.rows, kWord)),
-        sampled_(sample_size(items_)) {}
+        sampled_(sample_size({job.start, job.stop, job.top, items_}, product_cost(job))) {}
 
   NotFinite run() {
     const int64_t rows = job_.query.rows;
@@ -152,9 +159,8 @@ class Engine {
       bins.reserve(sampled_);
       Buffer<float> list_scores;
       Buffer<int32_t> list_ids;
-      const int64_t capacity = round_up(items_, kWord) + kWord;
-      list_scores.reserve(capacity + kGroup);
-      list_ids.reserve(capacity + kGroup);
+      list_scores.reserve(items_ + kBeyond);
+      list_ids.reserve(items_ + kBeyond);
       for (int64_t row = first; row < first + n; ++row) {
         float* x = scores.get() + (row - first) * width;
         finish_scores(x, base_, end - base_);
@@ -164,7 +170,7 @@ class Engine {
         const Limits limits = draw(ranks, plan, sample.get(), row, bins.get());
         uint64_t* bits = bits_of(begin, row);
         clear_padding(bits);
-        Candidates list{list_scores.get(), list_ids.get(), usable(capacity), 0, 0, 0, false};
+        Candidates list{list_scores.get(), list_ids.get(), usable(items_), 0, 0, 0, false};
         filter(plan, limits, x, base_, end - base_, row, bits, list);
         if (!settler.settle(ranks, plan.filter, limits, &list, 1, bits, settled)) {
           count_trouble(list.overflow);
@@ -183,30 +189,35 @@ class Engine {
     const QueryBlock queries(job_.query, begin, count, job_.arithmetic);
     const std::vector<Limits> limits = sample_limits(begin, count, plan);
 
-    const int64_t tiles = ceil_div(job_.catalog.rows - base_, kStreamTile);
-    const int64_t runs = std::min(tiles, kRuns);
-    const int64_t capacity = usable(list_capacity(plan, count, runs));
-    Buffer<float> list_scores;
-    Buffer<int32_t> list_ids;
-    list_scores.reserve(count * runs * (capacity + kGroup));
-    list_ids.reserve(count * runs * (capacity + kGroup));
-    std::vector<Candidates> lists(count * runs);  // (count, runs)
-    for (int64_t i = 0; i < count * runs; ++i) {
-      const int64_t place = i * (capacity + kGroup);
-      lists[i] = {list_scores.get() + place, list_ids.get() + place, capacity, 0, 0, 0, false};
+    // Each worker has a list for every session, long enough for all: where in the catalog a session's candidates lie
+    // is the catalog's affair.
+    const int64_t workers = num_threads(), capacity = usable(list_capacity(plan, count));
+    std::vector<Buffer<float>> list_scores(workers);
+    std::vector<Buffer<int32_t>> list_ids(workers);
+    std::vector<Candidates> lists(count * workers);  // (count, workers)
+    for (int64_t worker = 0; worker < workers; ++worker) {
+      const int64_t room = capacity + kBeyond;
+      float* scores = list_scores[worker].reserve(count * room);
+      int32_t* ids = list_ids[worker].reserve(count * room);
+      for (int64_t r = 0; r < count; ++r) {
+        lists[r * workers + worker] = {scores + r * room, ids + r * room, capacity, 0, 0, 0, false};
+      }
     }
 
-    parallel_for(runs, [&](int64_t run) {
+    const int64_t tiles = ceil_div(job_.catalog.rows - base_, kStreamTile);
+    std::atomic<int64_t> next{0};
+    parallel_for(workers, [&](int64_t worker) {
       Buffer<float> scores;
       QueryBlock::Scratch scratch;
       scores.reserve(count * kStreamTile);
-      for (int64_t tile = tiles * run / runs; tile < tiles * (run + 1) / runs; ++tile) {
+      for (int64_t tile = next++; tile < tiles; tile = next++) {
         const int64_t item = base_ + tile * kStreamTile, n = std::min(kStreamTile, job_.catalog.rows - item);
         queries.scores(job_.catalog, item, n, scores.get(), kStreamTile, scratch);
         for (int64_t r = 0; r < count; ++r) {
           float* x = scores.get() + r * kStreamTile;
           finish_scores(x, item, n);
-          filter(plan, limits[r], x, item, n, begin + r, bits_of(begin, begin + r), lists[r * runs + run]);
+          if (r + 1 < count) prefetch(lists[(r + 1) * workers + worker]);
+          filter(plan, limits[r], x, item, n, begin + r, bits_of(begin, begin + r), lists[r * workers + worker]);
         }
       }
     });
@@ -219,12 +230,15 @@ class Engine {
       for (int64_t r = task * kSettleRows; r < std::min(count, (task + 1) * kSettleRows); ++r) {
         uint64_t* bits = bits_of(begin, begin + r);
         clear_padding(bits);
-        const Candidates* own = &lists[r * runs];
-        if (settler.settle(ranks_of(begin + r), plan.filter, limits[r], own, runs, bits, settled)) {
+        const Candidates* own = &lists[r * workers];
+        // Whether the lists together are too long does not hang on who found what.
+        const bool overflow = std::any_of(own, own + workers, [](const Candidates& list) { return list.overflow; }) ||
+                              total_count(own, workers) > capacity;
+        if (!overflow && settler.settle(ranks_of(begin + r), plan.filter, limits[r], own, workers, bits, settled)) {
           receive_(begin + r, bits, settled);
         } else {
           missed[r] = 1;
-          count_trouble(std::any_of(own, own + runs, [](const Candidates& list) { return list.overflow; }));
+          count_trouble(overflow);
         }
       }
     });
@@ -322,13 +336,25 @@ class Engine {
     return limits;
   }
 
-  int64_t list_capacity(const Plan& plan, int64_t rows, int64_t runs) const {
-    const int64_t wanted = plan.expected * 2 / runs + 8 * static_cast<int64_t>(std::sqrt(plan.expected)) + 512;
-    const int64_t affordable = kBufferBytes / (rows * runs * 8);
-    return std::max<int64_t>(round_up(std::min(wanted, affordable), kWord), kWord);
+  // The end of a list, which has left the cache since the last tile.
+  static void prefetch(const Candidates& list) {
+    for (int64_t i = 0; i < kPrefetch; i += 64 / 4) {
+      __builtin_prefetch(list.scores + list.count + i, 1);
+      __builtin_prefetch(list.ids + list.count + i, 1);
+    }
   }
 
-  static int64_t usable(int64_t capacity) { return trouble == Trouble::kOverflow ? 0 : capacity; }
+  static int64_t total_count(const Candidates* lists, int64_t n) {
+    return std::accumulate(lists, lists + n, int64_t{0},
+                           [](int64_t sum, const Candidates& list) { return sum + list.count; });
+  }
+
+  static int64_t list_capacity(const Plan& plan, int64_t rows) {
+    const int64_t wanted = plan.expected * 3 / 2 + 1024, affordable = kBufferBytes / (rows * 8);
+    return std::max<int64_t>(std::min(wanted, affordable - kBeyond), 1);
+  }
+
+  static int64_t usable(int64_t capacity) { return trouble == Trouble::kOverflow ? -1 : capacity; }
 
   static void count_trouble(bool overflow) { ++(overflow ? total_overflow : total_missed); }
 

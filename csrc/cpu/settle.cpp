@@ -70,6 +70,10 @@ void Settler::List::reserve(int64_t n) {
   ids.reserve(n + kGroup);
 }
 
+int64_t Settler::List::count_above(float low) const {
+  return kernels().count(scores.get(), count, low);
+}
+
 void Settler::gather(const Candidates* runs, int64_t count, float low, float high) {
   int64_t total = 0, above = 0;
   for (int64_t r = 0; r < count; ++r) total += runs[r].count;
@@ -138,15 +142,17 @@ void Settler::best(int64_t n, std::vector<uint64_t>& out) {
 
 bool Settler::settle(const Ranks& ranks, Filter filter, const Limits& limits, const Candidates* runs, int64_t count,
                      uint64_t* bits, Settled& out) {
-  int64_t above_stop = 0, above_start = 0;
+  int64_t marked = 0, above_start = 0;
   for (int64_t r = 0; r < count; ++r) {
     if (runs[r].overflow) return false;
-    above_stop += runs[r].above_stop;
+    marked += runs[r].marked;
     above_start += runs[r].above_start;
   }
   out.best.clear();
+  int64_t above_mid = above_start;  // scores >= start_mid
   if (filter == Filter::kSlice) {
     gather(runs, count, limits.start_low, kNever);
+    above_mid = lists_[0].count;
     const int64_t zone = std::max(ranks.start + 1, ranks.top);
     if (lists_[0].count < zone) return false;
     best(zone, out.best);
@@ -160,12 +166,14 @@ bool Settler::settle(const Ranks& ranks, Filter filter, const Limits& limits, co
   if (filter == Filter::kTop) return true;
   if (filter == Filter::kAll) {
     gather(runs, count, limits.start_low, limits.start_high);
+    above_mid += lists_[0].count_above(limits.start_mid);
     const int64_t rank = ranks.start - above_start;
     if (rank < 0 || rank >= lists_[0].count) return false;
     out.first = select(rank);
   }
   gather(runs, count, limits.stop_low, limits.stop_high);
-  const int64_t rank = ranks.stop - 1 - above_stop;
+  // All scores >= stop_mid are marked or >= start_mid; of them those below stop_high are in the list.
+  const int64_t rank = ranks.stop - 1 - (marked + above_mid - lists_[0].count_above(limits.stop_mid));
   if (rank < 0 || rank >= lists_[0].count) return false;
   out.last = select(rank);
   for (int64_t r = 0; r < count; ++r) {

@@ -37,6 +37,7 @@ class Settler {
     int64_t count = 0;
 
     void reserve(int64_t n);
+    int64_t count_above(float low) const;  // scores at or above it
   };
 
   // Fills lists_[0] with the candidates in [low, high).

@@ -34,7 +34,13 @@ int64_t part(int64_t n, int64_t chunk, int64_t chunks) { return n * chunk / chun
 
 }  // namespace
 
+// Kept by each thread from call to call: a few MiB, whatever the shapes.
 struct StreamedLoss::Scratch {
+  static Scratch& mine() {
+    static thread_local Scratch scratch;
+    return scratch;
+  }
+
   Buffer<uint64_t> masks;  // (kBlock, kWords)
   Buffer<float> logits;    // (kBlock, kTileColumns)
   Buffer<uint16_t> exponentials;  // the same in bf16
@@ -224,7 +230,7 @@ void StreamedLoss::forward(uint8_t* bytes, int64_t size, float* losses, float* l
   std::vector<float> top(chunks * rows_, kLowest), sum(chunks * rows_, 0.0f);
   std::vector<Fault> faults(chunks);
   for_each(chunks, [&](int64_t chunk) {
-    Scratch scratch;
+    Scratch& scratch = Scratch::mine();
     for (int64_t t = part(tiles_, chunk, chunks); t < part(tiles_, chunk + 1, chunks); ++t) {
       forward_tile(tile(t), keep, top.data() + chunk * rows_, sum.data() + chunk * rows_, faults[chunk], scratch);
     }
@@ -245,37 +251,44 @@ void StreamedLoss::forward(uint8_t* bytes, int64_t size, float* losses, float* l
   wanted_.losses(log_partition, losses);
 }
 
-// With p (end - begin, kTileColumns) and the weights of these rows: catalog_sum (count, padded) = p^T (weight q), added where
-// `accumulate`, and query_sum (B, d) += weight (p e). Either may be null.
+// With p (end - begin, kTileColumns) times the weights of these rows: catalog_sum (count, padded) = p^T q, added where
+// `accumulate`, and query_sum (B, d) += p e. Either may be null.
 void StreamedLoss::add_products(const Tile& tile, int64_t begin, int64_t end, const void* p, float* catalog_sum,
                                 bool accumulate, float* query_sum, Scratch& scratch) const {
   const LossKernels& kernel = loss_kernels();
   const int64_t rows = end - begin;
-  const float* weight = scratch.weights.get();
-  const bool bf16 = arithmetic_ == Arithmetic::kBf16;
+  const float* weights = scratch.weights.get();
+  if (arithmetic_ != Arithmetic::kBf16) {
+    // The weighted copy is in cache when the products read it across rows.
+    float* weighted = scratch.logits.reserve(kBlock * kTileColumns);
+    for (int64_t i = 0; i < rows; ++i) {
+      kernel.scale(weights[i], static_cast<const float*>(p) + i * kTileColumns, tile.count,
+                   weighted + i * kTileColumns);
+    }
+    if (catalog_sum) {
+      sgemm(true, false, tile.count, width_, rows, weighted, kTileColumns, query_ + begin * query_stride_,
+            query_stride_, catalog_sum, padded_, accumulate);
+    }
+    if (query_sum) {
+      sgemm(false, false, rows, width_, tile.count, weighted, kTileColumns, scratch.tile, scratch.tile_stride,
+            query_sum + begin * width_, width_, true);
+    }
+    return;
+  }
+  // Here p is rounded, so the weights go to the other side of the products.
+  const auto* rounded = static_cast<const uint16_t*>(p);
   if (catalog_sum) {
     float* scaled = scratch.scaled_query.reserve(kBlock * width_);
     for (int64_t i = 0; i < rows; ++i) {
-      kernel.scale(weight[i], query_ + (begin + i) * query_stride_, width_, scaled + i * width_);
+      kernel.scale(weights[i], query_ + (begin + i) * query_stride_, width_, scaled + i * width_);
     }
-    if (bf16) {
-      scratch.amx.catalog_product(static_cast<const uint16_t*>(p), kTileColumns, rows, scaled, width_, catalog_sum,
-                                  accumulate);
-    } else {
-      sgemm(true, false, tile.count, width_, rows, static_cast<const float*>(p), kTileColumns, scaled, width_, catalog_sum,
-            padded_, accumulate);
-    }
+    scratch.amx.catalog_product(rounded, kTileColumns, rows, scaled, width_, catalog_sum, accumulate);
   }
   if (query_sum) {
     float* product = scratch.query_product.reserve(kBlock * padded_);
-    if (bf16) {
-      scratch.amx.query_product(static_cast<const uint16_t*>(p), kTileColumns, rows, product);
-    } else {
-      sgemm(false, false, rows, width_, tile.count, static_cast<const float*>(p), kTileColumns, scratch.tile,
-            scratch.tile_stride, product, padded_, false);
-    }
+    scratch.amx.query_product(rounded, kTileColumns, rows, product);
     for (int64_t i = 0; i < rows; ++i) {
-      kernel.add_scaled(weight[i], product + i * padded_, width_, query_sum + (begin + i) * width_);
+      kernel.add_scaled(weights[i], product + i * padded_, width_, query_sum + (begin + i) * width_);
     }
   }
 }
@@ -355,7 +368,7 @@ void StreamedLoss::backward_tile(const Tile& tile, const Kept& kept, const float
 }
 
 // Adds the chunks' parts in their order, and what targets and positives add.
-void StreamedLoss::finish_query(const std::vector<float>& parts, int64_t chunks, const Gradients& gradients) const {
+void StreamedLoss::finish_query(const float* parts, int64_t chunks, const Gradients& gradients) const {
   constexpr int64_t kRowsPerTask = 32;
   for_each((rows_ + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
     std::vector<float> sum(width_), pulled(width_);
@@ -363,7 +376,7 @@ void StreamedLoss::finish_query(const std::vector<float>& parts, int64_t chunks,
       std::fill(sum.begin(), sum.end(), 0.0f);
       std::fill(pulled.begin(), pulled.end(), 0.0f);
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        loss_kernels().add_scaled(1.0f, parts.data() + (chunk * rows_ + row) * width_, width_, sum.data());
+        loss_kernels().add_scaled(1.0f, parts + (chunk * rows_ + row) * width_, width_, sum.data());
       }
       wanted_.add_to_query_gradient(row, pulled.data());
       loss_kernels().add_scaled(1.0f / problem_.temperature, pulled.data(), width_, sum.data());
@@ -380,10 +393,12 @@ void StreamedLoss::backward(const float* grad_losses, const float* log_partition
   for (Pull& pull : pulls) pull.column = column_of(pull.column);
   const int64_t part_bytes = std::max<int64_t>(1, rows_ * width_ * static_cast<int64_t>(sizeof(float)));
   const int64_t chunks = std::min(tiles_, std::clamp<int64_t>(kPartBytes / part_bytes, 1, kBackwardChunks));
-  std::vector<float> parts(gradients.query ? chunks * rows_ * width_ : 0);
+  static thread_local Buffer<float> parts_memory;
+  float* parts = gradients.query ? parts_memory.reserve(chunks * rows_ * width_) : nullptr;
   for_each(chunks, [&](int64_t chunk) {
-    Scratch scratch;
-    float* query_sum = gradients.query ? parts.data() + chunk * rows_ * width_ : nullptr;
+    Scratch& scratch = Scratch::mine();
+    float* query_sum = gradients.query ? parts + chunk * rows_ * width_ : nullptr;
+    if (query_sum) std::fill(query_sum, query_sum + rows_ * width_, 0.0f);
     for (int64_t t = part(tiles_, chunk, chunks); t < part(tiles_, chunk + 1, chunks); ++t) {
       backward_tile(tile(t), keep, log_partition, pulls, query_sum, gradients, by_item, scratch);
     }

@@ -66,7 +66,7 @@ class StreamedLoss {
                      float* query_sum, const Gradients& gradients, bool by_item, Scratch& scratch) const;
   void add_products(const Tile& tile, int64_t begin, int64_t end, const void* p, float* catalog_sum, bool accumulate,
                     float* query_sum, Scratch& scratch) const;
-  void finish_query(const std::vector<float>& parts, int64_t chunks, const Gradients& gradients) const;
+  void finish_query(const float* parts, int64_t chunks, const Gradients& gradients) const;
 
   const LossProblem& problem_;
   const Columns columns_;

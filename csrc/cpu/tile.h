@@ -1,11 +1,9 @@
 // One tile of the score matrix: a block of sessions times a run of catalog items, the product in cache.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
+
+#include "cpu/buffer.h"
 
 namespace alterrec {
 
@@ -16,31 +14,6 @@ struct Matrix {
   int64_t rows;
   int64_t cols;
   int64_t stride;
-};
-
-// Uninitialised memory on cache lines; grows on demand and keeps its size, so that a reused one allocates nothing.
-template <typename T>
-class Buffer {
- public:
-  T* reserve(int64_t count) {
-    if (count > capacity_) {
-      data_.reset();
-      capacity_ = 0;
-      const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64;
-      data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
-      if (!data_) throw std::bad_alloc();
-      capacity_ = count;
-    }
-    return data_.get();
-  }
-  T* get() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> data_;
-  int64_t capacity_ = 0;
 };
 
 // How products are computed: in float32; of bfloat16 values on matrix units; or of bfloat16 values in float32
