@@ -50,9 +50,11 @@ class Row:
 
 
 ROWS = [
-    *(Row(variant, variant, {}) for variant in VARIANTS if variant != "alterrec"),
     Row("alterrec", "alterrec", {"hard_fraction": 1.0}),
     Row("alterrec, hard_fraction 0.5", "alterrec", {"hard_fraction": 0.5}),
+    # Ranks [0, 5) are its positives and, as in the paper (p < k1), no negatives as well.
+    Row("alterrec_aug", "alterrec_aug", {"k1": 5}),
+    *(Row(variant, variant, {}) for variant in VARIANTS if not variant.startswith("alterrec")),
 ]
 
 

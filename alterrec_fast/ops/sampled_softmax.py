@@ -108,7 +108,8 @@ def _kept_bytes(query: Tensor, negatives: Tensor, positives: Tensor | None) -> i
     if negatives.ndim == 2:
         return rows * (negatives.shape[1] + width) * 4
     items = negatives.shape[0] + rows * (1 if positives is None else 1 + positives.shape[1])
-    return torch.sym_min(KEEP_SHARED_BYTES, rows * -(-items // 512) * (512 + 1) * 4)
+    kept: int = torch.sym_min(KEEP_SHARED_BYTES, rows * -(-items // 512) * (512 + 1) * 4)
+    return kept
 
 
 register.LIBRARY.define(
