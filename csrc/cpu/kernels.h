@@ -52,8 +52,10 @@ struct Kernels {
   void (*widen)(const uint16_t* in, int64_t n, float* out);
   void (*round)(const float* in, int64_t n, float* out);
   void (*narrow)(const float* in, int64_t n, uint16_t* out);
-  // One panel of pack_panels: `count` <= kPanel rows of x from `begin` on.
-  void (*pack_panel)(const Matrix& x, int64_t begin, int64_t count, int64_t width, uint16_t* out);
+  // One panel of kPanel rows, transposed: `count` of x from `begin` on, the others zero. As float32, (x.cols, kPanel),
+  // rounded to bfloat16 where `round`; as bfloat16, (width, kPanel) in pairs of rows (see bf16_gemm), zero beyond x.cols.
+  void (*pack_floats)(const Matrix& x, int64_t begin, int64_t count, bool round, float* out);
+  void (*pack_pairs)(const Matrix& x, int64_t begin, int64_t count, int64_t width, uint16_t* out);
 
   // The compare pass. filter_slice: where start_high and top_low are NaN and start_mid is start_low, so that all above
   // it are candidates; filter_all: any limits; filter_top: candidates at or above top_low alone, no bits. False: a score

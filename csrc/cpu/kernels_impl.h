@@ -214,7 +214,19 @@ inline void narrow(const float* in, int64_t n, uint16_t* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = to_bf16(in[i]);
 }
 
-inline void pack_panel(const Matrix& x, int64_t begin, int64_t count, int64_t width, uint16_t* out) {
+inline void pack_floats(const Matrix& x, int64_t begin, int64_t count, bool to_round, float* out) {
+  std::fill(out, out + x.cols * kPanel, 0.0f);
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t row = (begin + r) * x.stride;
+    for (int64_t c = 0; c < x.cols; ++c) {
+      const float value = x.bf16 ? from_bf16(static_cast<const uint16_t*>(x.data)[row + c])
+                                 : static_cast<const float*>(x.data)[row + c];
+      out[c * kPanel + r] = to_round ? from_bf16(to_bf16(value)) : value;
+    }
+  }
+}
+
+inline void pack_pairs(const Matrix& x, int64_t begin, int64_t count, int64_t width, uint16_t* out) {
   std::fill(out, out + width * kPanel, uint16_t{0});
   for (int64_t r = 0; r < count; ++r) {
     const int64_t row = (begin + r) * x.stride;
@@ -226,5 +238,5 @@ inline void pack_panel(const Matrix& x, int64_t begin, int64_t count, int64_t wi
   }
 }
 
-constexpr Kernels kTable = {widen,      round, narrow,   pack_panel, filter_slice, filter_all,
-                            filter_top, keep,  count, mistaken, bins,       range,        add};
+constexpr Kernels kTable = {widen, round, narrow,   pack_floats, pack_pairs, filter_slice, filter_all, filter_top,
+                            keep,  count, mistaken, bins,        range,      add};

@@ -17,7 +17,7 @@ namespace {
 // All sizes are the same for any number of threads, so that every product has the same shape and the same rounding.
 constexpr int64_t kBlockRows = 512;         // sessions streamed together: enough for products at full speed
 constexpr int64_t kSampleRows = 128;        // sessions of one task while sampling
-constexpr int64_t kStoredRows = 64;         // and while whole rows of scores are kept
+constexpr int64_t kStoredRows = 128;        // and while whole rows of scores are kept
 constexpr int64_t kSettleRows = 8;          // and while settling
 constexpr int64_t kSmallCatalog = 8192;     // items up to which whole rows of scores are kept in cache
 constexpr int64_t kBufferBytes = 48 << 20;  // for candidates, of each thread
