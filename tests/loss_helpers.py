@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +10,6 @@ import torch
 from torch import Tensor
 
 from alterrec_fast.ops import register
-
-ISAS = ("scalar", "avx2", "avx512", "amx")
 
 needs_native = pytest.mark.skipif(bool(register.NO_EXTENSION), reason="the extension is not built")
 
@@ -44,11 +39,3 @@ def assert_no_worse(got: list[Tensor], torchs: list[Tensor], exact: list[Tensor]
 def widened(options: dict[str, Any]) -> dict[str, Any]:
     """The options of a call in float64."""
     return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()}
-
-
-def run_with_isa(isa: str, test: str) -> None:
-    """Runs one test in a process whose kernels are limited to an instruction set."""
-    environment = os.environ | {"ALTERREC_FAST_ISA": isa, "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", test]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr

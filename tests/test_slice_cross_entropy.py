@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from functools import partial
 from typing import Any
 
@@ -12,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_helpers import assert_no_worse, call, needs_native, widened
 from torch import Tensor
 
 from alterrec_fast.ops import RankSlice, slice_cross_entropy
-from loss_helpers import ISAS, assert_no_worse, call, needs_native, run_with_isa, widened
 
 BF16_LEAST = 2.0**-7  # what rounding to bfloat16, twice, may cost in a gradient
 native = partial(call, slice_cross_entropy, backend="native")
@@ -57,12 +56,6 @@ def compare(query: Tensor, catalog: Tensor, options: dict[str, Any], **more: Any
 def test_matches_the_reference(b: int, v: int, d: int, form: str, precision: str | None) -> None:
     query, catalog, options = problem(b, v, d, form)
     compare(query, catalog, options, precision=precision, positive_weight=0.7)
-
-
-@needs_native
-@pytest.mark.parametrize("isa", ISAS)
-def test_matches_the_reference_on_lower_instruction_sets(isa: str) -> None:
-    run_with_isa(isa, f"{__file__}::test_matches_the_reference")
 
 
 @needs_native
@@ -286,7 +279,6 @@ def test_opcheck(form: str) -> None:
 
 
 @needs_native
-@pytest.mark.skipif(os.environ.get("ALTERREC_FAST_ISA") is not None, reason="once is enough")
 def test_compiles_into_one_graph() -> None:
     query, catalog, options = problem(12, 300, 16, "bits")
 

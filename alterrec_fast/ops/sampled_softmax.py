@@ -108,7 +108,8 @@ def _kept_bytes(query: Tensor, negatives: Tensor, positives: Tensor | None) -> i
     if negatives.ndim == 2:
         return rows * (negatives.shape[1] + width) * 4
     items = negatives.shape[0] + rows * (1 if positives is None else 1 + positives.shape[1])
-    return torch.sym_min(KEEP_SHARED_BYTES, rows * -(-items // 512) * (512 + 1) * 4)
+    kept: int = torch.sym_min(KEEP_SHARED_BYTES, rows * -(-items // 512) * (512 + 1) * 4)
+    return kept
 
 
 register.LIBRARY.define(
@@ -124,13 +125,11 @@ register.LIBRARY.define(
 )
 
 
-@torch.library.register_fake("alterrec_fast::sampled_softmax", lib=register.LIBRARY)
 def _forward_fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     losses = query.new_empty(query.shape[0], dtype=torch.float32)
     return losses, torch.empty_like(losses), query.new_empty(rest[10], dtype=torch.uint8)
 
 
-@torch.library.register_fake("alterrec_fast::sampled_softmax_backward", lib=register.LIBRARY)
 def _backward_fake(_grad: Tensor, query: Tensor, catalog: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bias, sparse, needs = rest[6], rest[8], rest[-1]
     items = torch.library.get_ctx().new_dynamic_size() if sparse else 0
@@ -141,6 +140,10 @@ def _backward_fake(_grad: Tensor, query: Tensor, catalog: Tensor, *rest: Any) ->
         catalog.new_empty(catalog.shape[0] if needs[2] else 0, dtype=torch.float32 if bias is None else bias.dtype),
         catalog.new_empty(items, dtype=torch.int64),
     )
+
+
+torch.library.register_fake("alterrec_fast::sampled_softmax", _forward_fake, lib=register.LIBRARY)
+torch.library.register_fake("alterrec_fast::sampled_softmax_backward", _backward_fake, lib=register.LIBRARY)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

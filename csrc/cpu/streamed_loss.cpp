@@ -34,13 +34,7 @@ int64_t part(int64_t n, int64_t chunk, int64_t chunks) { return n * chunk / chun
 
 }  // namespace
 
-// Kept by each thread from call to call: a few MiB, whatever the shapes.
 struct StreamedLoss::Scratch {
-  static Scratch& mine() {
-    static thread_local Scratch scratch;
-    return scratch;
-  }
-
   Buffer<uint64_t> masks;  // (kBlock, kWords)
   Buffer<float> logits;    // (kBlock, kTileColumns)
   Buffer<uint16_t> exponentials;  // the same in bf16
@@ -233,7 +227,7 @@ void StreamedLoss::forward(uint8_t* bytes, int64_t size, float* losses, float* l
   std::vector<float> top(chunks * rows_, kLowest), sum(chunks * rows_, 0.0f);
   std::vector<Fault> faults(chunks);
   for_each(chunks, [&](int64_t chunk) {
-    Scratch& scratch = Scratch::mine();
+    Scratch scratch;
     for (int64_t t = part(tiles_, chunk, chunks); t < part(tiles_, chunk + 1, chunks); ++t) {
       forward_tile(tile(t), keep, top.data() + chunk * rows_, sum.data() + chunk * rows_, faults[chunk], scratch);
     }
@@ -396,10 +390,10 @@ void StreamedLoss::backward(const float* grad_losses, const float* log_partition
   for (Pull& pull : pulls) pull.column = column_of(pull.column);
   const int64_t part_bytes = std::max<int64_t>(1, rows_ * width_ * static_cast<int64_t>(sizeof(float)));
   const int64_t chunks = std::min(tiles_, std::clamp<int64_t>(kPartBytes / part_bytes, 1, kBackwardChunks));
-  static thread_local Buffer<float> parts_memory;
+  Buffer<float> parts_memory;
   float* parts = gradients.query ? parts_memory.reserve(chunks * rows_ * width_) : nullptr;
   for_each(chunks, [&](int64_t chunk) {
-    Scratch& scratch = Scratch::mine();
+    Scratch scratch;
     float* query_sum = gradients.query ? parts + chunk * rows_ * width_ : nullptr;
     if (query_sum) std::fill(query_sum, query_sum + rows_ * width_, 0.0f);
     for (int64_t t = part(tiles_, chunk, chunks); t < part(tiles_, chunk + 1, chunks); ++t) {
