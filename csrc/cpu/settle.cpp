@@ -149,10 +149,11 @@ bool Settler::settle(const Ranks& ranks, Filter filter, const Limits& limits, co
     above_start += runs[r].above_start;
   }
   out.best.clear();
-  int64_t above_mid = above_start;  // scores >= start_mid
+  const float mid = std::fmax(limits.start_mid, limits.stop_mid);  // brackets of near ranks overlap
+  int64_t above_mid = above_start;                                 // scores >= mid
   if (filter == Filter::kSlice) {
     gather(runs, count, limits.start_low, kNever);
-    above_mid = lists_[0].count;
+    above_mid = lists_[0].count_above(mid);
     const int64_t zone = std::max(ranks.start + 1, ranks.top);
     if (lists_[0].count < zone) return false;
     best(zone, out.best);
@@ -166,13 +167,13 @@ bool Settler::settle(const Ranks& ranks, Filter filter, const Limits& limits, co
   if (filter == Filter::kTop) return true;
   if (filter == Filter::kAll) {
     gather(runs, count, limits.start_low, limits.start_high);
-    above_mid += lists_[0].count_above(limits.start_mid);
+    above_mid += lists_[0].count_above(mid);
     const int64_t rank = ranks.start - above_start;
     if (rank < 0 || rank >= lists_[0].count) return false;
     out.first = select(rank);
   }
   gather(runs, count, limits.stop_low, limits.stop_high);
-  // All scores >= stop_mid are marked or >= start_mid; of them those below stop_high are in the list.
+  // All scores >= stop_mid are marked or >= mid; of them those below stop_high are in the list.
   const int64_t rank = ranks.stop - 1 - (marked + above_mid - lists_[0].count_above(limits.stop_mid));
   if (rank < 0 || rank >= lists_[0].count) return false;
   out.last = select(rank);
