@@ -12,8 +12,8 @@ namespace alterrec {
 namespace {
 
 constexpr float kNever = std::numeric_limits<float>::quiet_NaN();
-constexpr int64_t kFew = 96;     // candidates that are ordered one by one
-constexpr int kMaxRounds = 6;    // of narrowing before that; ties and jumps in the scores need not give way to it
+constexpr int64_t kFew = 96;   // candidates that are ordered one by one
+constexpr int kMaxRounds = 6;  // of narrowing before that; ties and jumps in the scores need not give way to it
 
 // Orders as floats do; -0 and +0 are one score.
 uint32_t ordered(float x) {
@@ -62,7 +62,8 @@ uint64_t make_key(float score, int32_t id) {
 }
 
 Cut from_key(uint64_t key) {
-  return {from_ordered(static_cast<uint32_t>(key >> 32)), static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(key))};
+  return {from_ordered(static_cast<uint32_t>(key >> 32)),
+          static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(key))};
 }
 
 void Settler::List::reserve(int64_t n) {
@@ -70,9 +71,7 @@ void Settler::List::reserve(int64_t n) {
   ids.reserve(n + kGroup);
 }
 
-int64_t Settler::List::count_above(float low) const {
-  return kernels().count(scores.get(), count, low);
-}
+int64_t Settler::List::count_above(float low) const { return kernels().count(scores.get(), count, low); }
 
 void Settler::gather(const Candidates* runs, int64_t count, float low, float high) {
   int64_t total = 0, above = 0;
@@ -180,7 +179,8 @@ bool Settler::settle(const Ranks& ranks, Filter filter, const Limits& limits, co
   for (int64_t r = 0; r < count; ++r) {
     lists_[0].reserve(runs[r].count);
     int32_t* wrong = lists_[0].ids.get();
-    flip(wrong, kernels().mistaken(runs[r].scores, runs[r].ids, runs[r].count, limits, out.first, out.last, wrong), bits);
+    flip(wrong, kernels().mistaken(runs[r].scores, runs[r].ids, runs[r].count, limits, out.first, out.last, wrong),
+         bits);
   }
   return true;
 }

@@ -48,7 +48,7 @@ void pack_panels(const Matrix& x, int64_t begin, int64_t count, int64_t width, u
 class QueryBlock {
  public:
   struct Scratch {
-    Buffer<float> floats;   // the tile, or packed panels of it, in float32
+    Buffer<float> floats;    // the tile, or packed panels of it, in float32
     Buffer<uint16_t> pairs;  // packed panels in bfloat16
   };
 
