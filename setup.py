@@ -11,7 +11,9 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = sorted(str(path.relative_to(ROOT)) for folder in (".", "cpu") for path in (ROOT / "csrc" / folder).glob("*.cpp"))
+SOURCES = sorted(
+    str(path.relative_to(ROOT)) for folder in (".", "cpu") for path in (ROOT / "csrc" / folder).glob("*.cpp")
+)
 HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
 
 

@@ -66,7 +66,15 @@ def test_equals_the_reference(size: tuple[int, int, int], seed: int, precision: 
     same(integers(b, d, seed), integers(v, d, seed + 1), start, stop, top, **options)
 
 
-RANGES = [(0, 0, 0), (20, 5_000, 5), (0, 9_000, 3), (4_000, 9_000, 0), (4_000, 4_100, 4), (8_999, 9_000, 7), (0, 50, 60)]
+RANGES = [
+    (0, 0, 0),
+    (20, 5_000, 5),
+    (0, 9_000, 3),
+    (4_000, 9_000, 0),
+    (4_000, 4_100, 4),
+    (8_999, 9_000, 7),
+    (0, 50, 60),
+]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -283,7 +291,18 @@ def test_every_instruction_set(isa: str) -> None:
     """In a process of its own, which the variable is read in once."""
     tests = ("streamed_catalogs", "bad_luck", "strides", "form_of_exclude")
     here = Path(__file__)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(here), "-k", " or ".join(tests)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        str(here),
+        "-k",
+        " or ".join(tests),
+    ]
     environment = os.environ | {"ALTERREC_FAST_ISA": isa}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -52,14 +52,11 @@ def top_k(
             check_exclude_values(left_out, catalog.shape[0])
         offset = None if bias is None else bias.detach()
         return top_k_ref(query.detach(), catalog.detach(), k, left_out, offset, first_item, arithmetic, checked)
-    scores, items = torch.ops.alterrec_fast.top_k(
-        query, catalog, k, *left_out, bias, first_item, arithmetic, checked
-    )
+    scores, items = torch.ops.alterrec_fast.top_k(query, catalog, k, *left_out, bias, first_item, arithmetic, checked)
     return scores, items
 
 
-@torch.library.register_fake("alterrec_fast::top_k", lib=register.LIBRARY)
-def _(
+def _fake(
     query: Tensor,
     catalog: Tensor,
     k: int,
@@ -72,3 +69,6 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     b = query.shape[0]
     return query.new_empty(b, k, dtype=torch.float32), query.new_empty(b, k, dtype=torch.int64)
+
+
+torch.library.register_fake("alterrec_fast::top_k", _fake, lib=register.LIBRARY)
