@@ -1,14 +1,15 @@
 // The only file beside binding_losses.cpp that knows torch.library: the CPU kernels of rank_slice and top_k, for the
 // schemas that Python defines, and the module alterrec_fast._C.
-#include <Python.h>
-
 #include <ATen/ATen.h>
+#include <Python.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <limits>
+#include <map>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "check.h"
 #include "cpu/isa.h"
@@ -91,12 +92,10 @@ std::tuple<Tensor, Tensor, Tensor> rank_slice(const Tensor& query, const Tensor&
   check_rank("start, stop", start, stop, items - first_item);
   check_rank("top", 0, top, items - first_item);
   const Exclude exclude(exclude_values, exclude_offsets, rows, items, check);
-  Tensor start_from;
-  if (guess.has_value()) {
-    TORCH_CHECK_VALUE(guess->dim() == 2 && guess->size(0) == rows && guess->size(1) == 2, "guess must be (", rows,
-                      ", 2), got ", guess->sizes());
-    start_from = guess->to(at::kFloat).contiguous();
-  }
+  // A guess is a hint that this engine leaves alone: a sample costs some hundredths of the product and is never out of
+  // date, and a bracket that misses costs the whole product again.
+  TORCH_CHECK_VALUE(!guess.has_value() || guess->sizes() == at::IntArrayRef({rows, 2}), "guess must be (", rows,
+                    ", 2), got ", guess.has_value() ? guess->sizes() : at::IntArrayRef{});
   const int64_t words = (items + kWord - 1) / kWord;
   const bool as_bits = words * 8 <= 4 * size;
   Tensor members = as_bits ? at::empty({rows, words * 8}, query.options().dtype(at::kByte))
@@ -108,7 +107,6 @@ std::tuple<Tensor, Tensor, Tensor> rank_slice(const Tensor& query, const Tensor&
   job.start = start;
   job.stop = stop;
   job.top = top;
-  job.guess = start_from.defined() ? start_from.const_data_ptr<float>() : nullptr;
   job.bits = as_bits && size > 0 ? reinterpret_cast<uint64_t*>(members.mutable_data_ptr<uint8_t>()) : nullptr;
   int32_t* ids = as_bits ? nullptr : members.mutable_data_ptr<int32_t>();
   int64_t* best_items = best.mutable_data_ptr<int64_t>();
@@ -182,8 +180,12 @@ PyObject* counters_of_module(PyObject*, PyObject*) {
 PyObject* set_trouble_of_module(PyObject*, PyObject* name) {
   const char* text = PyUnicode_AsUTF8(name);
   if (text == nullptr) return nullptr;
-  const std::string wanted = text;
-  set_trouble(wanted == "miss" ? Trouble::kMiss : wanted == "overflow" ? Trouble::kOverflow : Trouble::kNone);
+  const std::map<std::string, Trouble> known = {
+      {"none", Trouble::kNone}, {"miss", Trouble::kMiss}, {"overflow", Trouble::kOverflow}};
+  const auto found = known.find(text);
+  if (found == known.end())
+    return PyErr_Format(PyExc_ValueError, "trouble must be none, miss or overflow, got %s", text);
+  set_trouble(found->second);
   Py_RETURN_NONE;
 }
 
@@ -194,8 +196,8 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C",    "The native CPU engine.", -1, methods, nullptr, nullptr, nullptr,
-                      nullptr};
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", "The native CPU engine.", -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 }  // namespace alterrec

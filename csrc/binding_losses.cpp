@@ -78,9 +78,11 @@ at::Tensor shift_of(const LossProblem& problem) {
 Members members_of(const OptionalTensor& members) {
   Members out;
   if (members && members->scalar_type() == at::kByte) {
+    out.form = Members::Form::kBits;
     out.bits = members->const_data_ptr<uint8_t>();
     out.bits_stride = members->size(1);
   } else if (members) {
+    out.form = Members::Form::kIds;
     out.ids = members->const_data_ptr<int32_t>();
     out.ids_width = members->size(1);
   }
@@ -92,7 +94,7 @@ OptionalTensor contiguous(const OptionalTensor& x) { return x ? OptionalTensor(x
 // Whether a slice's ids are read one by one, or scored together with all other items.
 bool gathers(const Members& members, int64_t items) {
   constexpr int64_t kCrossover = 16;  // benchmarks/native_ops.py measures it
-  return members.ids && members.ids_width * kCrossover <= items;
+  return members.form == Members::Form::kIds && members.ids_width * kCrossover <= items;
 }
 
 Negatives negatives_of(const at::Tensor& ids) {

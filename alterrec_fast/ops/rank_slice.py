@@ -89,8 +89,7 @@ def rank_slice(
     )
 
 
-@torch.library.register_fake("alterrec_fast::rank_slice", lib=register.LIBRARY)
-def _(
+def _fake(
     query: Tensor,
     catalog: Tensor,
     start: int,
@@ -110,3 +109,6 @@ def _(
     else:
         members = query.new_empty(b, stop - start, dtype=torch.int32)
     return members, query.new_empty(b, top, dtype=torch.int64), query.new_empty(b, 2, dtype=torch.float32)
+
+
+torch.library.register_fake("alterrec_fast::rank_slice", _fake, lib=register.LIBRARY)

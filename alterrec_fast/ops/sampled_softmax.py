@@ -125,13 +125,11 @@ register.LIBRARY.define(
 )
 
 
-@torch.library.register_fake("alterrec_fast::sampled_softmax", lib=register.LIBRARY)
 def _forward_fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     losses = query.new_empty(query.shape[0], dtype=torch.float32)
     return losses, torch.empty_like(losses), query.new_empty(rest[10], dtype=torch.uint8)
 
 
-@torch.library.register_fake("alterrec_fast::sampled_softmax_backward", lib=register.LIBRARY)
 def _backward_fake(_grad: Tensor, query: Tensor, catalog: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bias, sparse, needs = rest[6], rest[8], rest[-1]
     items = torch.library.get_ctx().new_dynamic_size() if sparse else 0
@@ -142,6 +140,10 @@ def _backward_fake(_grad: Tensor, query: Tensor, catalog: Tensor, *rest: Any) ->
         catalog.new_empty(catalog.shape[0] if needs[2] else 0, dtype=torch.float32 if bias is None else bias.dtype),
         catalog.new_empty(items, dtype=torch.int64),
     )
+
+
+torch.library.register_fake("alterrec_fast::sampled_softmax", _forward_fake, lib=register.LIBRARY)
+torch.library.register_fake("alterrec_fast::sampled_softmax_backward", _backward_fake, lib=register.LIBRARY)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -125,13 +125,11 @@ register.LIBRARY.define(
 )
 
 
-@torch.library.register_fake("alterrec_fast::slice_cross_entropy", lib=register.LIBRARY)
 def _forward_fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     losses = query.new_empty(query.shape[0], dtype=torch.float32)
     return losses, torch.empty_like(losses), query.new_empty(rest[9], dtype=torch.uint8)
 
 
-@torch.library.register_fake("alterrec_fast::slice_cross_entropy_backward", lib=register.LIBRARY)
 def _backward_fake(_grad: Tensor, query: Tensor, catalog: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     bias, needs = rest[5], rest[-1]
     return (
@@ -139,6 +137,10 @@ def _backward_fake(_grad: Tensor, query: Tensor, catalog: Tensor, *rest: Any) ->
         catalog.new_empty(catalog.shape if needs[1] else 0),
         catalog.new_empty(catalog.shape[0] if needs[2] else 0, dtype=torch.float32 if bias is None else bias.dtype),
     )
+
+
+torch.library.register_fake("alterrec_fast::slice_cross_entropy", _forward_fake, lib=register.LIBRARY)
+torch.library.register_fake("alterrec_fast::slice_cross_entropy_backward", _backward_fake, lib=register.LIBRARY)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

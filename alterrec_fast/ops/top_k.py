@@ -56,8 +56,7 @@ def top_k(
     return scores, items
 
 
-@torch.library.register_fake("alterrec_fast::top_k", lib=register.LIBRARY)
-def _(
+def _fake(
     query: Tensor,
     catalog: Tensor,
     k: int,
@@ -70,3 +69,6 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     b = query.shape[0]
     return query.new_empty(b, k, dtype=torch.float32), query.new_empty(b, k, dtype=torch.int64)
+
+
+torch.library.register_fake("alterrec_fast::top_k", _fake, lib=register.LIBRARY)

@@ -12,6 +12,12 @@ namespace alterrec {
 void sgemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
            int64_t ldb, float* c, int64_t ldc, bool accumulate);
 
+// Row-major C (m x n) = A (m x k) B (k x n) for a B that fits in the nearest cache; for such, and for few rows of A,
+// faster than sgemm, which packs its operands in each call. Only where has_packed_product().
+bool has_packed_product();
+void packed_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                 int64_t ldc);
+
 // Whether bf16_gemm runs on this CPU's matrix units.
 bool has_bf16_product();
 

@@ -110,8 +110,7 @@ Plan make_plan(const Ranks& ranks, int64_t sampled) {
   return {filter, static_cast<int64_t>(stop + std::min(zone, apart))};
 }
 
-Limits bracket(const Ranks& ranks, const Plan& plan, const float* sample, int64_t sampled, const float* guess,
-               int32_t* bins) {
+Limits bracket(const Ranks& ranks, const Plan& plan, const float* sample, int64_t sampled, int32_t* bins) {
   Limits limits{kNever, kNever, kNever, kNever, kNever, kNever, kNever};
   const Histogram histogram(sample, sampled, bins);
   if (plan.filter != Filter::kSlice && ranks.top > 0) {

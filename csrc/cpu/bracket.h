@@ -7,7 +7,8 @@
 
 namespace alterrec {
 
-// What is asked of every session: ranks [start, stop) as a set, and the best `top` in order. Of `items` that are ranked.
+// What is asked of every session: ranks [start, stop) as a set, and the best `top` in order. Of `items` that are
+// ranked.
 struct Ranks {
   int64_t start, stop, top, items;
 
@@ -17,7 +18,8 @@ struct Ranks {
 // The compare pass that serves some limits.
 enum class Filter { kTop, kSlice, kAll };
 
-// How many items to sample for the cheapest mix of sampling and settling; product_cost: cycles for a session and an item.
+// How many items to sample for the cheapest mix of sampling and settling; product_cost: cycles for a session and an
+// item.
 int64_t sample_size(const Ranks& ranks, double product_cost);
 
 struct Plan {
@@ -29,8 +31,7 @@ struct Plan {
 Plan make_plan(const Ranks& ranks, int64_t sampled);
 
 // Limits from a session's scores of `sampled` random items; `bins` is scratch for as many numbers. Limits that do not
-// hold cost a second pass over the session and nothing else. `guess`: thresholds of an earlier call, or null.
-Limits bracket(const Ranks& ranks, const Plan& plan, const float* sample, int64_t sampled, const float* guess,
-               int32_t* bins);
+// hold cost a second pass over the session and nothing else.
+Limits bracket(const Ranks& ranks, const Plan& plan, const float* sample, int64_t sampled, int32_t* bins);
 
 }  // namespace alterrec

@@ -78,7 +78,7 @@ Block take_block(std::size_t bytes) {
 }
 
 void give_back(Block block) noexcept {
-  if (block.bytes >= kLarge) {
+  if (block.bytes >= kLarge && block.bytes <= kMostKept) {
     blocks().keep(block);
   } else {
     std::free(block.data);

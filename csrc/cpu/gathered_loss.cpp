@@ -69,7 +69,9 @@ void GatheredLoss::forward_row(int64_t row, float* softmax, float* mean, float* 
       if (problem_.bias) y[j] += problem_.bias[id];
       y[j] /= problem_.temperature;
       if (problem_.log_q) y[j] -= problem_.log_q[id];
-      if (!std::isfinite(y[j])) fault.note(row, begin + j, y[j]);
+      if (std::isfinite(y[j])) continue;
+      fault.note(row, begin + j, y[j]);
+      sum = std::numeric_limits<float>::quiet_NaN();  // where nothing is checked, it shall show in the loss
     }
     bool finite = true;
     const float largest = std::max(top, kernel.row_max(y, &mask, 1, &finite));
@@ -84,7 +86,7 @@ void GatheredLoss::forward_row(int64_t row, float* softmax, float* mean, float* 
     if (softmax) std::copy_n(y, count, softmax + begin);
     tops[begin / kGroup] = top;
   }
-  *log_partition = top == kLowest ? kLowest : static_cast<float>(top + std::log(static_cast<double>(sum)));
+  *log_partition = sum == 0 ? kLowest : static_cast<float>(top + std::log(static_cast<double>(sum)));
   if (sum == 0) return;
   if (mean) kernel.scale(1.0f / sum, mean, width_, mean);
   for (int64_t begin = 0; softmax && begin < n; begin += kGroup) {

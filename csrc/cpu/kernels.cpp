@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "cpu/isa.h"
-#include "cpu/kernels_amx.h"
+#include "cpu/pack.h"
 
 #ifdef ALTERREC_X86
 #include <immintrin.h>
@@ -134,8 +134,8 @@ inline void append(int32_t* out, const Ids& x, Mask mask) {
 }  // namespace avx2
 #ifdef __clang__
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2,popcnt,lzcnt,avx512f,avx512bw,avx512vl,avx512dq"))), \
-                             apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx2,fma,bmi,bmi2,popcnt,lzcnt,avx512f,avx512bw,avx512vl,avx512dq"))), apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -173,7 +173,8 @@ inline void append(int32_t* out, Ids x, Mask mask) { _mm512_storeu_si512(out, _m
 Kernels chosen() {
 #ifdef ALTERREC_X86
   Kernels table = isa() >= Isa::kAvx512 ? avx512::kTable : isa() == Isa::kAvx2 ? avx2::kTable : plain::kTable;
-  if (isa() == Isa::kAmx) table.pack_panel = pack_panel_amx;
+  if (isa() >= Isa::kAvx512) table.pack_floats = pack_floats_avx512;
+  if (isa() == Isa::kAmx) table.pack_pairs = pack_pairs_amx;
   return table;
 #else
   return plain::kTable;

@@ -7,9 +7,9 @@
 
 namespace alterrec {
 
-constexpr int64_t kWord = 64;      // items in one word of member bits
-constexpr int64_t kGroup = 16;     // items the inner loops take at once; lists have this much room beyond their end
-constexpr int64_t kStreamTile = 512;     // items in one tile of the stream
+constexpr int64_t kWord = 64;         // items in one word of member bits
+constexpr int64_t kGroup = 16;        // items the inner loops take at once; lists have this much room beyond their end
+constexpr int64_t kStreamTile = 512;  // items in one tile of the stream
 constexpr int64_t kStreamWords = kStreamTile / kWord;
 
 // Where a session's scores x are cut while they stream past. An item is a candidate, to be settled later, where x lies
@@ -25,7 +25,7 @@ struct Limits {
 struct Candidates {
   float* scores;
   int32_t* ids;
-  int64_t capacity;     // there is room for kStreamTile + kGroup more
+  int64_t capacity;  // there is room for kStreamTile + kGroup more
   int64_t count;
   int64_t marked;       // items marked as members
   int64_t above_start;  // scores >= start_high
@@ -41,10 +41,10 @@ struct Cut {
 // One session's scores of one tile: `words` * 64 of them, of which the first and the last word may hold fewer items.
 struct TileRow {
   const float* scores;
-  int64_t words;        // at most kStreamWords
+  int64_t words;         // at most kStreamWords
   uint64_t first, last;  // which items of the first and the last word exist
-  int32_t item;         // of scores[0]
-  uint64_t* bits;       // receives the words of member bits; unused by filter_top
+  int32_t item;          // of scores[0]
+  uint64_t* bits;        // receives the words of member bits; unused by filter_top
 };
 
 struct Kernels {
@@ -52,12 +52,15 @@ struct Kernels {
   void (*widen)(const uint16_t* in, int64_t n, float* out);
   void (*round)(const float* in, int64_t n, float* out);
   void (*narrow)(const float* in, int64_t n, uint16_t* out);
-  // One panel of pack_panels: `count` <= kPanel rows of x from `begin` on.
-  void (*pack_panel)(const Matrix& x, int64_t begin, int64_t count, int64_t width, uint16_t* out);
+  // One panel of kPanel rows, transposed: `count` of x from `begin` on, the others zero. As float32, (x.cols, kPanel),
+  // rounded to bfloat16 where `round`; as bfloat16, (width, kPanel) in pairs of rows (see bf16_gemm), zero beyond
+  // x.cols.
+  void (*pack_floats)(const Matrix& x, int64_t begin, int64_t count, bool round, float* out);
+  void (*pack_pairs)(const Matrix& x, int64_t begin, int64_t count, int64_t width, uint16_t* out);
 
   // The compare pass. filter_slice: where start_high and top_low are NaN and start_mid is start_low, so that all above
-  // it are candidates; filter_all: any limits; filter_top: candidates at or above top_low alone, no bits. False: a score
-  // is not finite, which shows in the sum of all scores times zero.
+  // it are candidates; filter_all: any limits; filter_top: candidates at or above top_low alone, no bits. False: a
+  // score is not finite, which shows in the sum of all scores times zero.
   bool (*filter_slice)(const TileRow& row, const Limits& limits, Candidates& out);
   bool (*filter_all)(const TileRow& row, const Limits& limits, Candidates& out);
   bool (*filter_top)(const TileRow& row, const Limits& limits, Candidates& out);

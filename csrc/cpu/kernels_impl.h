@@ -1,5 +1,5 @@
-// Included by kernels.cpp once for each instruction set, inside a namespace that defines Floats, Ids, Mask (16 bits), load,
-// splat, ge, add_zero_times, all_zero, load_ids, ids_from, splat_ids, le, append. Hence no include guard.
+// Included by kernels.cpp once for each instruction set, inside a namespace that defines Floats, Ids, Mask (16 bits),
+// load, splat, ge, add_zero_times, all_zero, load_ids, ids_from, splat_ids, le, append. Hence no include guard.
 
 inline void clip(const TileRow& row, uint64_t* words) {
   words[0] &= row.first;
@@ -36,7 +36,8 @@ inline Mask existing(const TileRow& row, int64_t i) {
 
 template <bool kAll, bool kRoom>
 inline bool filter_members(const TileRow& row, const Limits& limits, Candidates& list) {
-  const Floats stop_low = splat(limits.stop_low), stop_mid = splat(limits.stop_mid), stop_high = splat(limits.stop_high);
+  const Floats stop_low = splat(limits.stop_low), stop_mid = splat(limits.stop_mid),
+               stop_high = splat(limits.stop_high);
   const Floats start_low = splat(limits.start_low), start_mid = splat(limits.start_mid);
   const Floats start_high = splat(limits.start_high), top_low = splat(limits.top_low);
   Candidates out = list;  // in registers
@@ -144,8 +145,7 @@ inline int64_t mistaken(const float* scores, const int32_t* ids, int64_t n, cons
     const Floats x = load(scores + i);
     const Ids id = load_ids(ids + i);
     const Mask marked = static_cast<Mask>(ge(x, stop_mid) & ~ge(x, start_mid));
-    const Mask member =
-        static_cast<Mask>(reach(x, id, last_score, last_id) & ~reach(x, id, first_score, before_first));
+    const Mask member = static_cast<Mask>(reach(x, id, last_score, last_id) & ~reach(x, id, first_score, before_first));
     const Mask wrong = static_cast<Mask>((marked ^ member) & exists);
     append(out + count, id, wrong);
     count += __builtin_popcount(wrong);
@@ -214,17 +214,29 @@ inline void narrow(const float* in, int64_t n, uint16_t* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = to_bf16(in[i]);
 }
 
-inline void pack_panel(const Matrix& x, int64_t begin, int64_t count, int64_t width, uint16_t* out) {
+inline void pack_floats(const Matrix& x, int64_t begin, int64_t count, bool to_round, float* out) {
+  std::fill(out, out + x.cols * kPanel, 0.0f);
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t row = (begin + r) * x.stride;
+    for (int64_t c = 0; c < x.cols; ++c) {
+      const float value = x.bf16 ? from_bf16(static_cast<const uint16_t*>(x.data)[row + c])
+                                 : static_cast<const float*>(x.data)[row + c];
+      out[c * kPanel + r] = to_round ? from_bf16(to_bf16(value)) : value;
+    }
+  }
+}
+
+inline void pack_pairs(const Matrix& x, int64_t begin, int64_t count, int64_t width, uint16_t* out) {
   std::fill(out, out + width * kPanel, uint16_t{0});
   for (int64_t r = 0; r < count; ++r) {
     const int64_t row = (begin + r) * x.stride;
     for (int64_t c = 0; c < x.cols; ++c) {
-      const uint16_t value = x.bf16 ? static_cast<const uint16_t*>(x.data)[row + c]
-                                    : to_bf16(static_cast<const float*>(x.data)[row + c]);
+      const uint16_t value =
+          x.bf16 ? static_cast<const uint16_t*>(x.data)[row + c] : to_bf16(static_cast<const float*>(x.data)[row + c]);
       out[c / 2 * 2 * kPanel + 2 * r + c % 2] = value;
     }
   }
 }
 
-constexpr Kernels kTable = {widen,      round, narrow,   pack_panel, filter_slice, filter_all,
-                            filter_top, keep,  count, mistaken, bins,       range,        add};
+constexpr Kernels kTable = {widen,      round, narrow, pack_floats, pack_pairs, filter_slice, filter_all,
+                            filter_top, keep,  count,  mistaken,    bins,       range,        add};

@@ -4,31 +4,12 @@
 
 #include "cpu/blas.h"
 #include "cpu/kernels.h"
+#include "cpu/loss_kernels.h"
 
 namespace alterrec {
 namespace {
 
 constexpr int64_t kDepth = 32;  // what the depth of a product on matrix units is a multiple of
-
-// out[2 c] = a[c], out[2 c + 1] = b[c]
-void interleave(const uint16_t* a, const uint16_t* b, int64_t n, uint16_t* out) {
-  for (int64_t c = 0; c < n; ++c) {
-    out[2 * c] = a[c];
-    out[2 * c + 1] = b[c];
-  }
-}
-
-// Row r of a (rows, width) matrix joins row r ^ 1; `even` holds the first of a pair until the second comes.
-void transpose(const uint16_t* in, int64_t stride, int64_t rows, int64_t cols, uint16_t* out, int64_t out_stride) {
-  constexpr int64_t kSide = 32;
-  for (int64_t r0 = 0; r0 < rows; r0 += kSide) {
-    for (int64_t c0 = 0; c0 < cols; c0 += kSide) {
-      for (int64_t c = c0; c < std::min(cols, c0 + kSide); ++c) {
-        for (int64_t r = r0; r < std::min(rows, r0 + kSide); ++r) out[c * out_stride + r] = in[r * stride + c];
-      }
-    }
-  }
-}
 
 }  // namespace
 
@@ -56,13 +37,10 @@ void AmxTile::catalog_product(const uint16_t* p, int64_t stride, int64_t rows, c
   for (int64_t r = 0; r < depth; r += 2) {
     std::fill(narrow, narrow + 2 * width_, uint16_t{0});
     for (int64_t i = 0; i < 2 && r + i < rows; ++i) kernels().narrow(query + (r + i) * d, d, narrow + i * width_);
-    interleave(narrow, narrow + width_, width_, pairs + r * width_);
+    loss_kernels().interleave(narrow, narrow + width_, width_, pairs + r * width_);
   }
   uint16_t* transposed = transposed_.reserve(round_up(count_, kDepth) * depth);
-  transpose(p, stride, rows, count_, transposed, depth);
-  for (int64_t c = 0; rows < depth && c < count_; ++c) {
-    std::fill(transposed + c * depth + rows, transposed + (c + 1) * depth, uint16_t{0});
-  }
+  loss_kernels().transpose(p, stride, rows, count_, transposed, depth);
   bf16_gemm(count_, width_, depth, transposed, depth, pairs, width_, sum, width_, accumulate);
   bf16_release();
 }
@@ -75,7 +53,7 @@ void AmxTile::query_product(const uint16_t* p, int64_t stride, int64_t rows, flo
     for (int64_t r = 0; r < depth; r += 2) {
       std::fill(narrow, narrow + 2 * width_, uint16_t{0});
       if (r < count_) bf16_rows(rows_, r, std::min<int64_t>(2, count_ - r), width_, narrow);
-      interleave(narrow, narrow + width_, width_, pairs + r * width_);
+      loss_kernels().interleave(narrow, narrow + width_, width_, pairs + r * width_);
     }
     paired_ = true;
   }

@@ -215,6 +215,53 @@ void add_scaled(float a, const float* x, int64_t n, float* y) {
   for (; i < n; ++i) y[i] += a * x[i];
 }
 
+ALTERREC_INLINE I32 load_wide(const uint16_t* p) {
+  return __builtin_convertvector(*reinterpret_cast<const U16Memory*>(p), I32);
+}
+
+// Pairs of rows as 32-bit words.
+ALTERREC_INLINE I32 load_pairs(const uint16_t* a, const uint16_t* b) { return load_wide(a) | (load_wide(b) << 16); }
+
+void interleave(const uint16_t* a, const uint16_t* b, int64_t n, uint16_t* out) {
+  for (int64_t c = 0; c < n; c += kLanes) {
+    const I32 pairs = load_pairs(a + c, b + c);
+    std::memcpy(out + 2 * c, &pairs, sizeof(pairs));
+  }
+}
+
+// Lanes of a and b whose index has the bit kStep change places across the diagonal of a 2 x 2 block.
+template <int kStep, int... kIndex>
+ALTERREC_INLINE void swap_blocks(I32& a, I32& b, std::integer_sequence<int, kIndex...>) {
+  const I32 first = __builtin_shufflevector(a, b, ((kIndex & kStep) ? 16 + kIndex - kStep : kIndex)...);
+  b = __builtin_shufflevector(a, b, ((kIndex & kStep) ? 16 + kIndex : kIndex + kStep)...);
+  a = first;
+}
+
+template <int kStep>
+ALTERREC_INLINE void swap_all(I32* rows) {
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & kStep)) swap_blocks<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, 16>());
+}
+
+void transpose(const uint16_t* in, int64_t stride, int64_t rows, int64_t cols, uint16_t* out, int64_t out_stride) {
+  alignas(64) static constexpr uint16_t kZeros[kLanes] = {};
+  for (int64_t r = 0; r < rows; r += 2 * kLanes) {
+    for (int64_t c = 0; c < cols; c += kLanes) {
+      I32 block[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const int64_t row = r + 2 * i;
+        const uint16_t* even = row < rows ? in + row * stride + c : kZeros;
+        block[i] = load_pairs(even, row + 1 < rows ? in + (row + 1) * stride + c : kZeros);
+      }
+      swap_all<1>(block);
+      swap_all<2>(block);
+      swap_all<4>(block);
+      swap_all<8>(block);
+      for (int64_t i = 0; i < kLanes; ++i) std::memcpy(out + (c + i) * out_stride + r, &block[i], sizeof(block[i]));
+    }
+  }
+}
+
 const LossKernels kernels = {
     row_max,
     row_exp,
@@ -224,4 +271,6 @@ const LossKernels kernels = {
     affine,
     scale,
     add_scaled,
+    interleave,
+    transpose,
 };

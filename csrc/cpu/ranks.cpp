@@ -15,16 +15,16 @@ namespace alterrec {
 namespace {
 
 // All sizes are the same for any number of threads, so that every product has the same shape and the same rounding.
-constexpr int64_t kBlockRows = 512;         // sessions streamed together: enough for products at full speed
-constexpr int64_t kSampleRows = 128;        // sessions of one task while sampling
-constexpr int64_t kStoredRows = 64;         // and while whole rows of scores are kept
-constexpr int64_t kSettleRows = 8;          // and while settling
-constexpr int64_t kSmallCatalog = 8192;     // items up to which whole rows of scores are kept in cache
-constexpr int64_t kBufferBytes = 48 << 20;  // for candidates, of each thread
+constexpr int64_t kBlockRows = 512;                // sessions streamed together: enough for products at full speed
+constexpr int64_t kSampleRows = 128;               // sessions of one task while sampling
+constexpr int64_t kStoredRows = 128;               // and while whole rows of scores are kept
+constexpr int64_t kSettleRows = 8;                 // and while settling
+constexpr int64_t kSmallCatalog = 8192;            // items up to which whole rows of scores are kept in cache
+constexpr int64_t kBufferBytes = 48 << 20;         // for candidates, of each thread
 constexpr int64_t kBeyond = kStreamTile + kGroup;  // room of a list beyond its capacity
 constexpr int64_t kPrefetch = 80;                  // candidates of one tile, more or less
-constexpr int64_t kBitsBytes = 16 << 20;    // for member bits that are not an output
-constexpr int64_t kStoredBytes = 32 << 20;  // for whole rows of scores
+constexpr int64_t kBitsBytes = 16 << 20;           // for member bits that are not an output
+constexpr int64_t kStoredBytes = 32 << 20;         // for whole rows of scores
 
 std::atomic<int64_t> total_rows{0}, total_missed{0}, total_overflow{0};
 std::atomic<Trouble> trouble{Trouble::kNone};
@@ -109,7 +109,9 @@ class Engine {
     for (int64_t i = 0; i < count; ++i) {
       if (std::isfinite(scores[i])) continue;
       const std::lock_guard<std::mutex> lock(report_mutex_);
-      if (not_finite_.row < 0 || row < not_finite_.row) not_finite_ = {row, scores[i]};
+      if (not_finite_.row < 0 || row < not_finite_.row) {
+        not_finite_ = {row, std::isnan(scores[i]) ? std::numeric_limits<float>::quiet_NaN() : scores[i]};  // no -nan
+      }
       return;
     }
   }
@@ -124,8 +126,8 @@ class Engine {
                                                       : k.filter_all;
     for (int64_t done = 0; done < count; done += kStreamTile) {
       const int64_t here = item + done, n = std::min(kStreamTile, count - done);
-      TileRow tile{scores + done, ceil_div(n, kWord), ~uint64_t{0}, ~uint64_t{0}, static_cast<int32_t>(here),
-                   bits == nullptr ? nullptr : bits + here / kWord};
+      TileRow tile{scores + done, ceil_div(n, kWord),         ~uint64_t{0},
+                   ~uint64_t{0},  static_cast<int32_t>(here), bits == nullptr ? nullptr : bits + here / kWord};
       if (here < job_.first_item) tile.first <<= job_.first_item - here;
       if (n % kWord != 0) tile.last >>= kWord - n % kWord;
       if (!pass(tile, limits, out) && job_.check) report(row, tile.scores, n);
@@ -167,7 +169,7 @@ class Engine {
         const float* ranked = x + (job_.first_item - base_);
         for (int64_t i = 0; i < sampled_; ++i) sample.get()[i] = ranked[i * items_ / sampled_];
         const Ranks ranks = ranks_of(row);
-        const Limits limits = draw(ranks, plan, sample.get(), row, bins.get());
+        const Limits limits = draw(ranks, plan, sample.get(), bins.get());
         uint64_t* bits = bits_of(begin, row);
         clear_padding(bits);
         Candidates list{list_scores.get(), list_ids.get(), usable(items_), 0, 0, 0, false};
@@ -269,7 +271,8 @@ class Engine {
       parallel_for(tiles, [&](int64_t tile) {
         QueryBlock::Scratch scratch;
         const int64_t item = base_ + tile * kStreamTile;
-        queries.scores(job_.catalog, item, std::min(kStreamTile, end - item), scores.get() + tile * kStreamTile, width, scratch);
+        queries.scores(job_.catalog, item, std::min(kStreamTile, end - item), scores.get() + tile * kStreamTile, width,
+                       scratch);
       });
       parallel_for(n, [&](int64_t r) {
         Settler settler;
@@ -317,8 +320,7 @@ class Engine {
         if (job_.bias != nullptr) {
           for (int64_t i = 0; i < sampled_; ++i) x[i] += job_.bias[items[i]];
         }
-        const int64_t row = begin + first + r;
-        limits[first + r] = draw(ranks_of(row), plan, x, row, bins.get());
+        limits[first + r] = draw(ranks_of(begin + first + r), plan, x, bins.get());
       }
     });
     return limits;
@@ -326,9 +328,8 @@ class Engine {
 
   // --- luck ---
 
-  Limits draw(const Ranks& ranks, const Plan& plan, const float* sample, int64_t row, int32_t* bins) const {
-    const float* guess = job_.guess == nullptr ? nullptr : job_.guess + 2 * row;
-    Limits limits = bracket(ranks, plan, sample, sampled_, guess, bins);
+  Limits draw(const Ranks& ranks, const Plan& plan, const float* sample, int32_t* bins) const {
+    Limits limits = bracket(ranks, plan, sample, sampled_, bins);
     if (trouble == Trouble::kMiss) {
       const float never = std::numeric_limits<float>::quiet_NaN();
       limits = {never, never, never, never, never, never, never};

@@ -20,12 +20,11 @@ struct NotFinite {
 struct RankJob {
   Matrix query, catalog;
   Arithmetic arithmetic;
-  const float* bias;    // (V,) or null
-  int64_t first_item;   // items before it are not ranked
-  int64_t start, stop;  // the set wanted; empty for start == stop
-  int64_t top;          // the best ones wanted in order
+  const float* bias;     // (V,) or null
+  int64_t first_item;    // items before it are not ranked
+  int64_t start, stop;   // the set wanted; empty for start == stop
+  int64_t top;           // the best ones wanted in order
   const int64_t* extra;  // (B + 1,) or null: row b gets extra[b + 1] - extra[b] best ones more, as far as there are
-  const float* guess;    // (B, 2) or null: thresholds of an earlier call
   bool check;            // whether to look for scores that are not finite
 
   // Member bits, whole words of 64 items, row after row: (B, words) or null for scratch.

@@ -12,8 +12,8 @@ namespace alterrec {
 namespace {
 
 constexpr float kNever = std::numeric_limits<float>::quiet_NaN();
-constexpr int64_t kFew = 96;     // candidates that are ordered one by one
-constexpr int kMaxRounds = 6;    // of narrowing before that; ties and jumps in the scores need not give way to it
+constexpr int64_t kFew = 96;   // candidates that are ordered one by one
+constexpr int kMaxRounds = 6;  // of narrowing before that; ties and jumps in the scores need not give way to it
 
 // Orders as floats do; -0 and +0 are one score.
 uint32_t ordered(float x) {
@@ -62,7 +62,8 @@ uint64_t make_key(float score, int32_t id) {
 }
 
 Cut from_key(uint64_t key) {
-  return {from_ordered(static_cast<uint32_t>(key >> 32)), static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(key))};
+  return {from_ordered(static_cast<uint32_t>(key >> 32)),
+          static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(key))};
 }
 
 void Settler::List::reserve(int64_t n) {
@@ -70,9 +71,7 @@ void Settler::List::reserve(int64_t n) {
   ids.reserve(n + kGroup);
 }
 
-int64_t Settler::List::count_above(float low) const {
-  return kernels().count(scores.get(), count, low);
-}
+int64_t Settler::List::count_above(float low) const { return kernels().count(scores.get(), count, low); }
 
 void Settler::gather(const Candidates* runs, int64_t count, float low, float high) {
   int64_t total = 0, above = 0;
@@ -149,10 +148,11 @@ bool Settler::settle(const Ranks& ranks, Filter filter, const Limits& limits, co
     above_start += runs[r].above_start;
   }
   out.best.clear();
-  int64_t above_mid = above_start;  // scores >= start_mid
+  const float mid = std::fmax(limits.start_mid, limits.stop_mid);  // brackets of near ranks overlap
+  int64_t above_mid = above_start;                                 // scores >= mid
   if (filter == Filter::kSlice) {
     gather(runs, count, limits.start_low, kNever);
-    above_mid = lists_[0].count;
+    above_mid = lists_[0].count_above(mid);
     const int64_t zone = std::max(ranks.start + 1, ranks.top);
     if (lists_[0].count < zone) return false;
     best(zone, out.best);
@@ -166,20 +166,21 @@ bool Settler::settle(const Ranks& ranks, Filter filter, const Limits& limits, co
   if (filter == Filter::kTop) return true;
   if (filter == Filter::kAll) {
     gather(runs, count, limits.start_low, limits.start_high);
-    above_mid += lists_[0].count_above(limits.start_mid);
+    above_mid += lists_[0].count_above(mid);
     const int64_t rank = ranks.start - above_start;
     if (rank < 0 || rank >= lists_[0].count) return false;
     out.first = select(rank);
   }
   gather(runs, count, limits.stop_low, limits.stop_high);
-  // All scores >= stop_mid are marked or >= start_mid; of them those below stop_high are in the list.
+  // All scores >= stop_mid are marked or >= mid; of them those below stop_high are in the list.
   const int64_t rank = ranks.stop - 1 - (marked + above_mid - lists_[0].count_above(limits.stop_mid));
   if (rank < 0 || rank >= lists_[0].count) return false;
   out.last = select(rank);
   for (int64_t r = 0; r < count; ++r) {
     lists_[0].reserve(runs[r].count);
     int32_t* wrong = lists_[0].ids.get();
-    flip(wrong, kernels().mistaken(runs[r].scores, runs[r].ids, runs[r].count, limits, out.first, out.last, wrong), bits);
+    flip(wrong, kernels().mistaken(runs[r].scores, runs[r].ids, runs[r].count, limits, out.first, out.last, wrong),
+         bits);
   }
   return true;
 }

@@ -20,6 +20,7 @@ class SharedNegatives {
   Columns columns() const { return {static_cast<int64_t>(items_.size()), items_.data(), shift_.data()}; }
   Members members() const {
     Members out;
+    out.form = Members::Form::kShared;
     out.shared = negative_.data();
     return out;
   }

@@ -34,13 +34,7 @@ int64_t part(int64_t n, int64_t chunk, int64_t chunks) { return n * chunk / chun
 
 }  // namespace
 
-// Kept by each thread from call to call: a few MiB, whatever the shapes.
 struct StreamedLoss::Scratch {
-  static Scratch& mine() {
-    static thread_local Scratch scratch;
-    return scratch;
-  }
-
   Buffer<uint64_t> masks;  // (kBlock, kWords)
   Buffer<float> logits;    // (kBlock, kTileColumns)
   Buffer<uint16_t> exponentials;  // the same in bf16
@@ -63,7 +57,7 @@ StreamedLoss::StreamedLoss(const LossProblem& problem, const Columns& columns, c
       query_(float_rows(problem.query, 0, rows_, problem.bf16, query_copy_, &query_stride_)),
       wanted_(problem, query_, query_stride_),
       target_column_(rows_),
-      ids_count_(members.ids ? rows_ : 0) {
+      ids_count_(members.form == Members::Form::kIds ? rows_ : 0) {
   if (arithmetic_ == Arithmetic::kBf16) {
     bf16_rows(problem.query, 0, rows_, padded_, query_bf16_.reserve(rows_ * padded_));
   }
@@ -125,16 +119,16 @@ void StreamedLoss::fill_mask(const Tile& tile, int64_t row, uint64_t* words) con
   const int64_t used = (tile.count + 63) / 64;
   std::fill(words, words + kWords, uint64_t{0});
   if (wanted_.item(row, 0) < 0) return;
-  if (members_.bits) {
+  if (members_.form == Members::Form::kBits) {
     std::copy_n(members_.bits + row * members_.bits_stride + tile.begin / 8, used * 8,
                 reinterpret_cast<uint8_t*>(words));
-  } else if (members_.ids) {
+  } else if (members_.form == Members::Form::kIds) {
     const int32_t* ids = members_.ids + row * members_.ids_width;
     const int32_t* end = ids + ids_count_[row];
     for (const int32_t* id = std::lower_bound(ids, end, tile.begin); id < end && *id < tile.begin + tile.count; ++id) {
       words[(*id - tile.begin) / 64] |= uint64_t{1} << (*id - tile.begin) % 64;
     }
-  } else if (members_.shared) {
+  } else if (members_.form == Members::Form::kShared) {
     std::copy_n(members_.shared + tile.begin / 64, used, words);
   } else {
     for (int64_t w = 0; w < used; ++w) {
@@ -202,7 +196,10 @@ void StreamedLoss::forward_tile(const Tile& tile, const Kept& kept, float* top, 
       const float largest = kernel.row_max(y, mask, words, &finite);
       if (!finite) {
         for (int64_t c = std::max<int64_t>(0, problem_.first_item - tile.begin); c < tile.count; ++c) {
-          if (!std::isfinite(y[c])) fault.note(row, tile.begin + c, y[c]);
+          if (std::isfinite(y[c])) continue;
+          fault.note(row, tile.begin + c, y[c]);
+          // Where nothing is checked, such a negative shall show in the loss.
+          if (mask[c / 64] >> c % 64 & 1) sum[row] = std::numeric_limits<float>::quiet_NaN();
         }
       }
       float part_sum;
@@ -230,7 +227,7 @@ void StreamedLoss::forward(uint8_t* bytes, int64_t size, float* losses, float* l
   std::vector<float> top(chunks * rows_, kLowest), sum(chunks * rows_, 0.0f);
   std::vector<Fault> faults(chunks);
   for_each(chunks, [&](int64_t chunk) {
-    Scratch& scratch = Scratch::mine();
+    Scratch scratch;
     for (int64_t t = part(tiles_, chunk, chunks); t < part(tiles_, chunk + 1, chunks); ++t) {
       forward_tile(tile(t), keep, top.data() + chunk * rows_, sum.data() + chunk * rows_, faults[chunk], scratch);
     }
@@ -244,15 +241,15 @@ void StreamedLoss::forward(uint8_t* bytes, int64_t size, float* losses, float* l
     double total = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t i = chunk * rows_ + row;
-      if (top[i] != kLowest) total += sum[i] * std::exp(static_cast<double>(top[i]) - largest);
+      total += sum[i] == 0 ? 0.0 : sum[i] * std::exp(static_cast<double>(top[i]) - largest);
     }
-    log_partition[row] = largest == kLowest ? kLowest : static_cast<float>(largest + std::log(total));
+    log_partition[row] = total == 0 ? kLowest : static_cast<float>(largest + std::log(total));
   }
   wanted_.losses(log_partition, losses);
 }
 
 // With p (end - begin, kTileColumns) times the weights of these rows: catalog_sum (count, padded) = p^T q, added where
-// `accumulate`, and query_sum (B, d) += p e. Either may be null.
+// `accumulate`, and query_sum (B, d) += p e. Either may be null. May overwrite p.
 void StreamedLoss::add_products(const Tile& tile, int64_t begin, int64_t end, const void* p, float* catalog_sum,
                                 bool accumulate, float* query_sum, Scratch& scratch) const {
   const LossKernels& kernel = loss_kernels();
@@ -337,7 +334,6 @@ void StreamedLoss::backward_tile(const Tile& tile, const Kept& kept, const float
       p = bf16 ? static_cast<const void*>(narrow) : y;
     }
     for (int64_t i = 0; i < end - begin; ++i) weights[i] /= problem_.temperature;
-    add_products(tile, begin, end, p, catalog_sum, some, query_sum, scratch);
     for (int64_t i = 0; bias_sum && i < end - begin; ++i) {
       const float* row = static_cast<const float*>(p) + i * kTileColumns;
       if (bf16) {
@@ -347,6 +343,7 @@ void StreamedLoss::backward_tile(const Tile& tile, const Kept& kept, const float
       }
       kernel.add_scaled(weights[i], row, tile.count, bias_sum);
     }
+    add_products(tile, begin, end, p, catalog_sum, some, query_sum, scratch);
     some = true;
   }
   if (catalog_sum && !some) std::fill(catalog_sum, catalog_sum + tile.count * padded_, 0.0f);
@@ -393,10 +390,10 @@ void StreamedLoss::backward(const float* grad_losses, const float* log_partition
   for (Pull& pull : pulls) pull.column = column_of(pull.column);
   const int64_t part_bytes = std::max<int64_t>(1, rows_ * width_ * static_cast<int64_t>(sizeof(float)));
   const int64_t chunks = std::min(tiles_, std::clamp<int64_t>(kPartBytes / part_bytes, 1, kBackwardChunks));
-  static thread_local Buffer<float> parts_memory;
+  Buffer<float> parts_memory;
   float* parts = gradients.query ? parts_memory.reserve(chunks * rows_ * width_) : nullptr;
   for_each(chunks, [&](int64_t chunk) {
-    Scratch& scratch = Scratch::mine();
+    Scratch scratch;
     float* query_sum = gradients.query ? parts + chunk * rows_ * width_ : nullptr;
     if (query_sum) std::fill(query_sum, query_sum + rows_ * width_, 0.0f);
     for (int64_t t = part(tiles_, chunk, chunks); t < part(tiles_, chunk + 1, chunks); ++t) {

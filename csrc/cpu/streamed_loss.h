@@ -8,9 +8,11 @@
 
 namespace alterrec {
 
-// Which columns are negatives of which row, before the row's target is dropped: all of them from first_item on, or what
-// one of the pointers says.
+// Which columns are negatives of which row, before the row's target is dropped.
 struct Members {
+  enum class Form { kAll, kBits, kIds, kShared };
+
+  Form form = Form::kAll;        // all from first_item on
   const uint8_t* bits = nullptr;  // (B, bits_stride), column c is bit c % 8 of byte c / 8
   int64_t bits_stride = 0;
   const int32_t* ids = nullptr;  // (B, ids_width), ascending, -1 at the end

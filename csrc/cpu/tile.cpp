@@ -45,7 +45,7 @@ void bf16_rows(const Matrix& x, int64_t begin, int64_t count, int64_t width, uin
 
 void pack_panels(const Matrix& x, int64_t begin, int64_t count, int64_t width, uint16_t* out) {
   for (int64_t p = 0; p < count; p += kPanel, out += width * kPanel) {
-    kernels().pack_panel(x, begin + p, std::min(kPanel, count - p), width, out);
+    kernels().pack_pairs(x, begin + p, std::min(kPanel, count - p), width, out);
   }
 }
 
@@ -65,19 +65,27 @@ void QueryBlock::scores(const Matrix& catalog, int64_t item, int64_t count, floa
     std::fill(out, out + rows_ * ld, 0.0f);
     return;
   }
-  if (arithmetic_ != Arithmetic::kBf16) {
-    int64_t stride = 0;
-    const bool round = arithmetic_ == Arithmetic::kBf16InFp32;
-    const float* tile = float_rows(catalog, item, count, round, scratch.floats, &stride);
-    sgemm(false, true, rows_, count, width_, floats_, stride_, tile, stride, out, ld, false);
+  if (arithmetic_ == Arithmetic::kBf16) {
+    uint16_t* panel = scratch.pairs.reserve(kPanel * width_);
+    for (int64_t p = 0; p < count; p += kPanel) {
+      kernels().pack_pairs(catalog, item + p, std::min(kPanel, count - p), width_, panel);
+      bf16_gemm(rows_, kPanel, width_, bf16_.get(), width_, panel, kPanel, out + p, ld, false);
+    }
+    bf16_release();
     return;
   }
-  uint16_t* panels = scratch.panels.reserve(round_up(count, kPanel) * width_);
-  pack_panels(catalog, item, count, width_, panels);
-  for (int64_t p = 0; p < count; p += kPanel) {
-    bf16_gemm(rows_, kPanel, width_, bf16_.get(), width_, panels + p * width_, kPanel, out + p, ld, false);
+  const bool round = arithmetic_ == Arithmetic::kBf16InFp32;
+  if (has_packed_product()) {
+    float* panel = scratch.floats.reserve(kPanel * width_);
+    for (int64_t p = 0; p < count; p += kPanel) {
+      kernels().pack_floats(catalog, item + p, std::min(kPanel, count - p), round, panel);
+      packed_gemm(rows_, kPanel, width_, floats_, stride_, panel, kPanel, out + p, ld);
+    }
+    return;
   }
-  bf16_release();
+  int64_t stride = 0;
+  const float* tile = float_rows(catalog, item, count, round, scratch.floats, &stride);
+  sgemm(false, true, rows_, count, width_, floats_, stride_, tile, stride, out, ld, false);
 }
 
 }  // namespace alterrec

@@ -22,7 +22,7 @@ enum class Arithmetic { kFp32, kBf16, kBf16InFp32 };
 
 Arithmetic choose_arithmetic(bool bf16);
 
-constexpr int64_t kPanel = 32;  // items in one packed panel of a bf16 tile
+constexpr int64_t kPanel = 32;  // items in one packed panel of a tile
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
@@ -48,8 +48,8 @@ void pack_panels(const Matrix& x, int64_t begin, int64_t count, int64_t width, u
 class QueryBlock {
  public:
   struct Scratch {
-    Buffer<float> floats;     // the tile widened to float32
-    Buffer<uint16_t> panels;  // the tile packed for the matrix units
+    Buffer<float> floats;    // the tile, or packed panels of it, in float32
+    Buffer<uint16_t> pairs;  // packed panels in bfloat16
   };
 
   QueryBlock(const Matrix& query, int64_t begin, int64_t count, Arithmetic arithmetic);

@@ -6,6 +6,7 @@
 #include <atomic>
 
 #include "cpu/blas.h"
+#include "cpu/isa.h"
 
 namespace alterrec {
 namespace {
@@ -27,6 +28,26 @@ void sgemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const fl
   } else {
     at::mm_out(out, left, right);
   }
+}
+
+bool has_packed_product() {
+  static const bool there = [] {
+    if (isa() < Isa::kAvx512) return false;
+    try {
+      const float one = 1.0f;
+      alignas(64) float b[16] = {}, c[16] = {};
+      at::native::cpublas::brgemm(1, 16, 1, 1, 16, 16, false, &one, b, c);
+      return true;
+    } catch (const c10::Error&) {  // torch was built without it
+      return false;
+    }
+  }();
+  return there;
+}
+
+void packed_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                 int64_t ldc) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, false, a, b, c);
 }
 
 bool has_bf16_product() {

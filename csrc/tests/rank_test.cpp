@@ -1,0 +1,135 @@
+// The ranking engine against a full sort, on integers, where every product is exact; what the sanitizers run.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/ranks.h"
+
+namespace {
+
+using namespace alterrec;
+
+std::vector<float> integers(int64_t count, int seed) {
+  std::mt19937 generator(seed);
+  std::vector<float> out(count);
+  for (float& x : out) x = static_cast<float>(static_cast<int>(generator() % 7) - 3);
+  return out;
+}
+
+std::vector<uint16_t> narrow(const std::vector<float>& x) {
+  std::vector<uint16_t> out(x.size());
+  kernels().narrow(x.data(), static_cast<int64_t>(x.size()), out.data());
+  return out;
+}
+
+#define EXPECT(condition)                                                 \
+  do {                                                                    \
+    if (!(condition)) {                                                   \
+      std::printf("%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
+      std::exit(1);                                                       \
+    }                                                                     \
+  } while (false)
+
+struct Shape {
+  int64_t rows, items, width;
+};
+
+void check(const Shape& shape, int64_t start, int64_t stop, int64_t top, int64_t first, bool bf16, bool stored_bf16,
+           bool with_bias) {
+  const auto [rows, items, width] = shape;
+  const std::vector<float> query = integers(rows * width, 1), catalog = integers(items * width, 2);
+  const std::vector<float> bias = integers(items, 3);
+  const std::vector<uint16_t> query16 = narrow(query), catalog16 = narrow(catalog);
+  const int64_t words = (items + kWord - 1) / kWord;
+  std::vector<uint64_t> bits(rows * words, ~uint64_t{0});
+  RankJob job{};
+  job.query =
+      stored_bf16 ? Matrix{query16.data(), true, rows, width, width} : Matrix{query.data(), false, rows, width, width};
+  job.catalog = stored_bf16 ? Matrix{catalog16.data(), true, items, width, width}
+                            : Matrix{catalog.data(), false, items, width, width};
+  job.arithmetic = choose_arithmetic(bf16);
+  job.bias = with_bias ? bias.data() : nullptr;
+  job.first_item = first;
+  job.start = start;
+  job.stop = stop;
+  job.top = top;
+  job.check = true;
+  job.bits = top % 2 == 0 ? bits.data() : nullptr;  // else the engine's own scratch
+  std::vector<int> received(rows, 0);
+  const NotFinite bad = rank(job, [&](int64_t row, uint64_t* found, const Settled& settled) {
+    ++received[row];
+    std::vector<uint64_t> keys;
+    for (int64_t item = first; item < items; ++item) {
+      float score = with_bias ? bias[item] : 0.0f;
+      for (int64_t i = 0; i < width; ++i) score += query[row * width + i] * catalog[item * width + i];
+      keys.push_back(make_key(score, static_cast<int32_t>(item)));
+    }
+    std::sort(keys.begin(), keys.end(), std::greater<>());
+    EXPECT(std::equal(settled.best.begin(), settled.best.end(), keys.begin(), keys.begin() + top));
+    if (start == stop) return;
+    EXPECT(settled.first.score == from_key(keys[start]).score && settled.first.id == from_key(keys[start]).id);
+    EXPECT(settled.last.score == from_key(keys[stop - 1]).score && settled.last.id == from_key(keys[stop - 1]).id);
+    std::vector<uint64_t> expected(words, 0);
+    for (int64_t r = start; r < stop; ++r) {
+      const int32_t item = from_key(keys[r]).id;
+      expected[item / kWord] |= uint64_t{1} << (item % kWord);
+    }
+    EXPECT(std::equal(expected.begin(), expected.end(), found));
+  });
+  EXPECT(bad.row < 0);
+  EXPECT(std::all_of(received.begin(), received.end(), [](int times) { return times == 1; }));
+}
+
+void check_not_finite(int64_t items) {
+  std::vector<float> query = integers(3 * 4, 1), catalog = integers(items * 4, 2);
+  query[4] = std::numeric_limits<float>::quiet_NaN();
+  RankJob job{};
+  job.query = {query.data(), false, 3, 4, 4};
+  job.catalog = {catalog.data(), false, items, 4, 4};
+  job.arithmetic = Arithmetic::kFp32;
+  job.stop = items / 2;
+  job.check = true;
+  EXPECT(rank(job, [](int64_t, uint64_t*, const Settled&) {}).row == 1);
+  bool caught = false;
+  query[4] = 1.0f;
+  try {
+    rank(job, [](int64_t row, uint64_t*, const Settled&) {
+      if (row == 2) throw std::runtime_error("from the caller");
+    });
+  } catch (const std::runtime_error&) {
+    caught = true;
+  }
+  EXPECT(caught);
+}
+
+}  // namespace
+
+int main() {
+  for (const Shape& shape : {Shape{3, 1, 1}, Shape{5, 700, 9}, Shape{130, 257, 3}, Shape{4, 9'000, 3}}) {
+    for (const Trouble trouble : {Trouble::kNone, Trouble::kMiss, Trouble::kOverflow}) {
+      set_trouble(trouble);
+      for (const bool bf16 : {false, true}) {
+        for (const int64_t first : {int64_t{0}, std::min<int64_t>(77, shape.items - 1)}) {
+          const int64_t n = shape.items - first;
+          for (const bool option : {false, true}) {
+            check(shape, 0, n, std::min<int64_t>(n, 3), first, bf16, option, !option);
+            check(shape, n / 3, n / 2, std::min<int64_t>(n, 4), first, bf16, !option, option);
+            check(shape, std::min<int64_t>(n, 20), std::max(n / 2, std::min<int64_t>(n, 20)), 0, first, bf16, option,
+                  option);
+            check(shape, n, n, n, first, bf16, option, option);
+          }
+        }
+      }
+    }
+  }
+  set_trouble(Trouble::kNone);
+  check_not_finite(600);
+  check_not_finite(9'000);
+  std::printf("ranks: right with %s\n", isa_name(isa()));
+  return 0;
+}
