@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP = .venv/bin/pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
 
-.PHONY: demo test lint results clean
+.PHONY: demo test lint sanitize results clean
 
 demo: .venv/ready
 	.venv/bin/alterrec-fast train --demo
@@ -15,6 +15,11 @@ lint: .venv/ready
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+	.venv/bin/clang-format --dry-run -Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+# The kernels' own test binary under AddressSanitizer, UBSan and ThreadSanitizer; needs a C++ compiler and no torch.
+sanitize:
+	csrc/tests/sanitize.sh
 
 # The table of docs/results.md from ../shared/data/online_retail; finished runs are kept, so that it can be resumed.
 results: .venv/ready

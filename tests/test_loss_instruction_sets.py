@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from loss_helpers import needs_native
+
+from tests.loss_helpers import needs_native
 
 
 @needs_native

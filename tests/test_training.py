@@ -149,25 +149,36 @@ def start(config: Config, resume: bool) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", program, json.dumps(values), str(resume)])
 
 
+def written(run: Path) -> tuple[bool, int]:
+    """Changes as soon as a run that was started, or resumed, is under way."""
+    history = run / "history.jsonl"
+    return (run / "config.toml").exists(), history.stat().st_mtime_ns if history.exists() else 0
+
+
 def test_a_run_killed_at_random_moments_ends_the_same(shop: Dataset, tmp_path: Path) -> None:
-    config = small(shop, tmp_path / "whole", checkpoint_minutes=0.001, m_max=6)
-    assert start(config, False).wait() == 0
+    config = small(shop, tmp_path / "whole", checkpoint_minutes=0.001, m_max=8)
+    process, begun = start(config, False), 0.0
+    while process.poll() is None:
+        if not begun and written(tmp_path / "whole")[0]:
+            begun = time.monotonic()
+        time.sleep(0.01)
+    assert process.returncode == 0
+    span = time.monotonic() - begun
     killed = config.replace(out=str(tmp_path / "killed"))
-    moments = random.Random(0)
-    kills = 0
-    for attempt in range(60):
+    moments, kills = random.Random(0), 0
+    for attempt in range(40):
+        before = written(tmp_path / "killed")
         process = start(killed, resume=attempt > 0)
-        # From the imports of the first moments to the last epochs: what a kill meets is left to chance.
-        deadline = time.monotonic() + moments.uniform(1.5, 8.0)
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
+        while process.poll() is None and written(tmp_path / "killed") == before:
+            time.sleep(0.005)
+        # A quarter of the run at most, so that at least three kills come before the end; where they hit is chance.
+        time.sleep(moments.uniform(0.0, span / 4) if kills < 6 else 0.0)
         if process.poll() is None and kills < 6:
             process.send_signal(signal.SIGKILL)
             kills += 1
-            process.wait()
-            continue
-        assert process.wait() == 0
-        break
+        if process.wait() == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
     assert kills >= 3
     same_run(tmp_path / "whole", tmp_path / "killed")
     left = [path.name for path in (tmp_path / "killed").rglob(".*")]
