@@ -189,8 +189,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> slice_cross_entropy_backward(
     const at::Tensor shift = shift_of(arguments.problem);
     const Columns columns{catalog.size(0), nullptr, shift.numel() ? shift.const_data_ptr<float>() : nullptr};
     StreamedLoss loss(arguments.problem, columns, members);
-    loss.backward(grad.const_data_ptr<float>(), log_partition.const_data_ptr<float>(),
-                  kept.const_data_ptr<uint8_t>(), kept_size, backward.gradients);
+    loss.backward(grad.const_data_ptr<float>(), log_partition.const_data_ptr<float>(), kept.const_data_ptr<uint8_t>(),
+                  kept_size, backward.gradients);
   });
   return {backward.query, backward.catalog, bias ? backward.bias.to(bias->scalar_type()) : backward.bias};
 }
@@ -198,8 +198,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> slice_cross_entropy_backward(
 std::tuple<at::Tensor, at::Tensor, at::Tensor> sampled_softmax(
     const at::Tensor& query, const at::Tensor& catalog, const at::Tensor& target, const at::Tensor& negatives_,
     const OptionalTensor& log_q, const OptionalTensor& positives, double positive_weight, double temperature,
-    const OptionalTensor& bias, int64_t ignore_index, bool /* sparse_grad: for the backward pass */,
-    int64_t kept_size, bool bf16, bool check) {
+    const OptionalTensor& bias, int64_t ignore_index, bool /* sparse_grad: for the backward pass */, int64_t kept_size,
+    bool bf16, bool check) {
   const at::Tensor negatives = negatives_.contiguous();
   Forward forward(query.size(0), kept_size);
   raising([&] {

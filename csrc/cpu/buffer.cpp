@@ -72,7 +72,8 @@ Block take_block(std::size_t bytes) {
   void* data = std::aligned_alloc(unit, bytes);
   if (data == nullptr) throw std::bad_alloc();
 #ifdef __linux__
-  if (unit == kHugePage) madvise(data, bytes, MADV_HUGEPAGE);  // advice: it may be refused
+  // Huge pages pay for blocks that are kept. For others they are slow to find again: half a second for 512 MiB.
+  if (unit == kHugePage && bytes <= kMostKept) madvise(data, bytes, MADV_HUGEPAGE);  // advice: it may be refused
 #endif
   return {data, bytes};
 }

@@ -11,7 +11,7 @@
 namespace alterrec {
 namespace {
 
-constexpr int64_t kGroup = 64;          // negatives whose rows stay in cache from their logits to their mean
+constexpr int64_t kGroup = 64;  // negatives whose rows stay in cache from their logits to their mean
 constexpr int64_t kRowsPerTask = 4;
 constexpr int64_t kRowsPerChunk = 16;   // of the counting sort
 constexpr int64_t kMostRanges = 256;    // of items; each is sorted and summed by one task
@@ -39,7 +39,8 @@ int64_t GatheredLoss::kept_bytes() const {
   return rows_ * (negatives_.count + width_) * static_cast<int64_t>(sizeof(float));
 }
 
-// softmax (n,) of the row's negatives, zero where there is none, and mean (d,) of their rows under it; mean may be null.
+// softmax (n,) of the row's negatives, zero where there is none, and mean (d,) of their rows under it; mean may be
+// null.
 void GatheredLoss::forward_row(int64_t row, float* softmax, float* mean, float* log_partition, Fault& fault) const {
   const LossKernels& kernel = loss_kernels();
   const auto dot = kernel.dot_rows[static_cast<int>(kind_)];

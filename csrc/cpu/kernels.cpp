@@ -29,6 +29,17 @@ inline Floats load(const float* p) {
   std::memcpy(out.x, p, sizeof(out.x));
   return out;
 }
+inline void store(float* p, const Floats& x) { std::memcpy(p, x.x, sizeof(x.x)); }
+inline Floats smaller(const Floats& a, const Floats& b) {
+  Floats out;
+  for (int i = 0; i < kGroup; ++i) out.x[i] = a.x[i] < b.x[i] ? a.x[i] : b.x[i];
+  return out;
+}
+inline Floats larger(const Floats& a, const Floats& b) {
+  Floats out;
+  for (int i = 0; i < kGroup; ++i) out.x[i] = a.x[i] > b.x[i] ? a.x[i] : b.x[i];
+  return out;
+}
 inline Ids load_ids(const int32_t* p) {
   Ids out;
   std::memcpy(out.x, p, sizeof(out.x));
@@ -89,6 +100,16 @@ struct Ids {
 using Mask = uint16_t;
 
 inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, const Floats& x) {
+  _mm256_storeu_ps(p, x.low);
+  _mm256_storeu_ps(p + 8, x.high);
+}
+inline Floats smaller(const Floats& a, const Floats& b) {
+  return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)};
+}
+inline Floats larger(const Floats& a, const Floats& b) {
+  return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)};
+}
 inline Ids load_ids(const int32_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
@@ -120,8 +141,7 @@ inline void append_each(T* out, const T* group, Mask mask) {
 }
 inline void append(float* out, const Floats& x, Mask mask) {
   float group[kGroup];
-  _mm256_storeu_ps(group, x.low);
-  _mm256_storeu_ps(group + 8, x.high);
+  store(group, x);
   append_each(out, group, mask);
 }
 inline void append(int32_t* out, const Ids& x, Mask mask) {
@@ -147,6 +167,9 @@ using Ids = __m512i;
 using Mask = __mmask16;
 
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
+inline Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline Ids load_ids(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline Ids ids_from(int32_t first) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);

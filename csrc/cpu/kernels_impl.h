@@ -163,25 +163,26 @@ inline void bins(const float* x, int64_t n, float low, float scale, int32_t coun
 }
 
 inline void range(const float* x, int64_t n, float* low, float* high) {
-  float least[kGroup], most[kGroup];
-  for (int64_t j = 0; j < kGroup; ++j) least[j] = most[j] = x[j < n ? j : 0];
+  float lows[kGroup], highs[kGroup];
   int64_t i = 0;
-  for (; i + kGroup <= n; i += kGroup) {
-    for (int64_t j = 0; j < kGroup; ++j) {
-      least[j] = x[i + j] < least[j] ? x[i + j] : least[j];
-      most[j] = x[i + j] > most[j] ? x[i + j] : most[j];
+  if (n >= kGroup) {
+    Floats least = load(x), most = least;
+    for (i = kGroup; i + kGroup <= n; i += kGroup) {
+      least = smaller(load(x + i), least);
+      most = larger(load(x + i), most);
     }
+    store(lows, least);
+    store(highs, most);
+  } else {
+    std::fill(lows, lows + kGroup, x[0]);
+    std::fill(highs, highs + kGroup, x[0]);
   }
+  *low = *std::min_element(lows, lows + kGroup);
+  *high = *std::max_element(highs, highs + kGroup);
   for (; i < n; ++i) {
-    least[0] = x[i] < least[0] ? x[i] : least[0];
-    most[0] = x[i] > most[0] ? x[i] : most[0];
+    *low = std::min(*low, x[i]);
+    *high = std::max(*high, x[i]);
   }
-  for (int64_t j = 1; j < kGroup; ++j) {
-    least[0] = least[j] < least[0] ? least[j] : least[0];
-    most[0] = most[j] > most[0] ? most[j] : most[0];
-  }
-  *low = least[0];
-  *high = most[0];
 }
 
 inline void add(float* x, const float* y, int64_t n) {

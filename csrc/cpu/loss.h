@@ -10,22 +10,22 @@
 
 namespace alterrec {
 
-// With y_i = (q . e_i + bias_i) / temperature - log_q_i and Z the log-sum-exp of y over a row's negatives, the row's loss
-// is softplus(Z - y_t) + positive_weight * sum_k softplus(Z - y_k); zero without negatives or target.
+// With y_i = (q . e_i + bias_i) / temperature - log_q_i and Z the log-sum-exp of y over a row's negatives, the row's
+// loss is softplus(Z - y_t) + positive_weight * sum_k softplus(Z - y_k); zero without negatives or target.
 struct LossProblem {
-  Matrix query;               // (B, d)
-  Matrix catalog;             // (V, d)
-  bool bf16;                  // products of values rounded to bfloat16
-  const int64_t* target;      // (B,)
-  const int64_t* positives;   // (B, P), -1 for none
-  int64_t num_positives;      // P
-  const float* bias;          // (V,) or null
-  const float* log_q;         // (V,) or null
+  Matrix query;              // (B, d)
+  Matrix catalog;            // (V, d)
+  bool bf16;                 // products of values rounded to bfloat16
+  const int64_t* target;     // (B,)
+  const int64_t* positives;  // (B, P), -1 for none
+  int64_t num_positives;     // P
+  const float* bias;         // (V,) or null
+  const float* log_q;        // (V,) or null
   double positive_weight;
   float temperature;
   int64_t first_item;
   int64_t ignore_index;
-  bool check;                 // whether a score that is not finite raises
+  bool check;  // whether a score that is not finite raises
 };
 
 // An argument with a wrong value; the message holds row and value.

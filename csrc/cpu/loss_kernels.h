@@ -20,12 +20,12 @@ struct LossKernels {
   void (*dot_rows[3])(const float* q, const void* const* rows, int64_t count, int64_t d, float* out);
   void (*weighted_sum[3])(const float* weight, const void* const* rows, int64_t count, int64_t d, float* acc);
   void (*affine)(float a, const float* shift, int64_t n, float* y);  // y = a y + shift, or a y without a shift
-  void (*scale)(float a, const float* x, int64_t n, float* out);  // out = a x, with zeros for what would be denormal
+  void (*scale)(float a, const float* x, int64_t n, float* out);     // out = a x, with zeros for what would be denormal
   void (*add_scaled)(float a, const float* x, int64_t n, float* y);  // y += a x
   // out[2 c] = a[c] and out[2 c + 1] = b[c]: two rows of a right operand of bf16_gemm; 16 divides n.
   void (*interleave)(const uint16_t* a, const uint16_t* b, int64_t n, uint16_t* out);
-  // out (cols, out_stride) = the transpose of `in` (rows, stride), with zeros up to the next multiple of 32 rows; `cols`
-  // is rounded up to a multiple of 16 on both sides.
+  // out (cols, out_stride) = the transpose of `in` (rows, stride), with zeros up to the next multiple of 32 rows;
+  // `cols` is rounded up to a multiple of 16 on both sides.
   void (*transpose)(const uint16_t* in, int64_t stride, int64_t rows, int64_t cols, uint16_t* out, int64_t out_stride);
 };
 

@@ -1,5 +1,5 @@
-// Included by loss_kernels.cpp once for each instruction set, inside a namespace and under the compiler's target pragma: vectors
-// of 16 floats, which the compiler splits where registers are narrower. Hence no include guard.
+// Included by loss_kernels.cpp once for each instruction set, inside a namespace and under the compiler's target
+// pragma: vectors of 16 floats, which the compiler splits where registers are narrower. Hence no include guard.
 
 using F32 = float __attribute__((vector_size(64)));
 using I32 = int32_t __attribute__((vector_size(64)));
@@ -166,8 +166,7 @@ void dot_rows(const float* q, const void* const* rows, int64_t count, int64_t d,
 }
 
 template <class Load, int64_t kVectors>
-ALTERREC_INLINE void sum_columns(
-    const float* weight, const void* const* rows, int64_t count, int64_t k, float* acc) {
+ALTERREC_INLINE void sum_columns(const float* weight, const void* const* rows, int64_t count, int64_t k, float* acc) {
   F32 sum[kVectors];
   for (int64_t v = 0; v < kVectors; ++v) sum[v] = load(acc + k + v * kLanes);
   for (int64_t i = 0; i < count; ++i)

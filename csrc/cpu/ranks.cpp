@@ -16,7 +16,7 @@ namespace {
 
 // All sizes are the same for any number of threads, so that every product has the same shape and the same rounding.
 constexpr int64_t kBlockRows = 512;                // sessions streamed together: enough for products at full speed
-constexpr int64_t kSampleRows = 128;               // sessions of one task while sampling
+constexpr int64_t kSampleRows = 256;               // sessions of one task while sampling
 constexpr int64_t kStoredRows = 128;               // and while whole rows of scores are kept
 constexpr int64_t kSettleRows = 8;                 // and while settling
 constexpr int64_t kSmallCatalog = 8192;            // items up to which whole rows of scores are kept in cache
@@ -148,6 +148,10 @@ class Engine {
     const int64_t rows = kStoredRows;
     if (job_.start < job_.stop && job_.bits == nullptr) scratch_bits_.reserve(count * words_);
     const Plan plan = plan_of(begin, count);
+    std::vector<int32_t> places(sampled_);
+    for (int64_t i = 0; i < sampled_; ++i) {
+      places[i] = static_cast<int32_t>(job_.first_item - base_ + i * items_ / sampled_);
+    }
     parallel_for(ceil_div(count, rows), [&](int64_t task) {
       const int64_t first = begin + task * rows, n = std::min(rows, begin + count - first);
       Buffer<float> scores, sample;
@@ -166,8 +170,7 @@ class Engine {
       for (int64_t row = first; row < first + n; ++row) {
         float* x = scores.get() + (row - first) * width;
         finish_scores(x, base_, end - base_);
-        const float* ranked = x + (job_.first_item - base_);
-        for (int64_t i = 0; i < sampled_; ++i) sample.get()[i] = ranked[i * items_ / sampled_];
+        for (int64_t i = 0; i < sampled_; ++i) sample.get()[i] = x[places[i]];
         const Ranks ranks = ranks_of(row);
         const Limits limits = draw(ranks, plan, sample.get(), bins.get());
         uint64_t* bits = bits_of(begin, row);
@@ -176,7 +179,8 @@ class Engine {
         filter(plan, limits, x, base_, end - base_, row, bits, list);
         if (!settler.settle(ranks, plan.filter, limits, &list, 1, bits, settled)) {
           count_trouble(list.overflow);
-          settler.settle_all(ranks, ranked, static_cast<int32_t>(job_.first_item), bits, settled);
+          settler.settle_all(ranks, x + (job_.first_item - base_), static_cast<int32_t>(job_.first_item), bits,
+                             settled);
         }
         receive_(row, bits, settled);
       }
@@ -206,17 +210,20 @@ class Engine {
       }
     }
 
-    const int64_t tiles = ceil_div(job_.catalog.rows - base_, kStreamTile);
+    // Where there are few candidates, short tiles stay nearer to the core; long ones spread the cost of touching a
+    // list.
+    const int64_t step = plan.filter == Filter::kTop ? kStreamTile / 2 : kStreamTile;
+    const int64_t tiles = ceil_div(job_.catalog.rows - base_, step);
     std::atomic<int64_t> next{0};
     parallel_for(workers, [&](int64_t worker) {
       Buffer<float> scores;
       QueryBlock::Scratch scratch;
-      scores.reserve(count * kStreamTile);
+      scores.reserve(count * step);
       for (int64_t tile = next++; tile < tiles; tile = next++) {
-        const int64_t item = base_ + tile * kStreamTile, n = std::min(kStreamTile, job_.catalog.rows - item);
-        queries.scores(job_.catalog, item, n, scores.get(), kStreamTile, scratch);
+        const int64_t item = base_ + tile * step, n = std::min(step, job_.catalog.rows - item);
+        queries.scores(job_.catalog, item, n, scores.get(), step, scratch);
         for (int64_t r = 0; r < count; ++r) {
-          float* x = scores.get() + r * kStreamTile;
+          float* x = scores.get() + r * step;
           finish_scores(x, item, n);
           if (r + 1 < count) prefetch(lists[(r + 1) * workers + worker]);
           filter(plan, limits[r], x, item, n, begin + r, bits_of(begin, begin + r), lists[r * workers + worker]);

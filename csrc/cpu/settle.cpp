@@ -132,8 +132,20 @@ Cut Settler::select(int64_t rank) {
 
 void Settler::best(int64_t n, std::vector<uint64_t>& out) {
   const List& list = lists_[0];
+  const auto key = [&](int64_t i) { return make_key(list.scores.get()[i], list.ids.get()[i]); };
+  out.resize(n);
+  if (n <= kFew) {  // one by one into their places: after the first few, hardly any is among the best
+    for (int64_t i = 0; i < list.count; ++i) {
+      const uint64_t next = key(i);
+      int64_t place = std::min(i, n);
+      if (place == n && (n == 0 || next < out[n - 1])) continue;
+      for (place = std::min(place, n - 1); place > 0 && out[place - 1] < next; --place) out[place] = out[place - 1];
+      out[place] = next;
+    }
+    return;
+  }
   out.resize(list.count);
-  for (int64_t i = 0; i < list.count; ++i) out[i] = make_key(list.scores.get()[i], list.ids.get()[i]);
+  for (int64_t i = 0; i < list.count; ++i) out[i] = key(i);
   if (n < list.count) std::nth_element(out.begin(), out.begin() + n, out.end(), std::greater<>());
   out.resize(n);
   std::sort(out.begin(), out.end(), std::greater<>());

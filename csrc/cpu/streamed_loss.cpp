@@ -11,8 +11,8 @@
 namespace alterrec {
 namespace {
 
-constexpr int64_t kTileColumns = 512;   // columns of a tile, a multiple of 64
-constexpr int64_t kBlock = 512;  // rows that meet a tile at once: kTileColumns * kBlock logits stay in cache
+constexpr int64_t kTileColumns = 512;  // columns of a tile, a multiple of 64
+constexpr int64_t kBlock = 512;        // rows that meet a tile at once: kTileColumns * kBlock logits stay in cache
 constexpr int64_t kWords = kTileColumns / 64;
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
@@ -35,8 +35,8 @@ int64_t part(int64_t n, int64_t chunk, int64_t chunks) { return n * chunk / chun
 }  // namespace
 
 struct StreamedLoss::Scratch {
-  Buffer<uint64_t> masks;  // (kBlock, kWords)
-  Buffer<float> logits;    // (kBlock, kTileColumns)
+  Buffer<uint64_t> masks;         // (kBlock, kWords)
+  Buffer<float> logits;           // (kBlock, kTileColumns)
   Buffer<uint16_t> exponentials;  // the same in bf16
   Buffer<float> gathered, tile_copy;
   const float* tile;  // (count, d) float32
@@ -77,12 +77,8 @@ int64_t StreamedLoss::kept_tile_bytes() const {
   return rows_ * (kTileColumns * (arithmetic_ == Arithmetic::kBf16 ? 2 : 4) + static_cast<int64_t>(sizeof(float)));
 }
 
-int64_t StreamedLoss::kept_bytes(int64_t limit) const {
-  return rows_ == 0 ? 0 : std::min(tiles_, limit / kept_tile_bytes()) * kept_tile_bytes();
-}
-
 StreamedLoss::Kept StreamedLoss::kept(const uint8_t* bytes, int64_t size) const {
-  const int64_t tiles = size == 0 ? 0 : size / kept_tile_bytes();
+  const int64_t tiles = rows_ == 0 ? 0 : size / kept_tile_bytes();
   uint8_t* values = const_cast<uint8_t*>(bytes);
   const int64_t value_bytes = tiles * (kept_tile_bytes() - rows_ * static_cast<int64_t>(sizeof(float)));
   return {tiles, reinterpret_cast<float*>(values + value_bytes), values};
@@ -298,8 +294,9 @@ void StreamedLoss::backward_tile(const Tile& tile, const Kept& kept, const float
   const int64_t words = (tile.count + 63) / 64;
   // A float32 gradient is summed where it belongs, unless its rows are padded or scattered.
   const bool direct = gradients.catalog && !gradients.catalog_bf16 && padded_ == width_ && !by_item;
-  float* catalog_sum = direct ? static_cast<float*>(gradients.catalog) + tile.begin * width_
-                              : gradients.catalog ? scratch.catalog_sum.reserve(kTileColumns * padded_) : nullptr;
+  float* catalog_sum = direct              ? static_cast<float*>(gradients.catalog) + tile.begin * width_
+                       : gradients.catalog ? scratch.catalog_sum.reserve(kTileColumns * padded_)
+                                           : nullptr;
   float* bias_sum = gradients.bias ? scratch.bias_sum.reserve(kTileColumns) : nullptr;
   if (bias_sum) std::fill(bias_sum, bias_sum + tile.count, 0.0f);
   load(tile, scratch);

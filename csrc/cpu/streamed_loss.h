@@ -12,7 +12,7 @@ namespace alterrec {
 struct Members {
   enum class Form { kAll, kBits, kIds, kShared };
 
-  Form form = Form::kAll;        // all from first_item on
+  Form form = Form::kAll;         // all from first_item on
   const uint8_t* bits = nullptr;  // (B, bits_stride), column c is bit c % 8 of byte c / 8
   int64_t bits_stride = 0;
   const int32_t* ids = nullptr;  // (B, ids_width), ascending, -1 at the end
@@ -31,9 +31,7 @@ class StreamedLoss {
  public:
   StreamedLoss(const LossProblem& problem, const Columns& columns, const Members& members);
 
-  // How many of `limit` bytes forward() would fill, for backward() to read: exponentials of whole tiles.
-  int64_t kept_bytes(int64_t limit) const;
-
+  // Fills `kept` with the exponentials of as many tiles as it has room for; backward() computes the others again.
   void forward(uint8_t* kept, int64_t kept_size, float* losses, float* log_partition) const;
 
   // The gradients of catalog and bias have one row for each column; with `by_item` column c's is row items[c], and
@@ -51,7 +49,7 @@ class StreamedLoss {
   // The exponentials of the first tiles, each over its row's largest logit in the tile.
   struct Kept {
     int64_t tiles;
-    float* top;      // (tiles, B), the largest logits
+    float* top;       // (tiles, B), the largest logits
     uint8_t* values;  // (tiles, B, kTileColumns) float32, or bfloat16 in bf16 arithmetic
   };
 
@@ -74,13 +72,13 @@ class StreamedLoss {
   const Columns columns_;
   const Members members_;
   const Arithmetic arithmetic_;
-  const int64_t rows_, width_;    // B, d
-  const int64_t padded_;          // d as the products see it: a multiple of 32 on matrix units
+  const int64_t rows_, width_;  // B, d
+  const int64_t padded_;        // d as the products see it: a multiple of 32 on matrix units
   const int64_t tiles_;
   Buffer<float> query_copy_;
   int64_t query_stride_ = 0;
-  const float* query_;            // (B, d) float32, rounded where the products are
-  Buffer<uint16_t> query_bf16_;   // (B, padded)
+  const float* query_;           // (B, d) float32, rounded where the products are
+  Buffer<uint16_t> query_bf16_;  // (B, padded)
   Wanted wanted_;
   std::vector<int64_t> target_column_;  // (B,), -1 where there is none
   std::vector<int64_t> ids_count_;      // (B,), how many of members_.ids are items
