@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -60,7 +59,6 @@ ROWS = [
 
 def main() -> None:
     options = _options()
-    begun = time.monotonic()
     data = options.out / "data"
     if not data.exists():
         print(prepare("generic", options.raw, data))
@@ -74,7 +72,8 @@ def main() -> None:
             )
     runs = {row.name: [_finished(row, seed, options.out) for seed in range(options.seeds)] for row in ROWS}
     dataset = Dataset.load(data)
-    table = _page(runs, _count(dataset), dataset, options, (time.monotonic() - begun) / 60)
+    folders = [_folder(row, seed, options.out) for row in ROWS for seed in range(options.seeds)]
+    table = _page(runs, _count(dataset), dataset, options, sum(map(_minutes, folders)))
     write_text(options.out / "results.md", table)
     print(table)
     if options.table:
@@ -115,6 +114,12 @@ def _finished(row: Row, seed: int, out: Path) -> Metrics:
     return metrics
 
 
+def _minutes(run: Path) -> float:
+    """Training and validation of one run, whenever and in however many sittings it was made."""
+    lines = [json.loads(line) for line in (run / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+    return float(sum(line.get("seconds", 0.0) + line["validation_seconds"] for line in lines)) / 60
+
+
 def _count(dataset: Dataset) -> dict[str, Metrics]:
     """Test metrics of the counting baselines over the targets that the networks are measured on."""
     counts, default = training_counts(dataset.train, dataset.num_items), Config()
@@ -138,7 +143,8 @@ def _page(
     shared = ", ".join(f"{name} = {value}" for name, value in SETTINGS.items())
     lines = [
         f"Online Retail: {sizes} sessions, {dataset.num_items:,} items; width {options.width}, "
-        f"{options.epochs} epochs, {options.seeds} seeds; {shared}. This pass took {minutes:.0f} minutes.",
+        f"{options.epochs} epochs, {options.seeds} seeds; {shared}. The runs took {minutes:.0f} minutes together, "
+        f"{options.threads} thread each, {options.jobs} at once.",
         "",
         "| test, in % | " + " | ".join(METRICS) + " | ID hits@20 | ID ndcg@20 | text hits@20 | text ndcg@20 |",
         "| --- |" + " --- |" * (len(METRICS) + 4),

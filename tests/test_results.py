@@ -61,7 +61,7 @@ def test_the_table_names_every_variant_and_says_where_it_falls_short(shop: Datas
 
     levels = {"alterrec": 0.4, "random": 0.5}
     runs = {row.name: [metrics(levels.get(row.name, 0.3)), metrics(levels.get(row.name, 0.3) + 0.02)] for row in ROWS}
-    options = argparse.Namespace(width=16, epochs=3, seeds=2)
+    options = argparse.Namespace(width=16, epochs=3, seeds=2, threads=1, jobs=2)
     page = _page(runs, {"markov": dict.fromkeys(METRICS, 0.1)}, shop, options, 5.0)
     assert {row.variant for row in ROWS} == set(VARIANTS)
     assert all(f"| {row.name} |" in page for row in ROWS)
