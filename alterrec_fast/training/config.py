@@ -175,9 +175,13 @@ def demo_settings() -> dict[str, Any]:
     return {
         "text_model": "packaged",
         "width": 64,
+        "init": "xavier",  # small weights as in the published code need more steps than so small a shop gives
+        "m_random": 4,
         "m_max": 16,
         "k1": 3,
-        "k2": 600,
-        "lr_step_id": 4,
+        "k2": 1500,
         "hard_fraction": 0.5,
+        "batch_targets": 128,
+        "lr_id": 0.002,
+        "lr_step_id": 6,
     }
