@@ -176,6 +176,7 @@ def demo_settings() -> dict[str, Any]:
         "text_model": "packaged",
         "width": 64,
         "init": "xavier",  # small weights as in the published code need more steps than so small a shop gives
+        "temperature_text": 1.0,  # Xavier LayerNorms make logits large enough
         "m_random": 4,
         "m_max": 16,
         "k1": 3,
