@@ -6,6 +6,8 @@ from alterrec_fast.ops import BackendError, RankSlice, rank_slice, sampled_softm
 
 if TYPE_CHECKING:
     from alterrec_fast.drop_in.losses import FullSoftmaxLoss, SampledSoftmaxLoss, SliceCrossEntropy
+    from alterrec_fast.drop_in.sampler import RankSliceSampler
+    from alterrec_fast.drop_in.teachers import TeacherCopy
     from alterrec_fast.run import load, train, train_seeds
     from alterrec_fast.training.config import Config
 
@@ -15,8 +17,10 @@ __all__ = [
     "Config",
     "FullSoftmaxLoss",
     "RankSlice",
+    "RankSliceSampler",
     "SampledSoftmaxLoss",
     "SliceCrossEntropy",
+    "TeacherCopy",
     "load",
     "rank_slice",
     "sampled_softmax",
@@ -29,8 +33,10 @@ __all__ = [
 _LAZY = {
     "Config": "alterrec_fast.training.config",
     "FullSoftmaxLoss": "alterrec_fast.drop_in.losses",
+    "RankSliceSampler": "alterrec_fast.drop_in.sampler",
     "SampledSoftmaxLoss": "alterrec_fast.drop_in.losses",
     "SliceCrossEntropy": "alterrec_fast.drop_in.losses",
+    "TeacherCopy": "alterrec_fast.drop_in.teachers",
     "load": "alterrec_fast.run",
     "train": "alterrec_fast.run",
     "train_seeds": "alterrec_fast.run",

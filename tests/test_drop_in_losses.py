@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import alterrec_fast as af
+from tests.loss_helpers import needs_native
 
 V, D = 90, 12
 
@@ -155,6 +156,7 @@ def test_a_transposed_query_is_taken() -> None:
     torch.testing.assert_close(loss(transposed[0], catalog, target[0]), loss(query[0], catalog, target[0]))
 
 
+@needs_native
 def test_one_graph_with_padding() -> None:
     query, catalog, target = sequences(3, 4, 5)
     losses = {
