@@ -248,6 +248,16 @@ def test_bad_files_are_errors_with_file_and_line(tmp_path, content, message, pac
     fails(tmp_path, message)
 
 
+def test_a_header_of_any_length_is_read_from_gzip(tmp_path):
+    names = [f"a column with a long name {i}" for i in range(4_000)]  # 100 kB
+    quoted = '"a name\nof two lines",' + ",".join(f'"{name}"' for name in names)
+    table = f"\nitem_id,{quoted}\n" + "".join(f"i{i},{'x,' * 4_000}y\n" for i in range(4))
+    put(tmp_path / "raw", interactions__csv=SIX, items__csv__gz=gzip.compress(table.encode()))
+    _, data = run(tmp_path, text_columns=[names[-1]])
+    assert data.text_columns == [names[-1]]
+    assert data.items[names[-1]].to_list() == ["y"] * 4
+
+
 def test_damaged_gzip(tmp_path):
     data = gzip.compress(LONG.encode())
     for size in (len(data) // 2, len(data) - 4):
@@ -460,6 +470,8 @@ def test_online_retail_errors(tmp_path, monkeypatch):
     fails(tmp_path, r"data\.csv, line 2: InvoiceDate is '01\. 12\. 2010'", "online-retail")
     put(tmp_path / "raw", data__csv=retail_csv("%Y-%m-%d").replace("2.55", "cheap"))
     fails(tmp_path, r"data\.csv, line 4: UnitPrice is 'cheap', expected a number", "online-retail")
+    put(tmp_path / "raw", data__csv=retail_csv("%Y-%m-%d").replace("2.55", "nan"))
+    fails(tmp_path, r"data\.csv, line 4: UnitPrice is 'nan', expected a number", "online-retail")
     put(tmp_path / "raw", data__csv=retail_csv("%Y-%m-%d").encode().replace(b"HEART", b"\xa3 HEART"))
     fails(tmp_path, r"data\.csv, line 4: byte 0xa3 .* is not UTF-8", "online-retail")
     fails(tmp_path, r"no text column Country; found title", "online-retail", text_columns=["Country"])

@@ -23,13 +23,11 @@ def write(path: Path, overwrite: bool = False) -> Dataset:
     return Dataset.write(path, splits, items, ["title"], {"source": "test"}, overwrite)
 
 
-def test_indexing_and_cuts():
+def test_indexing():
     some = sessions([5, 6, 7], [8], [9, 10])
     assert len(some) == 3
     assert some[0].tolist() == [5, 6, 7] and some[-1].tolist() == [9, 10]
     assert some.lengths.tolist() == [3, 1, 2]
-    first, length = some.last(2)
-    assert [some.items[a : a + n].tolist() for a, n in zip(first, length, strict=True)] == [[6, 7], [8], [9, 10]]
     for index in (3, -4):
         with pytest.raises(IndexError):
             some[index]
@@ -80,6 +78,31 @@ def test_arrays_cut_short_are_an_error(tmp_path, name, size):
     file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(DataError, match=name):
         Dataset.load(tmp_path / "out")
+
+
+def test_a_damaged_item_table_is_an_error_when_it_is_read(tmp_path):
+    data = write(tmp_path / "out")
+    file = data.path / "items.parquet"
+    whole = file.read_bytes()
+    for content in (b"", whole[:100]):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=r"items\.parquet: not a readable Parquet file"):
+            _ = Dataset.load(data.path).items
+    pl.DataFrame({"item_id": ["a"]}).write_parquet(file)
+    with pytest.raises(DataError, match="1 rows, expected 3 items"):
+        _ = Dataset.load(data.path).items
+
+
+def test_the_fingerprint_is_of_the_content(tmp_path):
+    one, same = write(tmp_path / "one"), write(tmp_path / "same")
+    assert one.fingerprint == same.fingerprint == Dataset.load(tmp_path / "one").fingerprint != ""
+    splits = {name: one.split(name) for name in SPLITS}
+    items = one.items.with_columns(pl.col("title").replace("A", "B"))
+    title = Dataset.write(tmp_path / "title", splits, items, ["title"], {"source": "test"})
+    order = Dataset.write(
+        tmp_path / "order", {**splits, "train": sessions([2, 1], [0, 1, 2])}, one.items, ["title"], {}
+    )
+    assert len({one.fingerprint, title.fingerprint, order.fingerprint}) == 3
 
 
 def test_unfit_arrays_and_missing_or_foreign_json_are_errors(tmp_path):

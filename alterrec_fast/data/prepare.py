@@ -92,7 +92,8 @@ def prepare(
     rows follow the item table, then come items without an entry, as they first appear.
 
     Raises DataError, which names file and line, for raw files that cannot be read, for an unknown source, locale or
-    column, and where out exists without overwrite; ValueError for the other arguments.
+    column, for fractions that leave nothing to train on, and where out exists without overwrite; ValueError for
+    another catalog.
     """
     raw, out = Path(raw), Path(out)
     if source not in READERS:
@@ -103,7 +104,7 @@ def prepare(
         raise ValueError(f"catalog must be 'sessions' or 'all', got {catalog!r}")
     if not (0 <= validation_fraction < 1 and 0 <= test_fraction < 1 and validation_fraction + test_fraction < 1):
         found = f"{validation_fraction} and {test_fraction}"
-        raise ValueError(f"validation_fraction and test_fraction must be in [0, 1) and sum to less than 1, got {found}")
+        raise DataError(f"validation_fraction and test_fraction must be in [0, 1) and sum to less than 1, got {found}")
     if out.exists() and not overwrite:  # Dataset.write checks too, but only after all the reading
         raise DataError(f"{out} exists already; choose another folder or pass --overwrite")
     if out.resolve() in (raw.resolve(), *raw.resolve().parents):

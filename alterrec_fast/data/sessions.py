@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 FORMAT = 1
+DRAFT = ".draft"  # how the name of a file or folder ends that is still being written
 SPLITS = ("train", "validation", "test")
 
 
@@ -47,11 +49,6 @@ class Sessions:
     def lengths(self) -> np.ndarray:
         """(S,) int64, items in each session."""
         return np.diff(self.offsets)
-
-    def last(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """First index and length, each (S,) int64, of every session cut to its last n items; nothing is copied."""
-        length = np.minimum(self.lengths, n)
-        return self.offsets[1:] - length, length
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,12 +88,28 @@ class Dataset:
     def text_columns(self) -> list[str]:
         return list(self.info["text_columns"])
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything in the data set, by which a run knows the data that it was trained on."""
+        return str(self.info.get("fingerprint", ""))
+
     @cached_property
     def items(self) -> pl.DataFrame:
-        """The item table, row i for catalog row i: ``item_id`` and the text columns (String, null if missing)."""
+        """The item table, row i for catalog row i: ``item_id`` and the text columns (String, null if missing).
+
+        Raises DataError where the file is missing, cut short, or of another number of items.
+        """
         import polars as pl
 
-        return pl.read_parquet(self.path / "items.parquet")
+        file = self.path / "items.parquet"
+        try:
+            table = pl.read_parquet(file)
+        except (pl.exceptions.PolarsError, OSError) as error:
+            cause = str(error).splitlines()[0]
+            raise DataError(f"{file}: not a readable Parquet file ({cause}); run prepare again") from error
+        if len(table) != self.num_items:
+            raise DataError(f"{file}: {len(table)} rows, expected {self.num_items} items; run prepare again")
+        return table
 
     def split(self, name: str) -> Sessions:
         if name not in SPLITS:
@@ -131,6 +144,7 @@ class Dataset:
         overwrite: bool = False,
     ) -> Dataset:
         """Writes a data set beside its place and moves it there whole: an interrupted write leaves nothing at `path`.
+        (A killed one leaves a folder ``.NAME-….draft`` beside it.)
 
         splits: one Sessions for each of train, validation, test. items: row i for catalog row i, with ``item_id`` and
         the text columns. info: what `prepare` counted, kept in dataset.json. Raises DataError where `path` exists and
@@ -142,12 +156,18 @@ class Dataset:
         if path.exists() and not (path / "dataset.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
             raise DataError(f"{path} is not a prepared data set, so it is not replaced; choose another folder")
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=DRAFT, dir=path.parent))
         try:
             for name in SPLITS:
                 splits[name].save(draft / name)
             items.select("item_id", *text_columns).write_parquet(draft / "items.parquet")
-            facts = {"format": FORMAT, "num_items": len(items), "text_columns": text_columns, **info}
+            facts = {
+                "format": FORMAT,
+                "fingerprint": _fingerprint(draft),
+                "num_items": len(items),
+                "text_columns": text_columns,
+                **info,
+            }
             (draft / "dataset.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             draft.chmod(0o755)  # mkdtemp makes it private
             if path.exists():
@@ -157,3 +177,13 @@ class Dataset:
             shutil.rmtree(draft, ignore_errors=True)
             raise
         return cls.load(path)
+
+
+def _fingerprint(folder: Path) -> str:
+    """A hash of the names and the content of all files in folder."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()

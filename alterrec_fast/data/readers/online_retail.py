@@ -87,8 +87,9 @@ def _sales(table: Table, left_out: dict[str, int]) -> pl.DataFrame:
     frame = _keep(frame, pl.col("item_id").str.contains(_PRODUCT), "rows whose stock code is no product", left_out)
     for column in ("Quantity", "UnitPrice"):
         values = frame[column].cast(pl.Float64, strict=False)
-        if values.null_count():
-            bad = values.is_null().arg_true()[0]
+        wrong = (values.is_null() | values.is_nan()).arg_true()
+        if len(wrong):
+            bad = wrong[0]
             raise DataError(f"{table.where(frame['row'][bad])}: {column} is {frame[column][bad]!r}, expected a number")
         frame = frame.with_columns(values)
     sold = (pl.col("Quantity") > 0) & (pl.col("UnitPrice") > 0)

@@ -99,8 +99,8 @@ def listing(folder: Path) -> str:
 def column_names(path: Path, layout: Layout = CSV) -> list[str]:
     """The column names of a text or Parquet file; raises DataError for one that is empty or cannot be read."""
     if path.suffix == ".parquet":
-        return list(_parquet(path, None, rows=0).columns)
-    return _read_text(path, layout, rows=0).columns
+        return list(_parquet(path, None, header_only=True).columns)
+    return _read_text(path, layout, header_only=True).columns
 
 
 def read_table(path: Path, required: Sequence[str], optional: Sequence[str] = (), layout: Layout = CSV) -> Table:
@@ -233,25 +233,27 @@ def clean_text(frame: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
     return frame.select("item_id", *stripped).with_columns(pl.col(columns).replace("", None))
 
 
-def _parquet(path: Path, columns: Sequence[str] | None, rows: int | None = None) -> pl.DataFrame:
+def _parquet(path: Path, columns: Sequence[str] | None, header_only: bool = False) -> pl.DataFrame:
     try:
-        return pl.read_parquet(path, columns=None if columns is None else list(columns), n_rows=rows, glob=False)
+        return pl.read_parquet(
+            path, columns=None if columns is None else list(columns), n_rows=0 if header_only else None, glob=False
+        )
     except (pl.exceptions.PolarsError, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
 
 
-def _read_text(path: Path, layout: Layout, rows: int | None = None) -> pl.DataFrame:
+def _read_text(path: Path, layout: Layout, header_only: bool = False) -> pl.DataFrame:
     """All columns, since polars overlooks lines with too many fields when it reads some, and all as String: types are
     the readers' business, and "00123" must stay what it is."""
     try:
         # gzip and not polars unpacks: it tells a cut file from a damaged one, and where it ends
-        source = _unpack(path, None if rows is None else 1 << 16) if _is_gzip(path) else path
+        source = _unpack(path, layout, header_only) if _is_gzip(path) else path
         frame = pl.read_csv(
             source,
             separator=layout.separator,
             quote_char='"' if layout.quoted else None,
             infer_schema=False,
-            n_rows=rows,
+            n_rows=0 if header_only else None,
             glob=False,
         )
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -272,9 +274,17 @@ def _is_gzip(path: Path) -> bool:
         return file.read(2) == b"\x1f\x8b" or path.suffix == ".gz"
 
 
-def _unpack(path: Path, size: int | None) -> bytes:
+def _unpack(path: Path, layout: Layout, header_only: bool) -> bytes:
+    """The file's content, or its header line alone, blank lines before it included."""
     with gzip.open(path) as file:
-        return file.read(-1 if size is None else size)
+        if not header_only:
+            return file.read()
+        head = b""
+        while line := file.readline():
+            head += line
+            if head.strip() and not (layout.quoted and head.count(b'"') % 2):  # else a quoted name goes on
+                break
+        return head
 
 
 def _open(path: Path) -> io.BufferedReader:
