@@ -48,11 +48,6 @@ def pack(sessions: Sessions, which: np.ndarray, max_length: int) -> Batch:
     return Batch(sessions.items[place].astype(np.int64), sessions.items[place + 1].astype(np.int64), tokens)
 
 
-def count_targets(sessions: Sessions, max_length: int) -> int:
-    """Targets of one pass over the sessions."""
-    return int(np.minimum(sessions.lengths, max_length).sum() - len(sessions))
-
-
 def _lengths(sessions: Sessions, which: np.ndarray, max_length: int) -> np.ndarray:
     length: np.ndarray = np.minimum(sessions.offsets[which + 1] - sessions.offsets[which], max_length)
     return length

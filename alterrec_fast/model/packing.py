@@ -23,12 +23,6 @@ class Packing:
     token: Tensor  # (P,) int64, the token in each slot; padding repeats a session's last token
     slot: Tensor  # (T,) int64, the slot of each token
     groups: tuple[tuple[int, int], ...]  # (b, L) of each group, whose slots follow each other
-    last: Tensor  # (S,) int64, the last token of each session
-
-    @property
-    def ratio(self) -> float:
-        """Slots for each real token, at least 1."""
-        return self.token.numel() / max(1, self.slot.numel())
 
     def spread(self, x: Tensor) -> list[Tensor]:
         """x (T, ...) -> (b, L, ...) for each group."""
@@ -69,7 +63,6 @@ class Packing:
             token=torch.from_numpy(np.concatenate(tokens)).to(device),
             slot=torch.from_numpy(slot).to(device),
             groups=tuple(groups),
-            last=torch.from_numpy(ends - 1).to(device),
         )
 
 
