@@ -23,7 +23,7 @@ from alterrec_fast.model.packing import Packing
 from alterrec_fast.ops import top_k
 from alterrec_fast.report import write_report
 from alterrec_fast.training import checkpoint
-from alterrec_fast.training.alternate import BEST, Progress, Trainer, pick_device
+from alterrec_fast.training.alternate import BEST, Progress, Trainer, check_same_data, pick_device
 from alterrec_fast.training.config import Config, ConfigError, from_mapping, read_toml
 from alterrec_fast.training.evaluate import Evaluation, evaluate, training_counts
 from alterrec_fast.training.variants import build, needs_text
@@ -51,14 +51,16 @@ def train(config: Config, resume: bool = False, progress: Progress | None = None
     at any moment ends in the result of the uninterrupted one (same machine, CPU).
 
     Raises ConfigError, DataError for unusable settings or data; RunError where config.out is taken, or where a resumed
-    run was made with other settings; CheckpointError where a file cannot be written, which loses nothing.
+    run was made with other settings; CheckpointError where a file cannot be written, which loses nothing; DivergedError
+    where scores are no longer finite.
     """
     config = _with_places(config)
     run = Path(config.out)
     _check_place(run, config, resume)
+    checkpoint.sweep(run)
     if (run / METRICS).exists():  # finished; only the report may be missing
         return _finish(run, json.loads((run / METRICS).read_text(encoding="utf-8")))
-    dataset = _dataset(config)
+    dataset = _training_data(config)
     trainer = Trainer(config, dataset, _features(config, dataset), run)
     if not (run / CONFIG).exists():
         checkpoint.write_text(run / CONFIG, config.to_toml())
@@ -86,23 +88,21 @@ def train_seeds(config: Config, seeds: Sequence[int], resume: bool = False, prog
         raise ConfigError(f"seeds must be one or more different numbers, got {list(seeds)}")
     config = _with_places(config)
     run = Path(config.out)
-    if run.exists() and not resume:
-        raise RunError(f"{run} exists already; choose another --out, or go on with --resume")
-    found = []
-    for seed in seeds:
-        one = config.replace(seed=seed, out=str(run / f"seed-{seed}"), data=str(_demo_data(config)), demo=False)
-        found.append(train(one, resume, progress).metrics)
+    singles = [config.replace(seed=seed, out=str(run / f"seed-{seed}")) for seed in seeds]
+    held = _held(run)
+    if held and not resume:
+        raise RunError(f"{run} holds {_some(held)} already; choose another --out, or go on with --resume")
+    if CONFIG in held:
+        raise RunError(f"{run} holds a run over one seed; choose another --out for several")
+    data = str(_training_data(config).path)
+    found = [train(single.replace(data=data, demo=False), resume, progress).metrics for single in singles]
     metrics = {
         "variant": config.variant,
         "seeds": list(seeds),
         "items": found[0]["items"],
         "slice": found[0]["slice"],
         "best_epoch": _over(statistics.fmean, [one["best_epoch"] for one in found]),
-        **{
-            key + suffix: _over(how, [one[key] for one in found])
-            for suffix, how in (("", statistics.fmean), ("_std", _deviation))
-            for key in ("validation", "test", "groups")
-        },
+        **_mean_and_deviation({key: [one[key] for one in found] for key in ("validation", "test", "groups")}),
     }
     return _finish(run, metrics)
 
@@ -111,22 +111,18 @@ class TrainedModel:
     """The best epoch of a finished or running run, for recommendations and evaluation."""
 
     def __init__(self, run: str | Path):
-        self.path = Path(run)
-        first_seed = sorted(self.path.glob("seed-*"))
-        if not (self.path / CONFIG).exists() and first_seed:
-            self.path = first_seed[0]
+        self.path = seed_runs(run)[0]
         if not (self.path / BEST).exists():
             raise RunError(f"{self.path} holds no trained model ({BEST} is missing); train one with --out {self.path}")
-        self.config = from_mapping(read_toml(self.path / CONFIG), str(self.path / CONFIG))
-        self.dataset = _dataset(self.config)
-        device = torch.device(pick_device(self.config.device))
+        written = from_mapping(read_toml(self.path / CONFIG), str(self.path / CONFIG))
+        self.config = written.replace(out=str(self.path.absolute()))  # the run may have been moved
+        self.dataset = Dataset.load(_data_folder(self.config))
+        device = pick_device(self.config.device)
+        tensors, best = checkpoint.load(self.path / BEST, str(device))
+        check_same_data(self.dataset, best.get("data", ""))
         self.recommender = build(self.config, self.dataset.num_items, _features(self.config, self.dataset)).to(device)
-        self.recommender.load_state_dict(checkpoint.load(self.path / BEST, str(device))[0])
+        self.recommender.load_state_dict(tensors)
         self.recommender.eval()
-
-    @cached_property
-    def _rows(self) -> dict[str, int]:
-        return {item: row for row, item in enumerate(self.dataset.items["item_id"])}
 
     @cached_property
     def _catalogs(self) -> dict[str, Tensor]:
@@ -136,19 +132,24 @@ class TrainedModel:
     def recommend(self, session: Sequence[str], n: int = 10, repeats: bool = False) -> list[Recommendation]:
         """The n best next items after a session of item ids, oldest first, by the fused score.
 
-        repeats: also items that the session holds already. Raises ValueError for an empty session or an unknown item.
+        repeats: also items that the session holds already. Raises ValueError for an empty session, an unknown item,
+        or n below 0.
         """
-        unknown = [item for item in session if item not in self._rows]
+        if n < 0:
+            raise ValueError(f"n must be at least 0, got {n}")
+        known = self._rows(session)
+        unknown = [item for item in session if item not in known]
         if unknown or not session:
             what = f"unknown items {', '.join(map(repr, unknown))}" if unknown else "an empty session"
             raise ValueError(f"{what}; expected one or more of the {self.dataset.num_items} ids in {self.dataset.path}")
-        rows = torch.tensor([self._rows[item] for item in session][1 - self.config.max_length :])  # as in training
+        whole = torch.tensor([known[item] for item in session])
+        rows = whole[1 - self.config.max_length :]  # as in training
         with torch.no_grad():
             view = self.recommender.views(self._catalogs)["fused"]
             packing = Packing.of(torch.tensor([len(rows)]).numpy(), view.catalog.device)
             queries = self.recommender.queries(self._catalogs, rows.to(view.catalog.device), packing)
             query = view.query(queries)[-1:]
-            seen = None if repeats else torch.tensor([[self._rows[item] for item in session]], device=query.device)
+            seen = None if repeats else whole.unsqueeze(0).to(query.device)
             k = min(n, self.dataset.num_items)
             scores, items = top_k(query, view.catalog, k, exclude=seen, backend=self.config.backend)
         table = self.dataset.items[items[0][items[0] >= 0].cpu().numpy()]
@@ -157,6 +158,12 @@ class TrainedModel:
             Recommendation(item, score, title)
             for item, score, title in zip(table["item_id"], scores[0].tolist(), titles, strict=False)
         ]
+
+    def _rows(self, items: Sequence[str]) -> dict[str, int]:
+        """The catalog row of each of the items that the catalog has."""
+        ids = self.dataset.items["item_id"]
+        rows = ids.is_in([str(item) for item in items]).arg_true()
+        return dict(zip(ids.gather(rows), rows, strict=True))
 
     def evaluate(self, split: str = "test") -> Evaluation:
         """Metrics over every prefix of the split's sessions; see `Evaluation`."""
@@ -176,6 +183,21 @@ def load(run: str | Path) -> TrainedModel:
     return TrainedModel(run)
 
 
+def evaluate_run(run: str | Path, split: str = "test") -> dict[str, Any]:
+    """{split: metrics, "groups": ...} of the best epoch, as in metrics.json; of a run over several seeds their means,
+    with the standard deviations beside them under the same names and "_std".
+    """
+    found = [TrainedModel(path).evaluate(split) for path in seed_runs(run)]
+    parts: dict[str, list[Any]] = {split: [one.metrics() for one in found], "groups": [one.groups() for one in found]}
+    return _mean_and_deviation(parts) if len(found) > 1 else {key: values[0] for key, values in parts.items()}
+
+
+def seed_runs(run: str | Path) -> list[Path]:
+    """The run directories in a run over several seeds, in order of their seeds; of any other run itself alone."""
+    seeds = sorted(Path(run).glob("seed-*"), key=lambda path: (len(path.name), path.name))
+    return seeds or [Path(run)]
+
+
 def _with_places(config: Config) -> Config:
     """The config with an absolute run directory and data folder, so that the run works from anywhere."""
     if not config.data and not config.demo:
@@ -188,10 +210,10 @@ def _with_places(config: Config) -> Config:
 
 def _check_place(run: Path, config: Config, resume: bool) -> None:
     """Raises RunError where the run directory is taken, or holds a run of other settings than the one to be resumed."""
-    written = run / CONFIG
-    if not written.exists():
-        if run.exists() and any(path.name != DEMO_DATA for path in run.iterdir()):
-            raise RunError(f"{run} holds other files and no run; choose another --out")
+    written, held = run / CONFIG, _held(run)
+    if CONFIG not in held:
+        if held:
+            raise RunError(f"{run} holds no run but {_some(held)}; choose another --out")
         return
     if not resume:
         raise RunError(f"{run} holds a run already; choose another --out, or go on with --resume")
@@ -203,20 +225,30 @@ def _check_place(run: Path, config: Config, resume: bool) -> None:
         raise RunError(f"{run} was begun with {listed}; resume with the same settings or choose another --out")
 
 
-def _demo_data(config: Config) -> Path:
-    """The data folder; with demo that of the generated shop, which is made where it is missing."""
-    if not config.demo:
-        return Path(config.data)
-    from alterrec_fast.data.shop import ShopConfig, write_shop
-
-    folder = Path(config.out) / DEMO_DATA
-    if not folder.exists():
-        write_shop(folder, ShopConfig())
-    return folder
+def _held(run: Path) -> list[str]:
+    """What the run directory holds but the demo's data and drafts of a killed process."""
+    if run.exists() and not run.is_dir():
+        raise RunError(f"{run} is a file; choose another --out")
+    paths = sorted(run.iterdir()) if run.exists() else []
+    return [path.name for path in paths if path.name != DEMO_DATA and not checkpoint.is_draft(path)]
 
 
-def _dataset(config: Config) -> Dataset:
-    return Dataset.load(_demo_data(config))
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _data_folder(config: Config) -> Path:
+    return Path(config.out) / DEMO_DATA if config.demo else Path(config.data)
+
+
+def _training_data(config: Config) -> Dataset:
+    """The data set of a run; the demo's shop is generated where it is missing."""
+    folder = _data_folder(config)
+    if config.demo and not folder.exists():
+        from alterrec_fast.data.shop import ShopConfig, write_shop
+
+        return write_shop(folder, ShopConfig())
+    return Dataset.load(folder)
 
 
 def _features(config: Config, dataset: Dataset) -> Tensor | None:
@@ -232,6 +264,15 @@ def _finish(run: Path, metrics: dict[str, Any]) -> Result:
     checkpoint.write_text(run / METRICS, json.dumps(metrics, indent=2) + "\n")
     write_report(run)
     return Result(run, metrics)
+
+
+def _mean_and_deviation(parts: dict[str, list[Any]]) -> dict[str, Any]:
+    """For each name of values over seeds their mean, and under NAME_std their standard deviation."""
+    return {
+        name + suffix: _over(how, values)
+        for suffix, how in (("", statistics.fmean), ("_std", _deviation))
+        for name, values in parts.items()
+    }
 
 
 def _over(how: Any, values: list[Any]) -> Any:

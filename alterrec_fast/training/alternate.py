@@ -7,11 +7,14 @@ killed goes on from any step and ends in the same result.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import math
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,24 +24,30 @@ import torch
 from torch import Tensor
 
 from alterrec_fast.data.batches import Batch, pack, plan
-from alterrec_fast.data.sessions import DataError, Dataset
+from alterrec_fast.data.sessions import SPLITS, DataError, Dataset
 from alterrec_fast.model.networks import Recommender
 from alterrec_fast.model.packing import Packing
 from alterrec_fast.ops import RankSlice, rank_slice, slice_cross_entropy
 from alterrec_fast.training import checkpoint
-from alterrec_fast.training.config import Config
+from alterrec_fast.training.config import Config, ConfigError
 from alterrec_fast.training.evaluate import evaluate, training_counts
 from alterrec_fast.training.variants import Epoch, build, epochs
 
 LAST, BEST, HISTORY = "checkpoints/last.safetensors", "checkpoints/best.safetensors", "history.jsonl"
 
 Progress = Callable[[dict[str, Any]], None]  # takes each new line of the history
+_log = logging.getLogger(__name__)
+
+
+class DivergedError(RuntimeError):
+    """Training that came to scores which are not finite; the message says when."""
 
 
 @dataclass
 class State:
     """Where a run stands; all of it goes into the checkpoint."""
 
+    data: str = ""  # fingerprint of the data set
     epoch: int = 0  # epochs completed
     step: int = 0  # steps completed of the epoch under way
     best_epoch: int = 0
@@ -51,12 +60,14 @@ class Trainer:
     """One run: the recommender, an optimiser for each network, and the state; `fit` goes through the plan."""
 
     def __init__(self, config: Config, dataset: Dataset, features: Tensor | None, run: Path):
-        for name in ("train", "validation"):
+        for name in SPLITS:
             if len(dataset.split(name)) == 0:
-                raise DataError(f"{dataset.path}: the {name} split is empty; training needs one")
+                raise DataError(f"{dataset.path}: the {name} split is empty; a run needs all of {', '.join(SPLITS)}")
         self.config, self.dataset, self.run = config, dataset, run
-        self.device = torch.device(pick_device(config.device))
+        self.device = pick_device(config.device)
         self.bounds = config.slice_bounds(dataset.num_items)
+        if config.k2 is not None and config.k2 > dataset.num_items:
+            _log.warning("k2 = %d lies beyond the catalog: hard negatives are ranks [%d, %d)", config.k2, *self.bounds)
         self.counts = training_counts(dataset.train, dataset.num_items)
         with torch.random.fork_rng():
             torch.manual_seed(_seed(config.seed))
@@ -66,7 +77,7 @@ class Trainer:
             name: torch.optim.Adam(network.parameters(), lr=rates[name], weight_decay=config.weight_decay, fused=True)
             for name, network in self.recommender.networks.items()
         }
-        self.state = State()
+        self.state = State(dataset.fingerprint)
 
     def fit(self, progress: Progress) -> Recommender:
         """Trains to the end of the plan or of the patience; returns the recommender of the best epoch, in eval mode."""
@@ -87,17 +98,19 @@ class Trainer:
         return self.recommender.eval()
 
     def resume(self) -> bool:
-        """Takes up the run's last checkpoint; False where there is none."""
+        """Takes up the run's last checkpoint; False where there is none. Raises DataError where the data is another."""
         if not (self.run / LAST).exists():
             return False
-        tensors, state = checkpoint.load(self.run / LAST, str(self.device))
+        tensors, header = checkpoint.load(self.run / LAST, str(self.device))
+        state = State(**header)
+        check_same_data(self.dataset, state.data)
         self.recommender.load_state_dict(_under(tensors, "model."))
         for name, optimizer in self.optimizers.items():
             moments = _under(tensors, f"adam.{name}.")
             for key, parameter in self.recommender.network(name).named_parameters():
                 if f"{key}.step" in moments:
                     optimizer.state[parameter] = _under(moments, f"{key}.")
-        self.state = State(**state)
+        self.state = state
         return True
 
     def _run_epoch(self, epoch: Epoch) -> dict[str, Any]:
@@ -117,7 +130,8 @@ class Trainer:
                 continue
             torch.manual_seed(_seed(config.seed, epoch.number, step))
             batch = pack(self.dataset.train, which, config.max_length)
-            losses, packing = self._step(epoch, batch, catalog)
+            with _finite_scores(f"epoch {epoch.number}, step {step}"):
+                losses, packing = self._step(epoch, batch, catalog)
             self.optimizers[epoch.student].step()
             for name, loss in losses.items():
                 totals[name] = totals.get(name, self._float64(0.0)) + loss.double() * len(batch.targets)
@@ -132,6 +146,8 @@ class Trainer:
                 saved = now
         student.eval()
         sums |= {name: float(loss) for name, loss in totals.items()}
+        if not all(math.isfinite(sums[name]) for name in totals):  # on a GPU no step looks at its scores
+            raise DivergedError(f"epoch {epoch.number}: the loss is not finite; {_CALMER}")
         total = max(1.0, sums["targets"])
         return {
             "epoch": epoch.number,
@@ -215,7 +231,8 @@ class Trainer:
         """Validates, keeps the best, writes history and checkpoint, in an order that a kill at any point forgives."""
         state = self.state
         begun = time.monotonic()
-        found = evaluate(self.recommender, self.dataset.validation, self.counts, self.config).metrics()
+        with _finite_scores(f"validation after epoch {number}"):
+            found = evaluate(self.recommender, self.dataset.validation, self.counts, self.config).metrics()
         line |= {"validation": found, "validation_seconds": time.monotonic() - begun, "peak_memory": peak_memory()}
         state.history.append(line)
         state.epoch, state.step, state.sums = number, 0, {}
@@ -223,7 +240,7 @@ class Trainer:
         score = found["fused"][self.config.monitor]
         if score > state.best:
             state.best, state.best_epoch = score, number
-            best = {"epoch": number, "validation": found}
+            best = {"epoch": number, "validation": found, "data": state.data}
             checkpoint.save(self.run / BEST, self.recommender.state_dict(), best)
         self._save_last()
         self._write_history()
@@ -242,8 +259,36 @@ class Trainer:
         checkpoint.save(self.run / LAST, tensors, asdict(self.state))
 
 
-def pick_device(name: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+def pick_device(name: str) -> torch.device:
+    """The device that a config names; raises ConfigError where this machine or this torch does not have it."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
+        raise ConfigError(f"device {name!r} is not there ({str(error).splitlines()[0]})") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    return device
+
+
+def check_same_data(dataset: Dataset, fingerprint: str) -> None:
+    """Raises DataError unless the data set is the one of that fingerprint."""
+    if dataset.fingerprint != fingerprint:
+        raise DataError(f"{dataset.path} is not the data set that this run was trained on; it was made anew since then")
+
+
+_CALMER = "training diverged: try lower learning rates or higher temperatures"
+
+
+@contextlib.contextmanager
+def _finite_scores(when: str) -> Iterator[None]:
+    """The ops' ValueError about a value, with the time when it came and what helps."""
+    try:
+        yield
+    except ValueError as error:
+        raise DivergedError(f"{when}: {error}; {_CALMER}") from error
 
 
 def peak_memory() -> int:

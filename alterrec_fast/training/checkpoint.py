@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from alterrec_fast.data.sessions import DRAFT
 
 FORMAT = 1
 
@@ -24,12 +27,13 @@ class CheckpointError(RuntimeError):
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Has `write` fill a draft beside `path` and moves it there in one step, durably.
 
-    A crash or a full disk leaves what was at `path` before, and no draft. Raises CheckpointError with the cause.
+    An error leaves what was at `path` before, and no draft; a kill may leave the draft, which `sweep` removes. Raises
+    CheckpointError with the cause.
     """
     draft = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=DRAFT, dir=path.parent)
         os.close(handle)
         draft = Path(name)
         write(draft)
@@ -48,6 +52,20 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         if draft is not None:
             with contextlib.suppress(FileNotFoundError):
                 draft.unlink()
+
+
+def is_draft(path: Path) -> bool:
+    """Whether `path` is named as what `write_whole` and `Dataset.write` fill before it moves to its place."""
+    return path.name.startswith(".") and path.name.endswith(DRAFT)
+
+
+def sweep(folder: Path) -> None:
+    """Removes the drafts that killed writes left in `folder` and below; no other process may be writing there."""
+    for path in list(folder.rglob(f".*{DRAFT}")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -92,7 +92,7 @@ class Config:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("inner", "m_random", "positives", "positive_weight", "weight_decay", "seed"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # nor may it be nan
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("hard_fraction", "alpha", "lr_gamma"):
             if not 0.0 <= getattr(self, name) <= 1.0:
@@ -111,6 +111,8 @@ class Config:
             raise ConfigError(f"expected 0 <= k1 < k2, got k1 = {self.k1} and k2 = {self.k2}")
         if list(self.group_edges) != sorted(set(self.group_edges)):
             raise ConfigError(f"group_edges must rise, got {self.group_edges}")
+        if self.group_edges and self.group_edges[0] < 0:
+            raise ConfigError(f"group_edges must be at least 0, got {self.group_edges}")
         if self.monitor not in METRICS:
             raise ConfigError(f"monitor must be one of {', '.join(METRICS)}, got {self.monitor!r}")
         if self.demo and self.data:

@@ -19,6 +19,7 @@ from alterrec_fast.training.config import Config
 
 DEPTH = 20  # the deepest rank that a metric looks at
 VIEWS = ("fused", "id", "text")
+CHUNK = 1 << 24  # interactions counted at a time
 
 Ranker = Callable[[Batch], dict[str, Tensor]]  # a batch -> for each view the items of ranks 0..19, (T, 20), best first
 
@@ -65,7 +66,10 @@ def group_names(edges: tuple[int, ...]) -> list[str]:
 
 def training_counts(train: Sessions, num_items: int) -> np.ndarray:
     """(V,) int64, how often each item occurs in training."""
-    return np.bincount(np.asarray(train.items), minlength=num_items)
+    counts = np.zeros(num_items, np.int64)
+    for begin in range(0, len(train.items), CHUNK):  # bincount makes a copy of 8 bytes an item
+        counts += np.bincount(train.items[begin : begin + CHUNK], minlength=num_items)
+    return counts
 
 
 def measure(
