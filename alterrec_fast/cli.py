@@ -13,8 +13,9 @@ from alterrec_fast.data.prepare import prepare as prepare_data
 from alterrec_fast.data.sessions import DataError
 from alterrec_fast.doctor import diagnose
 from alterrec_fast.ops import BackendError
-from alterrec_fast.run import RunError, load, train_seeds
+from alterrec_fast.run import RunError, evaluate_run, load, train_seeds
 from alterrec_fast.run import train as train_one
+from alterrec_fast.training.alternate import DivergedError
 from alterrec_fast.training.checkpoint import CheckpointError
 from alterrec_fast.training.config import METRICS, ConfigError, Variant, demo_settings, from_mapping, read_toml
 from alterrec_fast.training.evaluate import VIEWS
@@ -25,7 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-KNOWN_ERRORS = (BackendError, CheckpointError, ConfigError, DataError, RunError)
+# OSError: no room, no right, no such place; what the package's own code knows more about is one of its own errors.
+KNOWN_ERRORS = (BackendError, CheckpointError, ConfigError, DataError, DivergedError, RunError, OSError)
 
 Source = Literal["generic", "amazon-m2", "online-retail", "recbole"]
 Catalog = Literal["sessions", "all"]
@@ -79,7 +81,9 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
 ) -> None:
     """Train one variant; leaves a run directory with checkpoints, metrics.json and report.html."""
-    with _Errors():
+    with _Errors("stopped; the same command with --resume goes on from the last checkpoint"):
+        if seed is not None and seeds is not None:
+            raise ConfigError("--seed and --seeds exclude each other")
         values: dict[str, Any] = demo_settings() if demo else {}
         values |= read_toml(config) if config else {}
         for setting in settings or []:
@@ -128,13 +132,10 @@ def evaluate(
     split: Annotated[Split, typer.Option(help="which sessions")] = "test",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON with the long-tail groups")] = False,
 ) -> None:
-    """Measure the best epoch of a run on one split."""
+    """Measure the best epoch of a run on one split; of a run over several seeds mean and standard deviation."""
     with _Errors():
-        found = load(run).evaluate(split)
-    if as_json:
-        typer.echo(json.dumps({split: found.metrics(), "groups": found.groups()}, indent=2))
-    else:
-        typer.echo(_table(found.metrics()))
+        found = evaluate_run(run, split)
+    typer.echo(json.dumps(found, indent=2) if as_json else _table(found[split], found.get(f"{split}_std")))
 
 
 @app.command()
@@ -144,13 +145,21 @@ def doctor() -> None:
 
 
 class _Errors:
-    """Turns what a user can mend into one line on standard error and exit status 1."""
+    """Turns what a user can mend into one line on standard error and exit status 1; `interrupted` is the line after
+    Ctrl-C, which has the shell's status for it.
+    """
+
+    def __init__(self, interrupted: str = "stopped"):
+        self.interrupted = interrupted
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, KNOWN_ERRORS):
+        if isinstance(error, KeyboardInterrupt):
+            typer.echo(f"\n{self.interrupted}", err=True)
+            raise typer.Exit(130) from error
+        if isinstance(error, KNOWN_ERRORS) and not isinstance(error, BrokenPipeError):
             typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
             raise typer.Exit(1) from error
 

@@ -28,9 +28,7 @@ def diagnose() -> str:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
         tensor = torch.empty(0, 0, device=device)
-        lines.append(
-            f"engines for rank slices of {device} tensors (auto is {choose_backend('auto', tensor, 'rank_slice')})"
-        )
+        lines.append(f"engines on {device} tensors (auto is {choose_backend('auto', tensor)})")
         lines += [f"  {name:10s} {_status(name, tensor)}" for name in BACKENDS if name != "auto"]
     lines += ["", f"text model    packaged: {_packaged()}"]
     return "\n".join(lines)
@@ -38,7 +36,7 @@ def diagnose() -> str:
 
 def _status(backend: str, tensor: torch.Tensor) -> str:
     try:
-        choose_backend(backend, tensor, "rank_slice")
+        choose_backend(backend, tensor)
     except BackendError as error:
         return f"off: {error}"
     return "on"

@@ -62,6 +62,7 @@ def test_from_raw_files_to_recommendations(tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.output
     lines = shown.output.strip().splitlines()
     assert len(lines) == 3
+    assert "±" in run("evaluate", out).output
     assert all("thing number" in line for line in lines)
 
 
@@ -81,6 +82,16 @@ def test_evaluate(trained: Path) -> None:
     assert "hits@20" in run("evaluate", trained).output
 
 
+def test_ctrl_c_says_how_to_go_on(shop: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("alterrec_fast.cli.train_one", interrupted)
+    done = run("train", "--data", shop.path, "--out", tmp_path / "run")
+    assert done.exit_code == 130
+    assert done.output.strip() == "stopped; the same command with --resume goes on from the last checkpoint"
+
+
 def test_doctor_names_every_engine() -> None:
     done = run("doctor")
     assert done.exit_code == 0
@@ -96,6 +107,9 @@ def test_doctor_names_every_engine() -> None:
         (["train", "--demo", "--set", "width"], "NAME=VALUE"),
         (["train", "--demo", "--set", "widht=3"], "unknown setting 'widht'"),
         (["train", "--demo", "--seeds", "a"], "'a'"),
+        (["train", "--demo", "--seeds", "0,1", "--seed", "2"], "--seed and --seeds"),
+        (["train", "--demo", "--out", "/proc/none"], "/proc/none"),
+        (["prepare", "generic", "nowhere", "x", "--test-fraction", "nan"], "test_fraction"),
         (["recommend", "nowhere", "--session", "1"], "no trained model"),
         (["evaluate", "nowhere"], "no trained model"),
         (["prepare", "generic", "nowhere", "x"], "nowhere"),
