@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING, Any
 from alterrec_fast.ops import BackendError, RankSlice, rank_slice, sampled_softmax, slice_cross_entropy, top_k
 
 if TYPE_CHECKING:
+    from alterrec_fast.drop_in.losses import FullSoftmaxLoss, SampledSoftmaxLoss, SliceCrossEntropy
+    from alterrec_fast.drop_in.sampler import RankSliceSampler
+    from alterrec_fast.drop_in.teachers import TeacherCopy
     from alterrec_fast.run import load, train, train_seeds
     from alterrec_fast.training.config import Config
 
@@ -12,7 +15,12 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "Config",
+    "FullSoftmaxLoss",
     "RankSlice",
+    "RankSliceSampler",
+    "SampledSoftmaxLoss",
+    "SliceCrossEntropy",
+    "TeacherCopy",
     "load",
     "rank_slice",
     "sampled_softmax",
@@ -22,8 +30,13 @@ __all__ = [
     "train_seeds",
 ]
 
-_TRAINER = {
+_LAZY = {
     "Config": "alterrec_fast.training.config",
+    "FullSoftmaxLoss": "alterrec_fast.drop_in.losses",
+    "RankSliceSampler": "alterrec_fast.drop_in.sampler",
+    "SampledSoftmaxLoss": "alterrec_fast.drop_in.losses",
+    "SliceCrossEntropy": "alterrec_fast.drop_in.losses",
+    "TeacherCopy": "alterrec_fast.drop_in.teachers",
     "load": "alterrec_fast.run",
     "train": "alterrec_fast.run",
     "train_seeds": "alterrec_fast.run",
@@ -31,9 +44,9 @@ _TRAINER = {
 
 
 def __getattr__(name: str) -> Any:
-    """The trainer's names, on first use: the ops alone need nothing but torch and numpy."""
-    if name not in _TRAINER:
+    """What is not an op, on first use: the ops, losses and sampler need nothing but torch and numpy."""
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_TRAINER[name]), name)
+    return getattr(import_module(_LAZY[name]), name)

@@ -28,7 +28,9 @@ def diagnose() -> str:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
         tensor = torch.empty(0, 0, device=device)
-        lines.append(f"engines on {device} tensors (auto is {choose_backend('auto', tensor)})")
+        lines.append(
+            f"engines for rank slices of {device} tensors (auto is {choose_backend('auto', tensor, 'rank_slice')})"
+        )
         lines += [f"  {name:10s} {_status(name, tensor)}" for name in BACKENDS if name != "auto"]
     lines += ["", f"text model    packaged: {_packaged()}"]
     return "\n".join(lines)
@@ -36,7 +38,7 @@ def diagnose() -> str:
 
 def _status(backend: str, tensor: torch.Tensor) -> str:
     try:
-        choose_backend(backend, tensor)
+        choose_backend(backend, tensor, "rank_slice")
     except BackendError as error:
         return f"off: {error}"
     return "on"

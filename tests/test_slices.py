@@ -104,7 +104,8 @@ def test_sample_is_uniform(form: int) -> None:
 
 @pytest.mark.parametrize("form", [0, 1])
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 0.5])
-def test_mix_follows_its_law(form: int, fraction: float) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_mix_follows_its_law(form: int, fraction: float, weighted: bool) -> None:
     rows, items, first = 3000, 60, 5
     mask = torch.zeros(rows, items, dtype=torch.bool)
     mask[:, 10:30] = True
@@ -113,10 +114,16 @@ def test_mix_follows_its_law(form: int, fraction: float) -> None:
     excluded[:, 1] = -1
     values, offsets = exclude_lists(excluded, rows, torch.device("cpu"))
     slice_ = replace(slice_, exclude_values=values, exclude_offsets=offsets)
-    mixed = slice_.mix(fraction, torch.Generator().manual_seed(3))
+    weights = torch.ones(items)
+    if weighted:
+        weights[40:] = torch.arange(20.0)
+        weights[50], weights[59] = 0.0, 1000.0  # one that never enters, and one for which the law asks more than 1
+        weights[:first] = 99.0  # is not looked at
+    mixed = slice_.mix(fraction, torch.Generator().manual_seed(3), weights if weighted else None)
     share = mixed.mask().float().mean(0)
-    enters = (1 - fraction) * 20 / items
-    expected = torch.full((items,), enters)
+    assert torch.equal(mixed.counts(), mixed.mask().sum(1))
+    total = weights[first:].sum() if weighted else items
+    expected = ((1 - fraction) * 20 * weights / total).clamp(max=1.0)
     expected[10:30] = fraction
     expected[:first] = 0.0
     expected[40] = 0.0
@@ -134,6 +141,19 @@ def test_mix_with_fraction_one_is_the_slice_itself() -> None:
 def test_mix_rejects_what_is_no_fraction(fraction: float) -> None:
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         RankSlice.from_mask(random_mask(3, 20, 0)).mix(fraction)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (torch.ones(19), r"weights must be \(20,\), got \(19,\)"),
+        (torch.arange(20.0) - 7, "weights: item 3 has -4.0, expected a number from 0 up"),
+        (torch.arange(20) < 3, "weights: no item from 3 on has more than 0"),
+    ],
+)
+def test_mix_rejects_what_are_no_weights(weights: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RankSlice.uniform(3, 20, 5, first_item=3, weights=weights)
 
 
 @pytest.mark.parametrize(("items", "size"), [(100, 50), (10_000, 30)])

@@ -56,7 +56,7 @@ def rank_slice(
             also for an excluded id beyond the catalog and for a score that is not finite.
         BackendError: where the backend named cannot serve these tensors.
     """
-    engine = register.choose_backend(backend, query)
+    engine = register.choose_backend(backend, query, "rank_slice")
     register.check_matrices(query, catalog, bias, first_item, engine)
     register.check_range("start, stop", start, stop, catalog.shape[0] - first_item)
     register.check_range("top", 0, top, catalog.shape[0] - first_item)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 
 import torch
 from torch import Tensor
@@ -10,6 +12,11 @@ from torch import Tensor
 # Schemas, fakes and autograd are registered from Python, in each op's file, so that every op exists without the
 # extension too; the extension brings the kernels for CPU tensors.
 LIBRARY = torch.library.Library("alterrec_fast", "DEF")
+
+# Importing triton takes a second, so its kernels are imported by the first op that launches one.
+TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # triton runs kernels in Python, on CPU tensors
+TRITON_OPS: set[str] = set()  # the ops that have Triton kernels; each op's file adds its own
 
 BACKENDS = ("auto", "reference", "native", "triton")
 PRECISIONS = (None, "fp32", "bf16")
@@ -30,8 +37,8 @@ class BackendError(RuntimeError):
     """The engine asked for cannot serve these tensors; the message says why."""
 
 
-def choose_backend(backend: str, tensor: Tensor) -> str:
-    """The engine that serves `tensor`: the one named, or for "auto" the best one that is there.
+def choose_backend(backend: str, tensor: Tensor, op: str) -> str:
+    """The engine that serves `op` on `tensor`: the one named, or for "auto" the best one that is there.
 
     Raises ValueError for an unknown name and BackendError for an engine that cannot serve this tensor.
     """
@@ -39,22 +46,41 @@ def choose_backend(backend: str, tensor: Tensor) -> str:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "reference":
         return backend
-    # float64 is for gradcheck, which only the specification computes in.
-    serves = not NO_EXTENSION and tensor.device.type == "cpu" and tensor.dtype != torch.float64
+    wanted = backend
     if backend == "auto":
-        return "native" if serves else "reference"
-    if backend == "native" and serves:
-        return backend
-    if backend == "triton":
-        why = "it is not part of this build"
-    elif NO_EXTENSION:
-        why = (
+        wanted = "native" if tensor.device.type == "cpu" else "triton"
+    why = why_not_native(tensor) if wanted == "native" else why_not_triton(tensor, op)
+    if not why:
+        return wanted
+    if backend == "auto":
+        return "reference"
+    raise BackendError(f"backend={backend!r}: {why}; backend='auto' and backend='reference' always work")
+
+
+def why_not_native(tensor: Tensor) -> str:
+    """Why the extension cannot serve this tensor; empty where it can."""
+    if NO_EXTENSION:
+        return (
             f"the extension {EXTENSION} is not there ({NO_EXTENSION}); install again with a C++ compiler and without "
             "ALTERREC_FAST_NO_EXT=1"
         )
-    else:
-        why = f"it takes float32 and bfloat16 CPU tensors, got {tensor.dtype} on {tensor.device}"
-    raise BackendError(f"backend={backend!r}: {why}; backend='auto' and backend='reference' always work")
+    # float64 is for gradcheck, which only the specification computes in.
+    if tensor.device.type != "cpu" or tensor.dtype == torch.float64:
+        return f"it takes float32 and bfloat16 CPU tensors, got {tensor.dtype} on {tensor.device}"
+    return ""
+
+
+def why_not_triton(tensor: Tensor, op: str) -> str:
+    """Why the Triton kernels cannot serve this tensor; empty where they can."""
+    if op not in TRITON_OPS:
+        return f"it has no kernel for {op}"
+    if not TRITON:
+        return "triton is not installed"
+    if tensor.device.type != "cuda" and not (INTERPRETED and tensor.device.type == "cpu"):
+        return f"it takes CUDA tensors, and CPU tensors only under TRITON_INTERPRET=1, got {tensor.device}"
+    if tensor.dtype == torch.float64:
+        return f"it takes float32 and bfloat16 tensors, got {tensor.dtype}"
+    return ""
 
 
 def choose_precision(precision: str | None, query: Tensor, catalog: Tensor) -> str:

@@ -46,7 +46,7 @@ def sampled_softmax(
     Raises:
         TypeError, ValueError, BackendError: as `slice_cross_entropy` does.
     """
-    engine = register.choose_backend(backend, query)
+    engine = register.choose_backend(backend, query, "sampled_softmax")
     register.check_matrices(query, catalog, bias, 0, engine)
     register.check_loss(temperature, positive_weight, reduction)
     b, v = query.shape[0], catalog.shape[0]

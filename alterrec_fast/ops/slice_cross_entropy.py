@@ -54,7 +54,7 @@ def slice_cross_entropy(
     Raises:
         TypeError, ValueError, BackendError: as `rank_slice` does; ValueError also for ids beyond the catalog.
     """
-    engine = register.choose_backend(backend, query)
+    engine = register.choose_backend(backend, query, "slice_cross_entropy")
     register.check_matrices(query, catalog, bias, first_item, engine)
     register.check_loss(temperature, positive_weight, reduction)
     b, v = query.shape[0], catalog.shape[0]

@@ -133,25 +133,42 @@ class RankSlice:
             out[begin:end, : chosen.shape[1]] = chosen
         return out
 
-    def mix(self, hard_fraction: float, generator: torch.Generator | None = None) -> RankSlice:
-        """Trades members for items drawn uniformly from the catalog; the result is again a set.
+    def mix(
+        self, hard_fraction: float, generator: torch.Generator | None = None, weights: Tensor | None = None
+    ) -> RankSlice:
+        """Trades members for random items of the catalog; the result is again a set.
 
         Each member stays with probability f = hard_fraction; each item that is not a member, not excluded and not
-        below first_item enters with probability (1 - f) n / V. f = 1 returns this slice itself.
+        below first_item enters with probability (1 - f) n / V, or (1 - f) n w_i / sum(w) where weights (V,) are given
+        (at most 1 - 2 ** -24 then, and never where the weight is zero). f = 1 returns this slice itself.
         """
         if not 0.0 <= hard_fraction <= 1.0:
             raise ValueError(f"hard_fraction must lie in [0, 1], got {hard_fraction}")
+        if weights is not None:
+            check_weights("weights", weights, self.num_items, self.first_item)
         if hard_fraction == 1.0:
             return self
-        enters = (1.0 - hard_fraction) * self.size / self.num_items
+        number = (1.0 - hard_fraction) * self.size
+        enters = number / self.num_items
+        drawn = None
+        if weights is not None:
+            drawn = _weighted_ids(self.batch_size, self.first_item, number, weights, self.device, generator)
         if self.bits is not None:
             stay = self.bits & _bernoulli_bits(self.bits.shape, hard_fraction, self.device, generator)
-            new = _bernoulli_bits(self.bits.shape, enters, self.device, generator) & ~self.bits & self._open_bits()
-            return replace(self, bits=stay | new)
+            new = (
+                _bernoulli_bits(self.bits.shape, enters, self.device, generator)
+                if drawn is None
+                else self._bits_of(drawn)
+            )
+            return replace(self, bits=stay | new & ~self.bits & self._open_bits())
         assert self.ids is not None
         stays = torch.rand(self.ids.shape, generator=generator, device=self.device) < hard_fraction
         kept = torch.where(stays & (self.ids >= 0), self.ids.long(), self.num_items)
-        new = _bernoulli_ids(self.batch_size, self.first_item, self.num_items, enters, self.device, generator)
+        new = (
+            _bernoulli_ids(self.batch_size, self.first_item, self.num_items, enters, self.device, generator)
+            if drawn is None
+            else drawn
+        )
         rows = torch.arange(self.batch_size, device=self.device).unsqueeze(1)
         stride = self.num_items + 1
         members = torch.where(self.ids < 0, self.num_items, self.ids.long()) + rows * stride
@@ -169,10 +186,11 @@ class RankSlice:
         first_item: int = 0,
         generator: torch.Generator | None = None,
         device: torch.device | str = "cpu",
+        weights: Tensor | None = None,
     ) -> RankSlice:
         """Random sets of about `size` items: every item enters with probability size / V, each on its own.
 
-        The law of `mix(0.0)` on a slice of that size, whatever its members.
+        The law of `mix(0.0)` on a slice of that size, whatever its members; with `weights` as there.
         """
         if not 0 <= size <= num_items - first_item:
             raise ValueError(f"size must lie in [0, {num_items - first_item}], the number of items, got {size}")
@@ -190,7 +208,7 @@ class RankSlice:
         )
         if not uses_bits(num_items, size):
             empty = replace(empty, bits=None, ids=torch.empty(batch_size, 0, dtype=torch.int32, device=device))
-        return empty.mix(0.0, generator)
+        return empty.mix(0.0, generator, weights)
 
     @classmethod
     def from_indices(cls, ids: Tensor, num_items: int, first_item: int = 0) -> RankSlice:
@@ -254,13 +272,23 @@ class RankSlice:
 
     def _open_bits(self) -> Tensor:
         """(B, W) uint8, the items that may enter: in the catalog, not padding, not excluded."""
-        width = bits_width(self.num_items)
         inside = torch.zeros(1, self.num_items, dtype=torch.bool, device=self.device)
         inside[:, self.first_item :] = True
-        closed = torch.zeros(self.batch_size * width, dtype=torch.uint8, device=self.device)
-        key = self._excluded_keys(width * 8).unique()  # unique ids, so that adding their bits is or-ing them
-        closed.index_add_(0, key // 8, torch.ones_like(key, dtype=torch.uint8).bitwise_left_shift_((key % 8).byte()))
-        return pack_bits(inside) & ~closed.view(self.batch_size, width)
+        return pack_bits(inside) & ~self._bits_at(self._excluded_keys(bits_width(self.num_items) * 8))
+
+    def _bits_of(self, ids: Tensor) -> Tensor:
+        """ids (B, n) int64, num_items for no item, repeats allowed -> (B, W) uint8."""
+        stride = bits_width(self.num_items) * 8
+        keys = ids + torch.arange(self.batch_size, device=self.device).unsqueeze(1) * stride
+        return self._bits_at(keys[ids < self.num_items])
+
+    def _bits_at(self, keys: Tensor) -> Tensor:
+        """(B, W) uint8 with the bits row * 8 W + id set."""
+        width = bits_width(self.num_items)
+        bits = torch.zeros(self.batch_size * width, dtype=torch.uint8, device=self.device)
+        keys = keys.unique()  # so that adding bits is or-ing them
+        bits.index_add_(0, keys // 8, torch.ones_like(keys, dtype=torch.uint8).bitwise_left_shift_((keys % 8).byte()))
+        return bits.view(self.batch_size, width)
 
 
 TENSOR_FIELDS = ("bits", "ids", "top", "thresholds", "exclude_values", "exclude_offsets")
@@ -294,6 +322,18 @@ def exclude_lists(
         if tensor.device != device:
             raise ValueError(f"{name} must be on {device}, got {tensor.device}")
     return values.long(), offsets.long()
+
+
+def check_weights(name: str, weights: Tensor, num_items: int, first_item: int) -> None:
+    """Raises ValueError unless there is a finite weight of at least 0 for each item, and one above 0."""
+    if weights.shape != (num_items,):
+        raise ValueError(f"{name} must be ({num_items},), got {tuple(weights.shape)}")
+    ranked = weights[first_item:].double()
+    if not (torch.isfinite(ranked) & (ranked >= 0)).all():
+        place = int((~(torch.isfinite(ranked) & (ranked >= 0))).nonzero()[0])
+        raise ValueError(f"{name}: item {first_item + place} has {float(ranked[place])}, expected a number from 0 up")
+    if not ranked.any():
+        raise ValueError(f"{name}: no item from {first_item} on has more than 0")
 
 
 def _no_thresholds(batch_size: int, device: torch.device | str) -> Tensor:
@@ -349,6 +389,30 @@ def _bernoulli_ids(
         parts.append(last + gaps.cumsum(1))
         last = parts[-1][:, -1:]
     return torch.cat(parts, 1).clamp_(max=stop)
+
+
+def _weighted_ids(
+    rows: int, first: int, number: float, weights: Tensor, device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    """In each row every id i of [first, V) with probability number * w_i / sum(w), each on its own; sorted, each once,
+    filled up with V.
+
+    Item i is thrown Poisson(-log(1 - probability)) times, so that it turns up at all with that probability: all throws
+    of a row are a Poisson number of draws from one distribution, and the work follows the number of ids drawn.
+    """
+    stop = weights.shape[0]
+    chance = weights.to(device, torch.float64).clone()
+    chance[:first] = 0.0
+    chance = (number * chance / chance.sum()).clamp(max=1.0 - 2.0**-BERNOULLI_BITS)
+    cumulated = (-torch.log1p(-chance)).cumsum(0)
+    total = cumulated[-1:]
+    throws = torch.poisson(total.expand(rows), generator=generator).long()
+    width = int(throws.max()) if rows else 0
+    places = torch.rand(rows, width, dtype=torch.float64, generator=generator, device=device) * total
+    ids = torch.searchsorted(cumulated, places, right=True)
+    ids = ids.masked_fill(torch.arange(width, device=device) >= throws.unsqueeze(1), stop).sort(1).values
+    ids[:, 1:].masked_fill_(ids[:, 1:] == ids[:, :-1], stop)
+    return ids
 
 
 def _flatten(slice_: RankSlice) -> tuple[list[Any], tuple[int, int, int]]:

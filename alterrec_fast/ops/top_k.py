@@ -41,7 +41,7 @@ def top_k(
     Raises:
         TypeError, ValueError, BackendError: as `rank_slice` does.
     """
-    engine = register.choose_backend(backend, query)
+    engine = register.choose_backend(backend, query, "top_k")
     register.check_matrices(query, catalog, bias, first_item, engine)
     register.check_range("k", 0, k, catalog.shape[0] - first_item)
     left_out = exclude_lists(exclude, query.shape[0], query.device)

@@ -1,0 +1,158 @@
+"""What all kernels share: block shapes, how a product is computed, the scoring tile, and the launch of a kernel."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Read when triton itself reads it: as `triton.jit` decorates a kernel.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED_PROCESSORS = 2  # as many as let the tests see more than one program on a catalog
+ASSUMED_PROCESSORS = 132  # where launches are only compiled; grids do not enter the code
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The fixed shape of a kernel that computes scores: a tile of B sessions x V items, summed over D at a time."""
+
+    b: int
+    v: int
+    d: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, int]:
+        """The keyword arguments of a launch."""
+        return {
+            "BLOCK_B": self.b,
+            "BLOCK_V": self.v,
+            "BLOCK_D": self.d,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+def scoring_blocks(precision: str) -> Blocks:
+    """64 x 128 scores on 4 warps: one warp group, 64 accumulators a thread, several programs on a processor, so that
+    the matrix unit serves one while others compare scores. 128 bytes of a row at a time, three buffers of them."""
+    return Blocks(b=64, v=128, d=64 if precision == "bf16" else 32, warps=4, stages=3)
+
+
+def arithmetic(precision: str, query: Tensor, catalog: Tensor) -> dict[str, Any]:
+    """The constants of `score_tile` for these inputs: width, alignment, and how products are computed.
+
+    precision: "bf16", or "fp32", which uses TF32 where torch's setting for matrix products allows it.
+    """
+    tf32 = precision == "fp32" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return {
+        "D": query.shape[1],
+        "UNIT_Q": _unit(query),
+        "UNIT_C": _unit(catalog),
+        "PRODUCT": "bf16" if precision == "bf16" else "tf32" if tf32 else "ieee",
+        # The interpreter holds bf16 as integers and multiplies those.
+        "UPCAST": INTERPRETED,
+    }
+
+
+def _unit(matrix: Tensor) -> int:
+    """The largest power of two, up to 16, that divides the row stride. A kernel multiplies by it as a constant, from
+    which the compiler sees how far rows are aligned: without that there are no wide, and no asynchronous, copies."""
+    stride = matrix.stride(0)
+    return min(16, stride & -stride) if stride else 16
+
+
+def strides(matrix: Tensor) -> int:
+    """The row stride in units of `_unit`, as `score_tile` wants it."""
+    return matrix.stride(0) // _unit(matrix)
+
+
+def processors(device: torch.device) -> int:
+    """How many programs can run side by side, one on each streaming multiprocessor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return INTERPRETED_PROCESSORS if INTERPRETED else ASSUMED_PROCESSORS
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    kernel[grid](*args, **options)
+
+
+_launcher: Callable[..., None] = _launch
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Runs `kernel` over `grid`. Every launch goes through here, so that the proofs can compile what is launched."""
+    if all(grid):
+        _launcher(kernel, grid, *args, **options)
+
+
+def replace_launcher(launcher: Callable[..., None] | None) -> None:
+    """For the proofs: `launcher` is called in place of every kernel; None brings the kernels back."""
+    global _launcher
+    _launcher = launcher or _launch
+
+
+@triton.jit
+def _operand(x, PRODUCT: tl.constexpr, UPCAST: tl.constexpr):
+    """A loaded block as the product takes it."""
+    if PRODUCT == "bf16":
+        if UPCAST:
+            return round_bf16(x)
+        else:
+            return x.to(tl.bfloat16)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def round_bf16(x):
+    """x as float32, rounded to the nearest bfloat16, ties to even: the interpreter's own conversion cuts bits off."""
+    bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def score_tile(
+    Query,
+    Catalog,
+    rows,
+    items,
+    stride_qb,
+    stride_cv,
+    D: tl.constexpr,
+    UNIT_Q: tl.constexpr,
+    UNIT_C: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Query[rows] @ Catalog[items].T -> [BLOCK_B, BLOCK_V] float32.
+
+    rows [BLOCK_B] and items [BLOCK_V] int64 must lie within the tensors: callers clamp them and drop what is too much,
+    since masked rows cost more than rows read twice. stride_qb, stride_cv as `strides` gives them.
+    """
+    offs_d = tl.arange(0, BLOCK_D)
+    q_rows = Query + rows[:, None] * (stride_qb * UNIT_Q)
+    c_rows = Catalog + items[None, :] * (stride_cv * UNIT_C)
+    precision: tl.constexpr = "tf32" if PRODUCT == "tf32" else "ieee"
+    scores = tl.zeros([BLOCK_B, BLOCK_V], tl.float32)
+    for begin in range(0, D, BLOCK_D):
+        offs = begin + offs_d
+        if D % BLOCK_D == 0:
+            q = tl.load(q_rows + offs[None, :])
+            c = tl.load(c_rows + offs[:, None])
+        else:
+            q = tl.load(q_rows + offs[None, :], mask=offs[None, :] < D, other=0.0)
+            c = tl.load(c_rows + offs[:, None], mask=offs[:, None] < D, other=0.0)
+        q, c = _operand(q, PRODUCT, UPCAST), _operand(c, PRODUCT, UPCAST)
+        scores = tl.dot(q, c, scores, input_precision=precision)
+    return scores
