@@ -1,0 +1,180 @@
+"""One training step against the paper's formulas written out, and what every epoch trains with."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import alterrec_fast as af
+from alterrec_fast.data.batches import Batch, pack
+from alterrec_fast.data.sessions import Dataset
+from alterrec_fast.model.packing import Packing
+from alterrec_fast.training.alternate import Trainer
+from alterrec_fast.training.variants import Epoch, epochs
+from tests.test_training import history, small
+
+K1, K2, P, BETA, TAU = 3, 90, 2, 0.25, 0.5
+
+
+def trainer(shop: Dataset, run: Path, **changes: Any) -> Trainer:
+    """Untrained, without dropout, so that a step can be repeated; the text is noise, which serves as well."""
+    settings = {"k1": K1, "k2": K2, "positives": P, "positive_weight": BETA, "temperature_text": TAU, "dropout": 0.0}
+    config = small(shop, run, init="xavier", **settings | changes)
+    return Trainer(config, shop, torch.randn(shop.num_items, 12, generator=torch.manual_seed(0)), run)
+
+
+def step(made: Trainer, epoch: Epoch) -> tuple[Batch, float]:
+    """A step on the first 20 sessions, the gradients left in place."""
+    batch = pack(made.dataset.train, np.arange(20), 50)
+    losses, _ = made._step(epoch, batch, made._teacher_catalog(epoch))
+    return batch, float(losses["loss"])
+
+
+@pytest.mark.parametrize("variant", ["alterrec", "alterrec_aug"])
+@pytest.mark.parametrize("student", ["id", "text"])
+def test_a_step_is_the_loss_of_the_paper(variant: str, student: str, shop: Dataset, tmp_path: Path) -> None:
+    """Eq. (8) to (11): the other network ranks the catalog; its ranks [k1, k2) are negatives, [0, p) positives."""
+    made = trainer(shop, tmp_path, variant=variant)
+    epoch = next(epoch for epoch in epochs(made.config) if epoch.teacher and epoch.student == student)
+    batch, loss = step(made, epoch)
+    found = {name: [x.grad for x in net.parameters()] for name, net in made.recommender.networks.items()}
+
+    made.recommender.zero_grad()
+    items, target = torch.from_numpy(batch.items), torch.from_numpy(batch.targets)
+    scores = {}
+    for name in ("id", "text"):
+        network = made.recommender.network(name)
+        catalog = network.catalog()
+        scores[name] = network.queries(catalog, items, Packing.of(batch.lengths)) @ catalog.T
+    ranking = scores["text" if student == "id" else "id"].argsort(descending=True, stable=True)
+    y = scores[student] / (TAU if student == "text" else 1.0)
+    negative = torch.zeros_like(y, dtype=torch.bool).scatter(1, ranking[:, K1:K2], True)
+    negative.scatter_(1, target[:, None], False)
+    z = y.masked_fill(~negative, -torch.inf).logsumexp(1, keepdim=True)
+    expected = F.softplus(z - y.gather(1, target[:, None])).sum(1)
+    if variant == "alterrec_aug":
+        expected = expected + BETA * F.softplus(z - y.gather(1, ranking[:, :P])).sum(1)
+    expected.mean().backward()
+
+    assert loss == pytest.approx(expected.mean().item(), rel=1e-4)
+    for grad, parameter in zip(found[student], made.recommender.network(student).parameters(), strict=True):
+        torch.testing.assert_close(grad, parameter.grad, rtol=1e-3, atol=1e-5)
+    teacher = "text" if student == "id" else "id"
+    assert all(grad is None for grad in found[teacher])  # frozen
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 1.0])
+def test_hard_fraction_is_the_share_of_the_slice(fraction: float, shop: Dataset, tmp_path: Path) -> None:
+    made = trainer(shop, tmp_path, hard_fraction=fraction)
+    epoch = next(epoch for epoch in epochs(made.config) if epoch.teacher)
+    batch = pack(shop.train, np.arange(100), 50)
+    items, packing = torch.from_numpy(batch.items), Packing.of(batch.lengths)
+    catalog = made._teacher_catalog(epoch)
+    torch.manual_seed(0)
+    neg, positives = made._negatives(epoch, items, packing, catalog)
+    network = made.recommender.network(epoch.teacher)
+    hard = af.rank_slice(network.queries(catalog, items, packing), catalog, K1, K2).mask()
+    size, rest = K2 - K1, shop.num_items - (K2 - K1)
+    assert positives is None
+    assert float((neg.mask() & hard).sum(1).double().mean()) == pytest.approx(fraction * size, rel=0.04)
+    # The others enter with chance (1 - f) n / V each, the law of `RankSlice.mix`.
+    entered = (1 - fraction) * size / shop.num_items * rest
+    assert float((neg.mask() & ~hard).sum(1).double().mean()) == pytest.approx(entered, rel=0.04)
+
+
+@pytest.mark.parametrize("variant", ["random", "alterrec_aug"])
+def test_random_epochs_draw_as_many_negatives_as_the_slice_has(variant: str, shop: Dataset, tmp_path: Path) -> None:
+    made = trainer(shop, tmp_path, variant=variant)
+    plan = [epoch for epoch in epochs(made.config) if epoch.teacher is None]
+    assert len(plan) == (made.config.m_max if variant == "random" else 2 * made.config.m_random)
+    batch = pack(shop.train, np.arange(100), 50)
+    neg, positives = made._negatives(plan[-1], torch.from_numpy(batch.items), Packing.of(batch.lengths), None)
+    assert positives is None
+    assert neg.mask().sum(1).double().mean() == pytest.approx(K2 - K1, rel=0.03)
+
+
+def test_the_loss_of_naive_concatenation_has_its_parts(shop: Dataset, tmp_path: Path) -> None:
+    """Appendix B: each part's loss is that of its own share of the score, over the same negatives."""
+    made = trainer(shop, tmp_path, variant="nfrec_concat", k1=0, k2=shop.num_items)
+    batch = pack(shop.train, np.arange(20), 50)
+    losses, _ = made._step(next(epochs(made.config)), batch, None)
+    recommender, target = made.recommender, torch.from_numpy(batch.targets)
+    with torch.no_grad():
+        catalogs = recommender.catalogs()
+        queries = recommender.queries(catalogs, torch.from_numpy(batch.items), Packing.of(batch.lengths))
+        for name, key in (("fused", "loss"), ("id", "loss_id"), ("text", "loss_text")):
+            view = recommender.views(catalogs)[name]
+            expected = F.cross_entropy(view.query(queries) @ view.catalog.T, target)  # the slice is the whole catalog
+            assert float(losses[key]) == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_learning_rates_step_by_each_network_s_own_epochs(
+    shop: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[tuple[str, float]] = []
+    original = Trainer._step
+
+    def watched(self: Trainer, epoch: Epoch, *rest: Any) -> Any:
+        used.append((epoch.student, self.optimizers[epoch.student].param_groups[0]["lr"]))
+        return original(self, epoch, *rest)
+
+    monkeypatch.setattr(Trainer, "_step", watched)
+    rates = {"lr_id": 0.01, "lr_text": 0.02, "lr_gamma": 0.5, "lr_step_id": 1, "lr_step_text": 2}
+    af.train(small(shop, tmp_path / "run", variant="random", m_max=6, **rates))
+    lines = history(tmp_path / "run")[1:]
+    assert [(line["student"], line["learning_rate"]) for line in lines] == [
+        ("id", 0.01), ("text", 0.02), ("id", 0.005), ("text", 0.02), ("id", 0.0025), ("text", 0.01),
+    ]  # fmt: skip
+    changes = [used[0], *(now for before, now in pairwise(used) if now != before)]
+    assert changes == [(line["student"], line["learning_rate"]) for line in lines]
+
+
+def test_an_epoch_trains_its_student_alone(shop: Dataset, tmp_path: Path) -> None:
+    made = trainer(shop, tmp_path, dropout=0.3)
+    plan = list(epochs(made.config))
+    assert plan[2].student == "id" and plan[2].teacher == "text"
+    before = {name: value.clone() for name, value in made.recommender.state_dict().items()}
+    modes = []
+    original = made._step
+
+    def watched(*args: Any) -> Any:
+        modes.append((made.recommender.network("id").training, made.recommender.network("text").training))
+        return original(*args)
+
+    made._step = watched  # type: ignore[method-assign]
+    made._run_epoch(plan[2])
+    assert set(modes) == {(True, False)}  # dropout for the student, none for the teacher
+    for name, value in made.recommender.state_dict().items():
+        assert torch.equal(value, before[name]) == name.startswith("networks.text."), name
+
+
+def test_every_epoch_has_an_order_of_its_own(shop: Dataset, tmp_path: Path) -> None:
+    made = trainer(shop, tmp_path, variant="id_only")
+    seen: list[list[int]] = []
+    original = made._step
+
+    def watched(epoch: Epoch, batch: Batch, catalog: torch.Tensor | None) -> Any:
+        seen[-1] += batch.targets.tolist()
+        return original(epoch, batch, catalog)
+
+    made._step = watched  # type: ignore[method-assign]
+    for epoch in list(epochs(made.config))[:2]:
+        seen.append([])
+        made.state.step, made.state.sums = 0, {}
+        made._run_epoch(epoch)
+    assert seen[0] != seen[1]
+    assert sorted(seen[0]) == sorted(seen[1])
+
+
+@pytest.mark.parametrize("monitor", ["hits@10", "mrr@20"])
+def test_the_best_epoch_is_that_of_the_monitored_metric(monitor: str, shop: Dataset, tmp_path: Path) -> None:
+    result = af.train(small(shop, tmp_path / "run", variant="id_only", monitor=monitor, m_max=5, lr_id=0.02))
+    scores = [line["validation"]["fused"][monitor] for line in history(tmp_path / "run")]
+    assert result.metrics["best_epoch"] == scores.index(max(scores))
+    assert af.load(tmp_path / "run").evaluate("validation").metrics()["fused"][monitor] == max(scores)
