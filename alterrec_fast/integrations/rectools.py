@@ -1,0 +1,211 @@
+"""RecTools 0.19.0: hard negatives and full softmax for its transformer models, through its own two seams.
+
+    from alterrec_fast.integrations.rectools import FastLightningModule
+    SASRecModel(loss="slice", lightning_module_type=FastLightningModule,
+                lightning_module_kwargs={"start": 20, "stop": 2000})        # the model ranks for itself, at any n
+
+    from alterrec_fast.integrations.rectools import FrozenTeacherSampler
+    model = SASRecModel(loss="sampled_softmax", n_negatives=20, negative_sampler_type=FrozenTeacherSampler,
+                        negative_sampler_kwargs={"start": 20, "stop": 2000})
+    model.data_preparator.negative_sampler.set_teacher(vectors)             # a frozen teacher, small n
+
+Notation: B sessions, L session length, S positions that may have a target, T that have one, d width, V rows of the
+catalog: RecTools' extra tokens (padding, BERT4Rec's mask), then the items, in the order of
+``model.data_preparator.get_known_item_ids()``.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alterrec_fast.integrations import need
+from alterrec_fast.ops import rank_slice, slice_cross_entropy
+
+INSTALL = 'pip install "rectools[torch]==0.19.0"'
+need("rectools", INSTALL)
+need("pytorch_lightning", INSTALL)
+
+from rectools.models.nn.transformers.lightning import TransformerLightningModule  # noqa: E402
+from rectools.models.nn.transformers.negative_sampler import TransformerNegativeSamplerBase  # noqa: E402
+from rectools.models.nn.transformers.similarity import DistanceSimilarityModule  # noqa: E402
+from rectools.models.rank import Distance  # noqa: E402
+
+LOSSES = ("full", "slice")
+
+
+class FastLightningModule(TransformerLightningModule):
+    """RecTools' Lightning module with two further losses, neither of which makes a (B, L, V) tensor.
+
+    ``loss="full"`` is the value of RecTools' "softmax". ``loss="slice"`` is a softmax over the target and ranks
+    [start, stop) of the model's own ranking for this position at this step, without the target. All other losses stay
+    RecTools'. Validation reports "loss" alone, since the logits that stock adds are what is not made here.
+
+    Args:
+        start, stop: the ranks of "slice".
+        hard_fraction: the share of the slice that is kept; the others are traded for uniform negatives
+            (`RankSlice.mix`).
+        precision, keep_bytes: as in `slice_cross_entropy`.
+        args, kwargs: RecTools'.
+
+    Raises TypeError for a similarity module other than RecTools' dot and cosine.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        start: int = 20,
+        stop: int = 2000,
+        hard_fraction: float = 0.5,
+        precision: str | None = None,
+        keep_bytes: int = 256 << 20,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.start = start
+        self.stop = stop
+        self.hard_fraction = hard_fraction
+        self.loss_precision = precision
+        self.keep_bytes = keep_bytes
+        if self.loss in LOSSES:
+            _check_similarity(self.torch_model)
+
+    def _calc_custom_loss(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        if self.loss not in LOSSES:
+            return super()._calc_custom_loss(batch, batch_idx)
+        return self._next_item_loss(batch)
+
+    def _calc_custom_loss_outputs(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        if self.loss not in LOSSES:
+            return super()._calc_custom_loss_outputs(batch, batch_idx)
+        return {"loss": self._next_item_loss(batch)}
+
+    def _next_item_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """The loss of the targets y (B, S), weighted by yw (B, S), at the last S positions of the sessions."""
+        target, weight = batch["y"], batch["yw"]
+        sessions, catalog = _vectors(self.torch_model, batch)
+        real = target != 0
+        query, target, weight = sessions[:, -target.shape[1] :][real], target[real], weight[real]  # (T, d), (T,), (T,)
+        # RecTools' softmax has its extra tokens among the candidates, so "full" has them, too.
+        first_item = len(self.item_extra_tokens) if self.loss == "slice" else 0
+        negatives = None
+        if self.loss == "slice":
+            negatives = rank_slice(
+                query.detach(), catalog.detach(), self.start, self.stop, exclude=target, first_item=first_item
+            ).mix(self.hard_fraction)
+        rows = slice_cross_entropy(
+            query,
+            catalog,
+            target,
+            negatives,
+            temperature=self.logits_t,
+            first_item=first_item,
+            reduction="none",
+            keep_bytes=self.keep_bytes,
+            precision=self.loss_precision,
+        )
+        rows = rows * weight
+        return rows.sum() / (rows > 0).sum().clamp(min=1)  # RecTools' mean: over the rows whose loss is above zero
+
+
+class FrozenTeacherSampler(TransformerNegativeSamplerBase):
+    """Negatives out of ranks [start, stop) of a frozen teacher's ranking for each position, without its target.
+
+    RecTools calls it where batches are collated, with ids alone: for a small n_negatives and a teacher that stands
+    still. `FastLightningModule` is for the model's own ranking and for thousands of negatives.
+
+    Args:
+        n_negatives: how many to draw for each position, without replacement where the slice has as many.
+        start, stop: the teacher's ranks.
+        hard_fraction: the chance of each negative to come from the slice; the others are uniform.
+    """
+
+    def __init__(self, n_negatives: int, start: int = 20, stop: int = 2000, hard_fraction: float = 0.5, **kwargs: Any):
+        super().__init__(n_negatives, **kwargs)
+        if not 0.0 <= hard_fraction <= 1.0:
+            raise ValueError(f"hard_fraction must lie in [0, 1], got {hard_fraction}")
+        self.start = start
+        self.stop = stop
+        self.hard_fraction = hard_fraction
+        self._model: Any = None  # a RecTools backbone
+        self._items: Tensor | None = None  # a model's: (V, d), vectors alone: (items, d)
+
+    def set_teacher(self, teacher: torch.nn.Module | Tensor) -> None:
+        """Takes a copy, on the CPU.
+
+        teacher: the ``torch_model`` of a fitted RecTools model, or vectors of the items, (items, d) float32 or
+            bfloat16, whose score for a position is the dot product with the mean of the session so far. Either is in
+            the order of ``get_known_item_ids()``, which the data set and the filters of RecTools alone decide.
+
+        Raises TypeError for a similarity module other than RecTools' dot and cosine.
+        """
+        if isinstance(teacher, Tensor):
+            self._model, self._items = None, teacher.detach().cpu().clone()
+            return
+        _check_similarity(teacher)
+        self._model = deepcopy(teacher).cpu().eval().requires_grad_(False)
+        self._items = self._model.item_model.get_all_embeddings()
+
+    def get_negatives(
+        self,
+        batch_dict: dict[str, Tensor],
+        lowest_id: int,
+        highest_id: int,
+        session_len_limit: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(B, S, n) int64 for the last S = session_len_limit positions, all L by default; ids from lowest_id on.
+
+        Raises RuntimeError without a teacher, and ValueError for one of another number of items.
+        """
+        if self._items is None:
+            raise RuntimeError("FrozenTeacherSampler has no teacher: call set_teacher(...) before fit")
+        rows = highest_id if self._model is not None else highest_id - lowest_id
+        if self._items.shape[0] != rows:
+            raise ValueError(f"the teacher must have {rows} rows for this data set, it has {self._items.shape[0]}")
+        size, length = batch_dict["x"].shape
+        negatives = torch.randint(lowest_id, highest_id, (size, session_len_limit or length, self.n_negatives))
+        target = batch_dict["y"]
+        real = target != 0
+        query, catalog = self._teach(batch_dict, lowest_id)
+        ranked = rank_slice(
+            query[:, -negatives.shape[1] :][real],
+            catalog,
+            self.start,
+            self.stop,
+            exclude=target[real],
+            first_item=lowest_id,
+        )
+        hard = ranked.sample(self.n_negatives)
+        kept = (torch.rand(hard.shape) < self.hard_fraction) & (hard >= 0)
+        negatives[real] = torch.where(kept, hard, negatives[real])
+        return negatives
+
+    @torch.no_grad()
+    def _teach(self, batch: dict[str, Tensor], lowest_id: int) -> tuple[Tensor, Tensor]:
+        """The teacher's vectors of all positions (B, L, d) and of the catalog (V, d)."""
+        if self._model is not None:
+            return _vectors(self._model, batch, self._items)
+        assert self._items is not None
+        catalog = torch.cat((self._items.new_zeros(lowest_id, self._items.shape[1]), self._items))
+        count = (batch["x"] >= lowest_id).cumsum(1).clamp(min=1)
+        return catalog[batch["x"]].float().cumsum(1) / count[..., None], catalog
+
+
+def _check_similarity(model: Any) -> None:
+    if not isinstance(model.similarity_module, DistanceSimilarityModule):
+        name = type(model.similarity_module).__name__
+        raise TypeError(f"scores must be DistanceSimilarityModule's, dot or cosine; this model's are {name}'s")
+
+
+def _vectors(model: Any, batch: dict[str, Tensor], items: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(B, L, d) and (V, d), whose dot products are the model's scores; items: its embeddings where known."""
+    items = model.item_model.get_all_embeddings() if items is None else items
+    sessions = model.encode_sessions(batch, items)
+    similarity = model.similarity_module
+    if similarity.distance == Distance.COSINE:
+        return similarity._get_embeddings_norm(sessions), similarity._get_embeddings_norm(items)
+    return sessions, items

@@ -1,0 +1,261 @@
+"""RecBole 1.2.1 itself, on a tiny generated data set: the same training and the same metrics with and without us.
+
+A class of a test's own is called as its base in RecBole, which finds a model's settings by its name.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from recbole.config import Config
+from recbole.data import create_dataset, data_preparation
+from recbole.model import general_recommender
+from recbole.trainer import Trainer as StockTrainer
+from recbole.utils import get_model, init_seed
+
+from alterrec_fast.integrations import recbole as fast
+
+ITEMS = 60
+SETTINGS = {
+    "data_path": ".",
+    "USER_ID_FIELD": "session_id",
+    "load_col": {"inter": ["session_id", "item_id", "timestamp"]},
+    "train_neg_sample_args": None,
+    "MAX_ITEM_LIST_LENGTH": 6,
+    "hidden_size": 16,
+    "embedding_size": 16,
+    "inner_size": 32,
+    "train_batch_size": 256,
+    "eval_batch_size": 48,
+    "metrics": ["Recall", "MRR", "NDCG", "MAP"],
+    "topk": [3, 10],
+    "valid_metric": "NDCG@10",
+    "epochs": 2,
+    "learning_rate": 0.01,
+    "use_gpu": False,
+    "show_progress": False,
+    "state": "ERROR",
+}
+
+
+@pytest.fixture(autouse=True)
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory, where RecBole also leaves its logs: 120 sessions in which items follow one another."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    lines = ["session_id:token\titem_id:token\ttimestamp:float"]
+    for session in range(120):
+        item = int(rng.integers(ITEMS))
+        for time in range(int(rng.integers(4, 8))):
+            lines.append(f"s{session}\ti{item}\t{time}")
+            item = (3 * item + int(rng.integers(2))) % ITEMS
+    Path("tiny").mkdir()
+    Path("tiny/tiny.inter").write_text("\n".join(lines))
+
+
+def prepared(model: Any, **changes: Any) -> tuple[Any, Any, Any, Any, Any]:
+    """(config, model, train, valid, test) from one seed, as RecBole's quick start makes them."""
+    config = Config(model, "tiny", config_dict={**SETTINGS, **changes})
+    init_seed(1, reproducibility=True)
+    train, valid, test = data_preparation(config, create_dataset(config))
+    init_seed(1, reproducibility=True)
+    chosen = get_model(model) if isinstance(model, str) else model
+    return config, chosen(config, train._dataset), train, valid, test
+
+
+def trained(trainer_class: Any, model: Any, saved: bool = False, **changes: Any) -> tuple[Any, Any, Any]:
+    """(the losses of the epochs, the best validation result, the test result)."""
+    config, network, train, valid, test = prepared(model, **changes)
+    trainer = trainer_class(config, network)
+    _, best = trainer.fit(train, valid, verbose=False, saved=saved)
+    return list(trainer.train_loss_dict.values()), best, trainer.evaluate(test, load_best_model=saved)
+
+
+@pytest.mark.parametrize("name", ["SASRec", "GRU4Rec", "CORE", "STAMP"])
+def test_full_softmax_trains_as_stock_does(name: str) -> None:
+    losses, best, result = trained(StockTrainer, name)
+    ours, our_best, our_result = trained(fast.Trainer, getattr(fast, name))
+    assert ours == pytest.approx(losses, rel=1e-5)
+    assert our_best == best
+    assert our_result == result
+    assert result["ndcg@10"] > 0
+
+
+def one_batch(model: Any, **changes: Any) -> tuple[Any, Any]:
+    """(model without dropout, the first batch)."""
+    _, network, train, _, _ = prepared(model, **changes)
+    return network.eval(), next(iter(train))
+
+
+@pytest.mark.parametrize("name", ["SASRec", "CORE"])
+def test_slice_is_a_softmax_over_the_models_own_ranks(name: str) -> None:
+    options = {"loss": "slice", "start": 2, "stop": 20, "hard_fraction": 1.0}
+    model, batch = one_batch(getattr(fast, name), alterrec_fast=options)
+    scores, target = model.full_sort_predict(batch).detach(), batch["item_id"]
+    ranks = scores[:, 1:].sort(dim=1, descending=True).indices[:, 2:20] + 1
+    kept = torch.cat((target[:, None], ranks), dim=1)
+    logits = scores.gather(1, kept)
+    logits[:, 1:] = logits[:, 1:].masked_fill(ranks == target[:, None], -torch.inf)
+    expected = torch.nn.functional.cross_entropy(logits, torch.zeros_like(target))
+    assert model.calculate_loss(batch).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "popularity"])
+def test_sampled_is_a_softmax_over_what_is_drawn(distribution: str) -> None:
+    options = {"loss": "sampled", "negatives": 40, "distribution": distribution}
+    model, batch = one_batch(fast.SASRec, alterrec_fast=options)
+    torch.manual_seed(3)
+    drawn = model._draw(torch.device("cpu"))
+    assert drawn.shape == (40,) and drawn.min() >= 1 and drawn.max() <= model.n_items - 1
+    scores, target = model.full_sort_predict(batch).detach(), batch["item_id"]
+    if distribution == "popularity":
+        counts = torch.bincount(torch.from_numpy(counted(model)), minlength=model.n_items) + 1.0
+        scores = scores - (40 * counts / counts[1:].sum()).log()
+    logits = torch.cat((scores.gather(1, target[:, None]), scores[:, drawn]), dim=1)
+    logits[:, 1:] = logits[:, 1:].masked_fill(drawn == target[:, None], -torch.inf)
+    expected = torch.nn.functional.cross_entropy(logits, torch.zeros_like(target))
+    model.calculate_loss(batch)  # the comparison with the model's own loss is behind us
+    torch.manual_seed(3)
+    assert model.calculate_loss(batch).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def counted(model: Any) -> np.ndarray:
+    """Every target of training, which is what popularity counts."""
+    _, _, train, _, _ = prepared("SASRec")
+    return train._dataset.inter_feat["item_id"].numpy()
+
+
+def test_popular_items_are_drawn_as_often_as_their_share() -> None:
+    options = {"loss": "sampled", "negatives": 200_000, "distribution": "popularity"}
+    model, _ = one_batch(fast.SASRec, alterrec_fast=options)
+    counts = np.bincount(counted(model), minlength=model.n_items) + 1.0
+    share = counts[1:] / counts[1:].sum()
+    torch.manual_seed(0)
+    seen = torch.bincount(model._draw(torch.device("cpu")), minlength=model.n_items).numpy()
+    assert seen[0] == 0
+    assert np.abs(seen[1:] / 200_000 - share).max() < 5 * np.sqrt(share.max() / 200_000)
+
+
+@pytest.mark.parametrize("options", [{"loss": "sampled", "negatives": 32}, {"loss": "slice", "start": 1, "stop": 30}])
+def test_training_with_negatives_learns(options: dict[str, Any]) -> None:
+    config, network, train, valid, _ = prepared(fast.SASRec, alterrec_fast=options, epochs=8)
+    trainer = fast.Trainer(config, network)
+    before = trainer.evaluate(valid, load_best_model=False)["ndcg@10"]
+    _, best = trainer.fit(train, valid, verbose=False, saved=False)
+    assert best["ndcg@10"] > before + 0.1
+
+
+def test_a_model_whose_loss_has_further_terms_is_refused() -> None:
+    model, batch = one_batch(fast.NextItNet)
+    with pytest.raises(ValueError, match=r"losses of NextItNet .* calculate_loss where its loss has further terms"):
+        model.calculate_loss(batch)
+
+
+def test_a_model_with_another_score_is_refused() -> None:
+    class SASRec(fast.SASRec):
+        def full_sort_predict(self, interaction: Any) -> torch.Tensor:
+            return super().full_sort_predict(interaction) + torch.arange(self.n_items)
+
+    config, network, _, valid, _ = prepared(SASRec)
+    with pytest.raises(ValueError, match="scores of SASRec"):
+        fast.Trainer(config, network).evaluate(valid, load_best_model=False)
+
+
+def test_a_forward_of_other_arguments_asks_for_the_hook() -> None:
+    class SASRec(fast.SASRec):
+        def forward(self, sessions: torch.Tensor) -> torch.Tensor:
+            raise AssertionError
+
+    model, batch = one_batch(SASRec)
+    with pytest.raises(ValueError, match="override session_vectors"):
+        model.calculate_loss(batch)
+
+
+def test_evaluation_makes_no_score_matrix() -> None:
+    rows: list[int] = []
+
+    class SASRec(fast.SASRec):
+        def full_sort_predict(self, interaction: Any) -> torch.Tensor:
+            rows.append(len(interaction))
+            return super().full_sort_predict(interaction)
+
+    config, network, _, valid, _ = prepared(SASRec)
+    fast.Trainer(config, network).evaluate(valid, load_best_model=False)
+    assert rows == [1]  # the comparison of the first session
+
+
+def test_metrics_that_need_every_score_take_recboles_way() -> None:
+    changes = {"metrics": ["NDCG", "GAUC"], "epochs": 1}
+    assert trained(fast.Trainer, fast.SASRec, **changes)[1:] == trained(StockTrainer, "SASRec", **changes)[1:]
+
+
+class BPR(fast.RankingMixin, general_recommender.BPR):
+    """A model of users whose histories RecBole masks."""
+
+    def session_vectors(self, interaction: Any) -> torch.Tensor:
+        return self.get_user_embedding(interaction["session_id"])
+
+
+@pytest.mark.parametrize("topk", [[3, 10], [ITEMS - 3], [ITEMS]])
+def test_histories_are_left_out_as_in_stock(topk: list[int]) -> None:
+    """The longer rankings reach what a history leaves, and beyond the catalog without its padding."""
+    changes = {
+        "topk": topk,
+        "valid_metric": f"NDCG@{topk[0]}",
+        "eval_batch_size": 20 * ITEMS,
+        "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full", "group_by": "user"},
+        "train_neg_sample_args": {"distribution": "uniform", "sample_num": 1, "dynamic": False},
+    }
+    theirs = trained(StockTrainer, "BPR", **changes)
+    assert trained(fast.Trainer, BPR, **changes) == theirs
+    assert theirs[2][f"recall@{topk[-1]}"] > 0
+
+
+def test_collector_counts_repeated_positives_once_and_passes_items_on() -> None:
+    config = Config("SASRec", "tiny", config_dict={**SETTINGS, "topk": [2]})
+    collector = fast.TopKCollector(config)
+    setattr(collector.register, "rec.items", True)
+    ranking = fast._Ranking(torch.tensor([[4, 1], [2, 9]]), num_items=10)
+    collector.eval_batch_collect(ranking, None, torch.tensor([0, 0, 0, 1]), torch.tensor([1, 1, 7, 2]))
+    assert collector.data_struct["rec.topk"].tolist() == [[0, 1, 2], [1, 0, 1]]
+    assert collector.data_struct["rec.items"].tolist() == [[4, 1], [2, 9]]
+
+
+def test_quick_start_and_its_checkpoint() -> None:
+    result = fast.run_recbole("STAMP", "tiny", config_dict={**SETTINGS, "epochs": 1, "checkpoint_dir": "saved"})
+    assert result["test_result"].keys() == result["best_valid_result"].keys()
+    (file,) = Path("saved").glob("STAMP-*.pth")
+    config, network, train, valid, test = prepared(fast.STAMP)
+    trainer = fast.Trainer(config, network)
+    assert trainer.evaluate(test, model_file=str(file)) == result["test_result"]
+    trainer.resume_checkpoint(str(file))
+    trainer.fit(train, valid, verbose=False, saved=False)
+    assert list(trainer.train_loss_dict) == [1]  # of two epochs, one was behind it
+
+
+def test_models_by_name() -> None:
+    assert pickle.loads(pickle.dumps(fast.NARM)) is fast.NARM
+    with pytest.raises(AttributeError, match="RecBole no sequential model"):
+        _ = fast.LightGCN
+    with pytest.raises(AttributeError, match="RecBole no sequential model"):
+        _ = fast.NoSuchModel
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"loss": "bpr"}, "loss must be one of full, sampled, slice"),
+        ({"distribution": "zipf"}, "distribution must be one of"),
+        ({"negatives": 0}, "negatives must be at least 1"),
+        ({"negative": 10}, "takes loss, negatives"),
+        ("sampled", "takes loss, negatives"),
+    ],
+)
+def test_options_are_checked(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fast.Options.of({"alterrec_fast": given})

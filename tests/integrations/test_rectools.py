@@ -1,0 +1,249 @@
+"""RecTools 0.19.0 itself, on a tiny generated data set."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from pytorch_lightning import Trainer, seed_everything
+from rectools import Columns
+from rectools.dataset import Dataset
+from rectools.models import BERT4RecModel, SASRecModel
+from rectools.models.nn.transformers.similarity import SimilarityModuleBase
+
+from alterrec_fast.integrations.rectools import FastLightningModule, FrozenTeacherSampler
+
+ITEMS = 60
+SETTINGS = {"n_factors": 16, "n_blocks": 1, "n_heads": 2, "session_max_len": 6, "batch_size": 32, "lr": 0.01}
+
+
+def trainer() -> Trainer:
+    return Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+
+
+def long_trainer() -> Trainer:
+    return Trainer(
+        max_epochs=20, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+
+
+def last_of_each(interactions: pd.DataFrame) -> np.ndarray:
+    """The validation mask: every session's last item."""
+    return (
+        interactions.groupby(Columns.User)[Columns.Datetime].transform("max") == interactions[Columns.Datetime]
+    ).values
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    """100 sessions in which items follow one another."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for user in range(100):
+        item = int(rng.integers(ITEMS))
+        for time in range(int(rng.integers(4, 8))):
+            rows.append((f"u{user}", f"i{item}", 1.0 + time % 2, pd.Timestamp("2026-01-01") + pd.Timedelta(days=time)))
+            item = (3 * item + int(rng.integers(2))) % ITEMS
+    columns = [Columns.User, Columns.Item, Columns.Weight, Columns.Datetime]
+    return Dataset.construct(pd.DataFrame(rows, columns=columns))
+
+
+def fitted(dataset: Dataset, kind: Any = SASRecModel, **changes: Any) -> Any:
+    seed_everything(1, verbose=False)
+    return kind(**{**SETTINGS, "get_trainer_func": trainer, **changes}).fit(dataset)
+
+
+def recommended(model: Any, dataset: Dataset) -> pd.DataFrame:
+    users = dataset.user_id_map.external_ids
+    return model.recommend(users, dataset, k=5, filter_viewed=False)
+
+
+def one_batch(model: Any) -> dict[str, torch.Tensor]:
+    model.lightning_model.eval()
+    return next(iter(model.data_preparator.get_dataloader_train()))
+
+
+@pytest.mark.parametrize("distance", ["dot", "cosine"])
+@pytest.mark.parametrize("kind", [SASRecModel, BERT4RecModel])
+def test_full_trains_as_softmax_does(dataset: Dataset, kind: Any, distance: str) -> None:
+    common = {"similarity_module_kwargs": {"distance": distance}, "lightning_module_kwargs": {"logits_t": 0.5}}
+    stock = fitted(dataset, kind, loss="softmax", **common)
+    ours = fitted(dataset, kind, loss="full", lightning_module_type=FastLightningModule, **common)
+    losses = [model.fit_trainer.callback_metrics["train_loss"] for model in (ours, stock)]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    items = [model.torch_model.item_model.get_all_embeddings() for model in (ours, stock)]
+    torch.testing.assert_close(*items, rtol=1e-3, atol=1e-4)
+    theirs = recommended(stock, dataset)
+    pd.testing.assert_frame_equal(recommended(ours, dataset), theirs, rtol=1e-3)
+    assert len(theirs) == 5 * 100
+
+
+def test_stocks_losses_stay_stocks(dataset: Dataset) -> None:
+    stock = recommended(fitted(dataset, loss="BCE"), dataset)
+    ours = recommended(fitted(dataset, loss="BCE", lightning_module_type=FastLightningModule), dataset)
+    pd.testing.assert_frame_equal(ours, stock)
+    with pytest.raises(ValueError, match="loss focal is not supported"):
+        fitted(dataset, loss="focal", lightning_module_type=FastLightningModule)
+
+
+@pytest.mark.parametrize("distance", ["dot", "cosine"])
+@pytest.mark.parametrize("kind", [SASRecModel, BERT4RecModel])
+def test_slice_is_a_softmax_over_the_models_own_ranks(dataset: Dataset, kind: Any, distance: str) -> None:
+    options = {"start": 2, "stop": 20, "hard_fraction": 1.0, "logits_t": 0.5}
+    model = fitted(
+        dataset,
+        kind,
+        loss="slice",
+        lightning_module_type=FastLightningModule,
+        lightning_module_kwargs=options,
+        similarity_module_kwargs={"distance": distance},
+    )
+    batch, extra = one_batch(model), model.data_preparator.n_item_extra_tokens
+    with torch.no_grad():
+        scores = model.torch_model(batch)  # (B, L, V)
+        loss = model.lightning_model._calc_custom_loss(batch, 0)
+    real = batch["y"] != 0
+    scores, target, weight = scores[real], batch["y"][real], batch["yw"][real]
+    ranks = scores[:, extra:].sort(dim=1, descending=True).indices[:, 2:20] + extra
+    logits = torch.cat((scores.gather(1, target[:, None]), scores.gather(1, ranks)), dim=1) / 0.5
+    logits[:, 1:] = logits[:, 1:].masked_fill(ranks == target[:, None], -torch.inf)
+    rows = torch.nn.functional.cross_entropy(logits, torch.zeros_like(target), reduction="none")
+    assert loss.item() == pytest.approx((rows * weight).mean().item(), rel=1e-4)
+
+
+def test_slice_learns_and_validates(dataset: Dataset) -> None:
+    model = fitted(
+        dataset,
+        loss="slice",
+        lightning_module_type=FastLightningModule,
+        lightning_module_kwargs={"start": 1, "stop": 40},
+        get_trainer_func=long_trainer,
+        get_val_mask_func=last_of_each,
+    )
+    assert model.fit_trainer.callback_metrics["val_loss"] < 3.0  # chance is above 3.4
+    found = recommended(model, dataset)
+    assert len(found) == 5 * 100
+
+
+def test_a_fitted_model_survives_pickle(dataset: Dataset) -> None:
+    model = fitted(
+        dataset,
+        loss="slice",
+        lightning_module_type=FastLightningModule,
+        lightning_module_kwargs={"start": 3, "stop": 30},
+    )
+    again = pickle.loads(pickle.dumps(model))
+    assert (again.lightning_model.start, again.lightning_model.stop) == (3, 30)
+    pd.testing.assert_frame_equal(recommended(again, dataset), recommended(model, dataset))
+
+
+class Angle(SimilarityModuleBase):
+    """A similarity that is none of RecTools'."""
+
+
+def test_another_similarity_is_refused(dataset: Dataset) -> None:
+    with pytest.raises(TypeError, match="dot or cosine; this model's are Angle's"):
+        fitted(dataset, loss="slice", lightning_module_type=FastLightningModule, similarity_module_type=Angle)
+
+
+def vectors(rows: int) -> torch.Tensor:
+    return torch.randint(-9, 10, (rows, 8), generator=torch.Generator().manual_seed(0)).float()
+
+
+@pytest.mark.parametrize("lowest", [1, 2])
+@pytest.mark.parametrize("limit", [None, 1])
+def test_negatives_lie_in_the_teachers_ranks(lowest: int, limit: int | None) -> None:
+    torch.manual_seed(0)
+    teacher, length = vectors(ITEMS), 5
+    x = torch.randint(lowest, ITEMS + lowest, (4, length))
+    x[0, :3] = 0
+    y = torch.randint(lowest, ITEMS + lowest, (4, length))
+    y[0, :2] = 0
+    sampler = FrozenTeacherSampler(6, start=5, stop=15, hard_fraction=1.0)
+    sampler.set_teacher(teacher)
+    batch = {"x": x, "y": y if limit is None else y[:, -1:]}
+    negatives = sampler.get_negatives(batch, lowest, ITEMS + lowest, limit)
+    assert negatives.shape == (4, limit or length, 6)
+    assert lowest <= negatives.min() and negatives.max() < ITEMS + lowest
+    for row, column in (batch["y"] != 0).nonzero().tolist():
+        so_far = x[row] if limit else x[row, : column + 1]
+        seen = so_far[so_far >= lowest] - lowest
+        query = teacher[seen].sum(0) / max(len(seen), 1)
+        ranks = (teacher @ query).sort(descending=True, stable=True).indices[5:15] + lowest
+        drawn = negatives[row, column]
+        assert set(drawn.tolist()) <= set(ranks.tolist()) - {int(batch["y"][row, column])}
+        assert drawn.unique().numel() == 6
+
+
+def test_hard_fraction_is_the_share_of_the_slice() -> None:
+    torch.manual_seed(0)
+    sampler = FrozenTeacherSampler(10, start=0, stop=20, hard_fraction=0.25)
+    sampler.set_teacher(vectors(2000))
+    x = torch.randint(1, 2001, (50, 4))
+    negatives = sampler.get_negatives({"x": x, "y": x}, 1, 2001)
+    query = vectors(2000)[x - 1].cumsum(1)
+    ranks = (query @ vectors(2000).T).sort(dim=2, descending=True, stable=True).indices[..., :20] + 1
+    share = (negatives[..., None] == ranks[..., None, :]).any(-1).float().mean()
+    assert share.item() == pytest.approx(0.25, abs=0.05)
+
+
+@pytest.mark.parametrize("distance", ["dot", "cosine"])
+def test_a_copied_model_teaches(dataset: Dataset, distance: str) -> None:
+    teacher = fitted(dataset, loss="softmax", similarity_module_kwargs={"distance": distance})
+    batch = one_batch(teacher)
+    sampler = FrozenTeacherSampler(4, start=3, stop=9, hard_fraction=1.0)
+    sampler.set_teacher(teacher.torch_model)
+    scores = teacher.torch_model(batch).detach()[..., 1:]
+    for parameter in teacher.torch_model.parameters():
+        parameter.data.zero_()  # the teacher is a copy
+    size = teacher.data_preparator.item_id_map.size
+    negatives = sampler.get_negatives(batch, 1, size)
+    ranks = scores.sort(dim=2, descending=True).indices[..., 3:9] + 1
+    real = batch["y"] != 0
+    assert (negatives[..., None] == ranks[..., None, :]).any(-1)[real].all()
+    assert not (negatives == batch["y"][..., None])[real].any()
+
+
+def taught(dataset: Dataset, teacher: Any, **changes: Any) -> Any:
+    """A model trained against 10 negatives out of the teacher's ranks."""
+    seed_everything(1, verbose=False)
+    model = SASRecModel(
+        **SETTINGS,
+        loss="sampled_softmax",
+        n_negatives=10,
+        negative_sampler_type=FrozenTeacherSampler,
+        negative_sampler_kwargs={"start": 1, "stop": 30},
+        **changes,
+    )
+    model.data_preparator.negative_sampler.set_teacher(teacher)
+    return model.fit(dataset)
+
+
+def test_training_against_a_frozen_teacher(dataset: Dataset) -> None:
+    model = taught(dataset, fitted(dataset, loss="softmax").torch_model, get_trainer_func=long_trainer)
+    assert model.fit_trainer.callback_metrics["train_loss"] < 2.0  # of 11 candidates, chance is 2.4
+
+
+def test_a_worker_process_samples(dataset: Dataset) -> None:
+    model = taught(dataset, vectors(dataset.item_id_map.size), get_trainer_func=trainer, dataloader_num_workers=1)
+    assert model.fit_trainer.global_step == 2 * 4  # epochs of 100 sessions in batches of 32
+
+
+def test_teachers_are_checked(dataset: Dataset) -> None:
+    ids = torch.tensor([[1, 2]])
+    sampler = FrozenTeacherSampler(2, start=0, stop=5)
+    with pytest.raises(RuntimeError, match="set_teacher"):
+        sampler.get_negatives({"x": ids, "y": ids}, 1, ITEMS + 1)
+    sampler.set_teacher(vectors(ITEMS - 1))
+    with pytest.raises(ValueError, match=f"must have {ITEMS} rows for this data set, it has {ITEMS - 1}"):
+        sampler.get_negatives({"x": ids, "y": ids}, 1, ITEMS + 1)
+    with pytest.raises(ValueError, match=r"hard_fraction must lie in \[0, 1\]"):
+        FrozenTeacherSampler(2, hard_fraction=1.5)
+    model = fitted(dataset, loss="softmax").torch_model
+    model.similarity_module = Angle()
+    with pytest.raises(TypeError, match="dot or cosine"):
+        sampler.set_teacher(model)

@@ -1,0 +1,23 @@
+"""What every integration does where its library is missing; tests/integrations runs the libraries themselves."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+
+INSTALL = {
+    "recbole": 'pip install "recbole==1.2.1" "numpy<2" "setuptools<81"',
+    "rectools": 'pip install "rectools\\[torch\\]==0.19.0"',
+}
+
+
+@pytest.mark.parametrize("library", INSTALL)
+def test_a_missing_library_is_named_with_the_line_that_installs_it(
+    library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(sys.modules, f"alterrec_fast.integrations.{library}", raising=False)
+    with pytest.raises(ImportError, match=f"needs {library}.*{INSTALL[library]}"):
+        importlib.import_module(f"alterrec_fast.integrations.{library}")
