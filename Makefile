@@ -6,8 +6,9 @@ PIP_RECOMMENDERS = .venv-recommenders/bin/pip --disable-pip-version-check instal
 
 .PHONY: demo test test-integrations lint sanitize results clean
 
+# A demo that was broken off goes on, and one that is done is shown again.
 demo: .venv/ready
-	.venv/bin/alterrec-fast train --demo
+	.venv/bin/alterrec-fast train --demo --resume
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist worksteal -m "not shared and not root"

@@ -6,16 +6,18 @@ A run over several seeds holds a run directory for each, seed-0/ and so on, and 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from alterrec_fast.data.sessions import Dataset
@@ -28,7 +30,7 @@ from alterrec_fast.training.config import Config, ConfigError, from_mapping, rea
 from alterrec_fast.training.evaluate import Evaluation, evaluate, training_counts
 from alterrec_fast.training.variants import build, needs_text
 
-CONFIG, METRICS, DEMO_DATA = "config.toml", "metrics.json", "data"
+CONFIG, METRICS, DEMO_DATA, LOCK = "config.toml", "metrics.json", "data", ".lock"
 WHERE_FREE = ("backend", "device", "checkpoint_minutes", "out")  # settings that a resumed run may change
 
 
@@ -50,23 +52,24 @@ def train(config: Config, resume: bool = False, progress: Progress | None = None
     progress: called with each new line of the history. resume: go on with what is in config.out; a run that was killed
     at any moment ends in the result of the uninterrupted one (same machine, CPU).
 
-    Raises ConfigError, DataError for unusable settings or data; RunError where config.out is taken, or where a resumed
-    run was made with other settings; CheckpointError where a file cannot be written, which loses nothing; DivergedError
-    where scores are no longer finite.
+    Raises ConfigError, DataError for unusable settings or data; RunError where config.out is taken, where a resumed run
+    was made with other settings, or where another process trains there; CheckpointError where a file cannot be written,
+    which loses nothing; DivergedError where scores are no longer finite.
     """
     config = _with_places(config)
     run = Path(config.out)
     _check_place(run, config, resume)
-    checkpoint.sweep(run)
     if (run / METRICS).exists():  # finished; only the report may be missing
         return _finish(run, json.loads((run / METRICS).read_text(encoding="utf-8")))
     dataset = _training_data(config)
     trainer = Trainer(config, dataset, _features(config, dataset), run)
-    if not (run / CONFIG).exists():
-        checkpoint.write_text(run / CONFIG, config.to_toml())
-    if resume:
-        trainer.resume()
-    recommender = trainer.fit(progress or (lambda line: None))
+    with _alone(run):
+        checkpoint.sweep(run)
+        if not (run / CONFIG).exists():
+            checkpoint.write_text(run / CONFIG, config.to_toml())
+        if resume:
+            trainer.resume()
+        recommender = trainer.fit(progress or (lambda line: None))
     found = evaluate(recommender, dataset.test, trainer.counts, config)
     best = trainer.state.history[trainer.state.best_epoch]
     metrics = {
@@ -194,8 +197,9 @@ def evaluate_run(run: str | Path, split: str = "test") -> dict[str, Any]:
 
 def seed_runs(run: str | Path) -> list[Path]:
     """The run directories in a run over several seeds, in order of their seeds; of any other run itself alone."""
-    seeds = sorted(Path(run).glob("seed-*"), key=lambda path: (len(path.name), path.name))
-    return seeds or [Path(run)]
+    run = Path(run)
+    seeds = sorted(run.glob("seed-*"), key=lambda path: (len(path.name), path.name))
+    return [run] if (run / CONFIG).exists() or not seeds else seeds
 
 
 def _with_places(config: Config) -> Config:
@@ -225,12 +229,27 @@ def _check_place(run: Path, config: Config, resume: bool) -> None:
         raise RunError(f"{run} was begun with {listed}; resume with the same settings or choose another --out")
 
 
+@contextlib.contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """Keeps other processes out of the run directory; a process that is killed lets go."""
+    run.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(f"{run}: another process is training here") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _held(run: Path) -> list[str]:
-    """What the run directory holds but the demo's data and drafts of a killed process."""
+    """What the run directory holds but the demo's data, the lock, and drafts of a killed process."""
     if run.exists() and not run.is_dir():
         raise RunError(f"{run} is a file; choose another --out")
     paths = sorted(run.iterdir()) if run.exists() else []
-    return [path.name for path in paths if path.name != DEMO_DATA and not checkpoint.is_draft(path)]
+    return [path.name for path in paths if path.name not in (DEMO_DATA, LOCK) and not checkpoint.is_draft(path)]
 
 
 def _some(names: list[str]) -> str:

@@ -293,3 +293,9 @@ def test_the_packaged_model(tmp_path, monkeypatch):
 
     monkeypatch.setattr(text.SentenceEncoder, "_model", property(loaded))
     np.testing.assert_array_equal(embed_texts(texts, "packaged", tmp_path, progress=False), result)
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"text cache .*ALTERREC_FAST_CACHE"):
+        embed_texts(["a"], Stub(), tmp_path / "file", progress=False)

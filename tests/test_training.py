@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 import alterrec_fast as af
 from alterrec_fast.data.sessions import DataError, Dataset, Sessions
@@ -187,7 +188,7 @@ def test_a_run_killed_at_random_moments_ends_the_same(shop: Dataset, tmp_path: P
         assert process.returncode == -signal.SIGKILL
     assert kills >= 3
     same_run(tmp_path / "whole", tmp_path / "killed")
-    assert not list((tmp_path / "killed").rglob(".*"))  # the drafts of killed writes are swept away
+    assert not list((tmp_path / "killed").rglob(".*.draft"))  # the drafts of killed writes are swept away
 
 
 @pytest.mark.parametrize("place", ["in the settings", "in the generated shop", "in a checkpoint"])
@@ -207,7 +208,7 @@ def test_a_kill_while_a_file_is_written_is_forgiven(place: str, shop: Dataset, t
         (run / "checkpoints" / ".last.safetensors-k1ll3d.draft").write_bytes(b"half")
     af.train(config, resume=True)
     assert (run / "metrics.json").exists()
-    assert not list(run.rglob(".*"))
+    assert not list(run.rglob(".*.draft"))
 
 
 def test_a_run_knows_its_data(shop: Dataset, tmp_path: Path) -> None:
@@ -291,7 +292,7 @@ def test_a_full_disk_loses_nothing(shop: Dataset, tmp_path: Path) -> None:
     assert "could not be written" in done.stdout and "untouched" in done.stdout
     for name, content in before.items():
         assert (tmp_path / "run" / name).read_bytes() == content
-    assert not list((tmp_path / "run").rglob(".*"))
+    assert not list((tmp_path / "run").rglob(".*.draft"))
 
 
 def test_a_run_directory_is_not_taken_twice(shop: Dataset, tmp_path: Path) -> None:
@@ -312,6 +313,14 @@ def test_a_run_directory_is_not_taken_twice(shop: Dataset, tmp_path: Path) -> No
     with pytest.raises(RunError, match="run over one seed"):
         af.train_seeds(config, [0, 1], resume=True)
     assert (tmp_path / "run" / "metrics.json").read_bytes() == before
+
+
+def test_two_processes_do_not_train_in_one_place(shop: Dataset, tmp_path: Path) -> None:
+    config = small(shop, tmp_path / "run", variant="id_only", m_max=1, m_random=0)
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(RunError, match="another process"):
+        af.train(config)
+    af.train(config)
 
 
 def test_several_seeds_give_mean_and_deviation(shop: Dataset, tmp_path: Path) -> None:

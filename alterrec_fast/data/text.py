@@ -184,7 +184,12 @@ class _Store:
     """The cached embeddings of one model. Readers need no lock; whoever writes holds `lock` and calls `cut` first."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(
+                f"text cache {folder}: can't be made ({error.strerror}); name a place for it in ALTERREC_FAST_CACHE"
+            ) from error
         self._rows_file, self._keys_file, self._about_file = (
             folder / name for name in ("rows.f32", "keys.bin", "model.json")
         )
