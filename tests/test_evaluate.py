@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from alterrec_fast.data.batches import Batch, pack, plan
-from alterrec_fast.training.evaluate import group_names, measure, summarise, training_counts
+from alterrec_fast.model.packing import Packing
+from alterrec_fast.training.config import Config
+from alterrec_fast.training.evaluate import evaluate, group_names, measure, summarise, training_counts
+from alterrec_fast.training.variants import build
 from tests.test_model import make_sessions
 
 
@@ -53,6 +56,29 @@ def test_measure_counts_every_target_in_its_group() -> None:
     assert found.metrics()["id"] is None
     shares = [group["share"] for group in found.groups().values()]
     assert shares == pytest.approx(list(hits.sum(1) / hits.sum()))
+
+
+def test_evaluate_ranks_each_prefix_as_if_it_were_alone() -> None:
+    """Eq. (12) written out, over the last six items of each session, by plain counting; dropout does not act."""
+    torch.manual_seed(0)
+    config = Config(width=8, max_length=6, alpha=0.3, dropout=0.9, init="xavier", text_session="mean", eval_targets=32)
+    recommender = build(config, 90, torch.randn(90, 6)).train()
+    sessions = make_sessions(np.random.default_rng(0).integers(2, 15, 40).tolist(), num_items=90)
+    found = evaluate(recommender, sessions, training_counts(sessions, 90), config)
+    expected = {view: np.zeros(21, np.int64) for view in ("fused", "id", "text")}
+    recommender.eval()
+    with torch.no_grad():
+        catalogs = recommender.catalogs()
+        for session in (sessions[i][-6:].astype(np.int64) for i in range(len(sessions))):
+            for end in range(1, len(session)):
+                prefix, alone = torch.from_numpy(session[:end]), Packing.of(np.array([end]))
+                queries = {name: q[-1] for name, q in recommender.queries(catalogs, prefix, alone).items()}
+                scores = {name: catalogs[name] @ queries[name] for name in ("id", "text")}
+                scores["fused"] = 0.3 * scores["id"] + 0.7 * scores["text"] / config.temperature_text
+                for view, y in scores.items():
+                    expected[view][min(20, int((y > y[session[end]]).sum()))] += 1
+    for view, hits in expected.items():
+        assert np.array_equal(found.hits[view].sum(0), hits), view
 
 
 def test_training_counts_cover_items_never_seen() -> None:

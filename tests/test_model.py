@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from alterrec_fast.data.batches import pack, plan
 from alterrec_fast.data.sessions import Sessions
-from alterrec_fast.model.encoders import MeanSession, TransformerSession, initialise
+from alterrec_fast.model.encoders import (
+    ConcatItems,
+    IdItems,
+    MeanSession,
+    SumItems,
+    TextItems,
+    TransformerSession,
+    initialise,
+)
 from alterrec_fast.model.packing import MAX_PADDING, Packing
 from alterrec_fast.training.config import Config
 from alterrec_fast.training.variants import build
@@ -148,6 +156,35 @@ def test_fused_score_is_the_weighted_sum() -> None:
                 torch.testing.assert_close(scores["fused"], 0.3 * x + 0.7 * h)
             else:
                 torch.testing.assert_close(scores["fused"], scores["id"] + scores["text"])
+
+
+def test_item_encoders_are_what_the_paper_says() -> None:
+    """A LayerNorm over the table; Eq. (1) with its MLP and LayerNorm; and the sum and the two side by side."""
+    torch.manual_seed(0)
+    features = torch.randn(10, 6)
+    ids, text = IdItems(10, 4), TextItems(features, 4, 0.5).eval()
+    for encoder in (ids, text):
+        initialise(encoder, "uniform", 4)
+    x = F.layer_norm(ids.table, (4,), ids.norm.weight, ids.norm.bias)
+    mlp = F.relu(features @ text.linear.weight.T + text.linear.bias)
+    h = F.layer_norm(mlp, (4,), text.norm.weight, text.norm.bias)
+    for encoder, expected in (
+        (ids, x),
+        (text, h),
+        (SumItems(ids, text), x + h),
+        (ConcatItems(ids, text), torch.cat([x, h], 1)),
+    ):
+        torch.testing.assert_close(encoder(), expected)
+    assert not torch.equal(text.train()(), h)  # dropout
+    assert "features" not in text.state_dict()
+
+
+def test_each_network_has_the_session_encoder_of_its_setting() -> None:
+    made = build(Config(width=8, id_session="mean", text_session="transformer"), 10, torch.randn(10, 6))
+    assert isinstance(made.network("id").session, MeanSession)
+    assert isinstance(made.network("text").session, TransformerSession)
+    for variant in ("nfrec_sum", "nfrec_concat"):  # the mean, appendix A
+        assert isinstance(build(Config(variant=variant), 10, torch.randn(10, 6)).network("fused").session, MeanSession)
 
 
 def test_uniform_initialisation_covers_every_parameter() -> None:
