@@ -7,17 +7,19 @@ import sys
 
 import pytest
 
-INSTALL = {
-    "recbole": 'pip install "recbole==1.2.1" "numpy<2" "setuptools<81"',
-    "rectools": 'pip install "rectools\\[torch\\]==0.19.0"',
-}
 
-
-@pytest.mark.parametrize("library", INSTALL)
+@pytest.mark.parametrize(
+    ("integration", "library", "install"),
+    [
+        ("recbole", "recbole", 'pip install "recbole==1.2.1" "numpy<2" "setuptools<81"'),
+        ("rectools", "rectools", r'pip install "rectools\[torch\]==0.19.0"'),
+        ("sentence_transformers", "datasets", 'pip install "sentence-transformers==6.2.0" datasets'),
+    ],
+)
 def test_a_missing_library_is_named_with_the_line_that_installs_it(
-    library: str, monkeypatch: pytest.MonkeyPatch
+    integration: str, library: str, install: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
-    monkeypatch.delitem(sys.modules, f"alterrec_fast.integrations.{library}", raising=False)
-    with pytest.raises(ImportError, match=f"needs {library}.*{INSTALL[library]}"):
-        importlib.import_module(f"alterrec_fast.integrations.{library}")
+    monkeypatch.delitem(sys.modules, f"alterrec_fast.integrations.{integration}", raising=False)
+    with pytest.raises(ImportError, match=f"needs {library}.*{install}"):
+        importlib.import_module(f"alterrec_fast.integrations.{integration}")
