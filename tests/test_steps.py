@@ -32,7 +32,7 @@ def trainer(shop: Dataset, run: Path, **changes: Any) -> Trainer:
 def step(made: Trainer, epoch: Epoch) -> tuple[Batch, float]:
     """A step on the first 20 sessions, the gradients left in place."""
     batch = pack(made.dataset.train, np.arange(20), 50)
-    losses, _ = made._step(epoch, batch, made._teacher_catalog(epoch))
+    losses, _ = made.gradients(epoch, batch, made.teacher_catalog(epoch))
     return batch, float(losses["loss"])
 
 
@@ -75,7 +75,7 @@ def test_hard_fraction_is_the_share_of_the_slice(fraction: float, shop: Dataset,
     epoch = next(epoch for epoch in epochs(made.config) if epoch.teacher)
     batch = pack(shop.train, np.arange(100), 50)
     items, packing = torch.from_numpy(batch.items), Packing.of(batch.lengths)
-    catalog = made._teacher_catalog(epoch)
+    catalog = made.teacher_catalog(epoch)
     torch.manual_seed(0)
     neg, positives = made._negatives(epoch, items, packing, catalog)
     network = made.recommender.network(epoch.teacher)
@@ -103,7 +103,7 @@ def test_the_loss_of_naive_concatenation_has_its_parts(shop: Dataset, tmp_path: 
     """Appendix B: each part's loss is that of its own share of the score, over the same negatives."""
     made = trainer(shop, tmp_path, variant="nfrec_concat", k1=0, k2=shop.num_items)
     batch = pack(shop.train, np.arange(20), 50)
-    losses, _ = made._step(next(epochs(made.config)), batch, None)
+    losses, _ = made.gradients(next(epochs(made.config)), batch, None)
     recommender, target = made.recommender, torch.from_numpy(batch.targets)
     with torch.no_grad():
         catalogs = recommender.catalogs()
@@ -118,13 +118,13 @@ def test_learning_rates_step_by_each_network_s_own_epochs(
     shop: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[tuple[str, float]] = []
-    original = Trainer._step
+    original = Trainer.gradients
 
     def watched(self: Trainer, epoch: Epoch, *rest: Any) -> Any:
         used.append((epoch.student, self.optimizers[epoch.student].param_groups[0]["lr"]))
         return original(self, epoch, *rest)
 
-    monkeypatch.setattr(Trainer, "_step", watched)
+    monkeypatch.setattr(Trainer, "gradients", watched)
     rates = {"lr_id": 0.01, "lr_text": 0.02, "lr_gamma": 0.5, "lr_step_id": 1, "lr_step_text": 2}
     af.train(small(shop, tmp_path / "run", variant="random", m_max=6, **rates))
     lines = history(tmp_path / "run")[1:]
@@ -141,13 +141,13 @@ def test_an_epoch_trains_its_student_alone(shop: Dataset, tmp_path: Path) -> Non
     assert plan[2].student == "id" and plan[2].teacher == "text"
     before = {name: value.clone() for name, value in made.recommender.state_dict().items()}
     modes = []
-    original = made._step
+    original = made.gradients
 
     def watched(*args: Any) -> Any:
         modes.append((made.recommender.network("id").training, made.recommender.network("text").training))
         return original(*args)
 
-    made._step = watched  # type: ignore[method-assign]
+    made.gradients = watched  # type: ignore[method-assign]
     made._run_epoch(plan[2])
     assert set(modes) == {(True, False)}  # dropout for the student, none for the teacher
     for name, value in made.recommender.state_dict().items():
@@ -157,13 +157,13 @@ def test_an_epoch_trains_its_student_alone(shop: Dataset, tmp_path: Path) -> Non
 def test_every_epoch_has_an_order_of_its_own(shop: Dataset, tmp_path: Path) -> None:
     made = trainer(shop, tmp_path, variant="id_only")
     seen: list[list[int]] = []
-    original = made._step
+    original = made.gradients
 
     def watched(epoch: Epoch, batch: Batch, catalog: torch.Tensor | None) -> Any:
         seen[-1] += batch.targets.tolist()
         return original(epoch, batch, catalog)
 
-    made._step = watched  # type: ignore[method-assign]
+    made.gradients = watched  # type: ignore[method-assign]
     for epoch in list(epochs(made.config))[:2]:
         seen.append([])
         made.state.step, made.state.sums = 0, {}

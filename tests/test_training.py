@@ -122,7 +122,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_from_its_step(
     config = small(shop, tmp_path / "whole", variant="alterrec_aug", hard_fraction=0.5, checkpoint_minutes=1e-9)
     af.train(config)
     calls = 0
-    original = Trainer._step
+    original = Trainer.gradients
 
     def failing(self: Trainer, *args: Any) -> Any:
         nonlocal calls
@@ -133,7 +133,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_from_its_step(
 
     broken = config.replace(out=str(tmp_path / "broken"))
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", failing)
+        patch.setattr(Trainer, "gradients", failing)
         with pytest.raises(KeyboardInterrupt):
             af.train(broken)
     state = checkpoint.load(tmp_path / "broken" / LAST)[1]

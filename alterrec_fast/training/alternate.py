@@ -117,7 +117,7 @@ class Trainer:
         """One pass over the training targets; returns the epoch's line of the history, without validation."""
         config, state = self.config, self.state
         student = self.recommender.network(epoch.student).train()
-        catalog = self._teacher_catalog(epoch)
+        catalog = self.teacher_catalog(epoch)
         rate = self._set_rate(epoch)
         order = np.random.default_rng([config.seed, epoch.number])
         sums = state.sums = state.sums or dict.fromkeys(("loss", "targets", "slots", "seconds"), 0.0)
@@ -131,8 +131,7 @@ class Trainer:
             torch.manual_seed(_seed(config.seed, epoch.number, step))
             batch = pack(self.dataset.train, which, config.max_length)
             with _finite_scores(f"epoch {epoch.number}, step {step}"):
-                losses, packing = self._step(epoch, batch, catalog)
-            self.optimizers[epoch.student].step()
+                losses, packing = self.step(epoch, batch, catalog)
             for name, loss in losses.items():
                 totals[name] = totals.get(name, self._float64(0.0)) + loss.double() * len(batch.targets)
             sums["targets"] += len(batch.targets)
@@ -162,15 +161,31 @@ class Trainer:
             "padding": sums["slots"] / total,
         }
 
-    def _step(self, epoch: Epoch, batch: Batch, teacher_catalog: Tensor | None) -> tuple[dict[str, Tensor], Packing]:
-        """Forward and backward of one batch: gradients are left in the student's parameters."""
+    def step(self, epoch: Epoch, batch: Batch, teacher_catalog: Tensor | None) -> tuple[dict[str, Tensor], Packing]:
+        """One step of the student's optimiser; takes and returns what `gradients` does."""
+        found = self.gradients(epoch, batch, teacher_catalog)
+        self.optimizers[epoch.student].step()
+        return found
+
+    def gradients(
+        self, epoch: Epoch, batch: Batch, teacher_catalog: Tensor | None
+    ) -> tuple[dict[str, Tensor], Packing]:
+        """Forward and backward of one batch: gradients are left in the student's parameters.
+
+        teacher_catalog: (V, d), what `teacher_catalog` gave for this epoch. Returns the losses by name, and how the
+        batch's tokens were packed.
+        """
         config, student = self.config, self.recommender.network(epoch.student)
         packing = Packing.of(batch.lengths, self.device)
         items, target = (torch.from_numpy(x).to(self.device) for x in (batch.items, batch.targets))
         neg, positives = self._negatives(epoch, items, packing, teacher_catalog)
         self.optimizers[epoch.student].zero_grad(set_to_none=True)
-        catalog = student.catalog()  # (V, d)
-        query = student.queries(catalog, items, packing)  # (T, d)
+        encoded = student.catalog()  # (V, d)
+        # The loss meets leaves, so that the gradient of the rows looked up is added to the catalog's where it lies:
+        # autograd would make a second (V, d), of zeros but for these rows, and sum the two.
+        catalog = encoded.detach().requires_grad_()
+        rows = encoded.detach().index_select(0, items).requires_grad_()  # (T, d)
+        query = student.session(rows, packing)  # (T, d)
         options: dict[str, Any] = {"backend": config.backend, "precision": config.precision}
         loss = slice_cross_entropy(
             query,
@@ -183,6 +198,8 @@ class Trainer:
             **options,
         )
         loss.backward()
+        assert catalog.grad is not None and rows.grad is not None
+        encoded.backward(catalog.grad.index_add_(0, items, rows.grad))
         losses = {"loss": loss.detach()}
         if config.variant == "nfrec_concat":
             with torch.no_grad():
@@ -207,7 +224,8 @@ class Trainer:
     def _float64(self, value: float) -> Tensor:
         return torch.tensor(value, dtype=torch.float64, device=self.device)
 
-    def _teacher_catalog(self, epoch: Epoch) -> Tensor | None:
+    def teacher_catalog(self, epoch: Epoch) -> Tensor | None:
+        """(V, d) of the epoch's teacher in eval mode, None without one."""
         if epoch.teacher is None:
             return None
         teacher = self.recommender.network(epoch.teacher).eval()
