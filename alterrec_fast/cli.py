@@ -1,9 +1,10 @@
-"""The command line: prepare, train, recommend, evaluate, doctor."""
+"""The command line: prepare, train, recommend, evaluate, bench, doctor."""
 
 from __future__ import annotations
 
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -136,6 +137,39 @@ def evaluate(
     with _Errors():
         found = evaluate_run(run, split)
     typer.echo(json.dumps(found, indent=2) if as_json else _table(found[split], found.get(f"{split}_std")))
+
+
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Option(help="folder for results.json, table.md and the figures")],
+    quick: Annotated[bool, typer.Option("--quick", help="under 5 minutes instead of 40, on 2 cores")] = False,
+    op: Annotated[list[str] | None, typer.Option(help="this op alone; may be given several times")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="say what got slower than the stored baseline")] = False,
+    python: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=PATH, the interpreter with someone else's library: recbole, rectools or replay"),
+    ] = None,
+    threads: Annotated[int, typer.Option(min=0, help="default: one for each core")] = 0,
+) -> None:
+    """Measure the ops against the alternatives on this machine; each result is checked before it is timed."""
+    from alterrec_fast.benchmarks import bench as benchmarks
+
+    pythons: dict[str, str] = {}
+    with _Errors():
+        for given in python or []:
+            name, equals, path = given.partition("=")
+            if not equals or name not in benchmarks.PEERS:
+                raise ConfigError(f"--python takes NAME=PATH, NAME of {', '.join(benchmarks.PEERS)}, got {given!r}")
+            pythons[name] = path
+        command = shlex.join(["alterrec-fast", *sys.argv[1:]])
+        options = benchmarks.Options(out, quick, tuple(op or ()), pythons, threads, command)
+        try:
+            results = benchmarks.run(options, typer.echo)
+        except benchmarks.BenchError as error:
+            raise RunError(str(error)) from error
+    if compare:
+        typer.echo("\n" + benchmarks.comparison(results))
+    typer.echo(f"\ntable: {out / 'table.md'}\nresults: {out / 'results.json'}")
 
 
 @app.command()

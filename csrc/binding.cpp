@@ -174,7 +174,8 @@ PyObject* isa_of_module(PyObject*, PyObject*) { return PyUnicode_FromString(isa_
 
 PyObject* counters_of_module(PyObject*, PyObject*) {
   const Counters c = counters();
-  return Py_BuildValue("{s:L,s:L,s:L}", "rows", c.rows, "missed", c.missed, "overflow", c.overflow);
+  return Py_BuildValue("{s:L,s:L,s:L,s:L,s:L,s:L}", "rows", c.rows, "missed", c.missed, "overflow", c.overflow,
+                       "bracket_ns", c.bracket_ns, "stream_ns", c.stream_ns, "settle_ns", c.settle_ns);
 }
 
 PyObject* set_trouble_of_module(PyObject*, PyObject* name) {
@@ -191,7 +192,8 @@ PyObject* set_trouble_of_module(PyObject*, PyObject* name) {
 
 PyMethodDef methods[] = {
     {"isa", isa_of_module, METH_NOARGS, "The instruction set in use: scalar, avx2, avx512 or amx."},
-    {"counters", counters_of_module, METH_NOARGS, "Sessions ranked, missed and overflowed since the process started."},
+    {"counters", counters_of_module, METH_NOARGS,
+     "Sessions ranked, missed and overflowed, and nanoseconds of each phase, since the process started."},
     {"set_trouble", set_trouble_of_module, METH_O, "For tests: forces 'miss', 'overflow' or, for 'none', neither."},
     {nullptr, nullptr, 0, nullptr},
 };

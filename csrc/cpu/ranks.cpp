@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -27,6 +28,7 @@ constexpr int64_t kBitsBytes = 16 << 20;           // for member bits that are n
 constexpr int64_t kStoredBytes = 32 << 20;         // for whole rows of scores
 
 std::atomic<int64_t> total_rows{0}, total_missed{0}, total_overflow{0};
+std::atomic<int64_t> bracket_ns{0}, stream_ns{0}, settle_ns{0};
 std::atomic<Trouble> trouble{Trouble::kNone};
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -35,6 +37,19 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 double product_cost(const RankJob& job) {
   return static_cast<double>(job.query.cols) / (job.arithmetic == Arithmetic::kBf16 ? 128.0 : 32.0);
 }
+
+// Adds the wall-clock time since the last phase ended to `total`. A few calls for some hundred sessions cost nothing.
+class Stopwatch {
+ public:
+  void end_of(std::atomic<int64_t>& total) {
+    const auto now = std::chrono::steady_clock::now();
+    total += std::chrono::duration_cast<std::chrono::nanoseconds>(now - begun_).count();
+    begun_ = now;
+  }
+
+ private:
+  std::chrono::steady_clock::time_point begun_ = std::chrono::steady_clock::now();
+};
 
 class Engine {
  public:
@@ -190,10 +205,12 @@ class Engine {
   // --- large catalogs: tiles of scores in cache, limits from a sample ---
 
   void rank_streamed(int64_t begin, int64_t count) {
+    Stopwatch stopwatch;
     const Plan plan = plan_of(begin, count);
     if (job_.start < job_.stop && job_.bits == nullptr) scratch_bits_.reserve(count * words_);
     const QueryBlock queries(job_.query, begin, count, job_.arithmetic);
     const std::vector<Limits> limits = sample_limits(begin, count, plan);
+    stopwatch.end_of(bracket_ns);
 
     // Each worker has a list for every session, long enough for all: where in the catalog a session's candidates lie
     // is the catalog's affair.
@@ -230,6 +247,7 @@ class Engine {
         }
       }
     });
+    stopwatch.end_of(stream_ns);
     if (not_finite_.row >= 0) return;
 
     std::vector<char> missed(count, 0);
@@ -256,6 +274,7 @@ class Engine {
       if (missed[r]) again.push_back(begin + r);
     }
     rank_again(begin, again);
+    stopwatch.end_of(settle_ns);
   }
 
   // Rows whose limits did not hold: all their scores are kept, and settled without limits.
@@ -378,7 +397,7 @@ class Engine {
 
 NotFinite rank(const RankJob& job, const Receive& receive) { return Engine(job, receive).run(); }
 
-Counters counters() { return {total_rows, total_missed, total_overflow}; }
+Counters counters() { return {total_rows, total_missed, total_overflow, bracket_ns, stream_ns, settle_ns}; }
 
 void set_trouble(Trouble value) { trouble = value; }
 

@@ -1,0 +1,291 @@
+"""The table of what is measured: ops, the shapes they are measured at, and who takes part.
+
+Both front ends read it: `pytest benchmarks --benchmark-only` and `alterrec-fast bench`. To add a contestant, write its
+`prepare` beside those of its op (`rankers.py`, `losses.py`) and name it here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from alterrec_fast.benchmarks import losses, rankers, truth, verdicts
+from alterrec_fast.benchmarks.records import FLOOR
+from alterrec_fast.benchmarks.worker import Call, Shape, Task, Tensors
+
+OURS = "alterrec-fast"
+# Errors up to which a result counts as right; bfloat16 has 8 significant bits.
+RANKS, LOSS, BF16 = 1e-5, 1e-4, 2e-2
+
+ANY = ("fp32", "bf16")
+TABLE, CURVES = ("",), ("", "V")  # figures, see Shape.figure
+
+Compare = Callable[[Tensors, Tensors], float]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to do an op."""
+
+    name: str
+    package: str  # whose version the record holds
+    task: Task | None  # None where `python` is set: peers.py has it then
+    tolerance: float = RANKS
+    ours: bool = False
+    precisions: tuple[str, ...] = ("fp32",)  # of the inputs that it takes
+    figures: tuple[str, ...] = CURVES  # where it is shown
+    python: str = ""  # the name of the interpreter that it runs under, "" for this one
+
+    def takes(self, shape: Shape) -> bool:
+        return shape.precision in self.precisions and shape.figure in self.figures
+
+    def allowed(self, shape: Shape) -> float:
+        return BF16 if shape.precision == "bf16" else self.tolerance
+
+
+@dataclass(frozen=True)
+class Op:
+    """What contestants compete in."""
+
+    name: str
+    title: str
+    products: int  # matrix products of the shape that can't be done without
+    make: Callable[[Shape], Tensors]
+    truth: Callable[[Shape, Tensors], Tensors]
+    traffic: Callable[[Shape], float]  # bytes that must move, however it is done
+    contestants: tuple[Contestant, ...]
+    quick: tuple[Shape, ...]
+    full: tuple[Shape, ...]  # beside the quick ones
+    scaled: Shape | None = None  # at which it is run on 1, 2, 4 ... threads
+
+
+# What must be read and written once. The catalog's gradient is written; a step reads the teacher's catalog as well.
+
+
+def _matrices(shape: Shape) -> float:
+    """Bytes of queries and catalog."""
+    return float((shape.sessions + shape.items) * shape.width * (2 if shape.precision == "bf16" else 4))
+
+
+def _ranking_traffic(shape: Shape) -> float:
+    size = shape.stop - shape.start
+    return float(_matrices(shape) + shape.sessions * min(shape.items / 8, 4 * size))
+
+
+def _loss_traffic(shape: Shape) -> float:
+    return 2 * _matrices(shape)
+
+
+def _step_traffic(shape: Shape) -> float:
+    return 3 * _matrices(shape)
+
+
+def _sampled_traffic(shape: Shape) -> float:
+    """The vectors of each negative are read in the forward pass; the gradient of the whole catalog is written."""
+    vectors = shape.negatives * (1 if shape.shared else shape.sessions)
+    return float(_matrices(shape) + vectors * shape.width * (2 if shape.precision == "bf16" else 4))
+
+
+# --- who takes part ---
+
+
+def _floor(prepare: Callable[[Shape, Tensors], Call]) -> Contestant:
+    task = Task(prepare, verdicts.compare_product)
+    return Contestant(FLOOR, "torch", task, precisions=ANY, figures=("", "V", "threads", "form"))
+
+
+def _ours(prepare: Callable[..., Call], compare: Compare, tolerance: float) -> tuple[Contestant, ...]:
+    """Our op as it is and, on float32 inputs, in bfloat16."""
+    task, rounded = Task(prepare, compare), Task(partial(prepare, precision="bf16"), compare)
+    return (
+        Contestant(OURS, OURS, task, tolerance, True, ANY, ("", "V", "threads")),
+        Contestant(f"{OURS}, bf16", OURS, rounded, BF16, True),
+    )
+
+
+_SLICE, _BEST, _LOSS = verdicts.compare_slice, verdicts.compare_best, verdicts.compare_loss
+_WHOLE_LOSS = partial(verdicts.compare_loss, variant="whole_")
+_UNSORTED = partial(rankers.torch_topk, ordered=False)
+_MINING = ("sentence_transformers.util", "datasets")
+
+_OF_RANK_SLICE = (
+    _floor(rankers.product),
+    *_ours(rankers.our_slice, _SLICE, RANKS),
+    Contestant("mm, topk", "torch", Task(rankers.torch_topk, _SLICE), precisions=ANY),
+    Contestant("mm, topk unsorted", "torch", Task(_UNSORTED, _SLICE), precisions=ANY, figures=("", "V", "threads")),
+    Contestant("mm, kthvalue", "torch", Task(rankers.torch_kthvalue, _SLICE), figures=TABLE),
+    Contestant("mm, numpy argpartition", "numpy", Task(rankers.numpy_argpartition, _SLICE), figures=TABLE),
+    Contestant("Faiss IndexFlatIP", "faiss-cpu", Task(rankers.faiss_flat, _SLICE, ("faiss",))),
+    Contestant("usearch exact", "usearch", Task(rankers.usearch_exact, _SLICE, ("usearch.index",)), figures=TABLE),
+    Contestant(
+        "mine_hard_negatives, 16",
+        "sentence-transformers",
+        Task(rankers.mine_hard_negatives, verdicts.compare_some, _MINING),
+        figures=TABLE,
+    ),
+)
+
+_OF_TOP_K = (
+    _floor(rankers.product),
+    *_ours(rankers.our_best, _BEST, RANKS),
+    Contestant("mm, topk", "torch", Task(rankers.torch_topk, _BEST), precisions=ANY, figures=("", "V", "threads")),
+    Contestant("mm, topk in blocks", "torch", Task(rankers.torch_blocks, _BEST), precisions=ANY),
+    Contestant("mm, numpy argpartition", "numpy", Task(rankers.numpy_argpartition, _BEST), figures=TABLE),
+    Contestant("Faiss IndexFlatIP", "faiss-cpu", Task(rankers.faiss_flat, _BEST, ("faiss",))),
+    Contestant("usearch exact", "usearch", Task(rankers.usearch_exact, _BEST, ("usearch.index",)), figures=TABLE),
+    Contestant(
+        "semantic_search",
+        "sentence-transformers",
+        Task(rankers.semantic_search, _BEST, _MINING[:1]),
+        figures=TABLE,
+    ),
+)
+
+_NO_KEPT = partial(losses.our_full, keep_bytes=0)
+_CHUNKS = "F.linear_cross_entropy"
+
+_OF_FULL_SOFTMAX = (
+    _floor(losses.products),
+    *_ours(losses.our_full, _LOSS, LOSS),
+    Contestant(f"{OURS}, keep_bytes=0", OURS, Task(_NO_KEPT, _LOSS), LOSS, True),
+    Contestant(
+        "F.cross_entropy", "torch", Task(losses.torch_cross_entropy, _LOSS), LOSS, False, ANY, ("", "V", "threads")
+    ),
+    Contestant(f"{_CHUNKS}, auto", "torch", Task(losses.torch_linear_cross_entropy, _LOSS), LOSS),
+    Contestant(f"{_CHUNKS}, best", "torch", Task(losses.torch_linear_cross_entropy_best, _LOSS), LOSS, figures=TABLE),
+    Contestant(
+        "Cut Cross-Entropy",
+        "cut-cross-entropy",
+        Task(losses.cut_cross_entropy, _LOSS, ("cut_cross_entropy",), losses.compile_cut_cross_entropy),
+        LOSS,
+    ),
+    Contestant("Liger", "liger-kernel", Task(losses.liger, _LOSS, ("liger_kernel",)), LOSS, figures=TABLE),
+)
+
+_OF_SLICE_LOSS = (
+    _floor(losses.products),
+    *_ours(losses.our_slice_loss, _LOSS, LOSS),
+    Contestant(f"{OURS}, keep_bytes=0", OURS, Task(partial(losses.our_slice_loss, keep_bytes=0), _LOSS), LOSS, True),
+    Contestant("advanced indexing", "torch", Task(losses.indexed, _LOSS), LOSS),
+    Contestant("gather", "torch", Task(losses.gathered, _LOSS), LOSS),
+    Contestant("masked_fill", "torch", Task(losses.masked, _LOSS), LOSS),
+    Contestant("streamed, bits", OURS, Task(losses.our_slice_streamed, _LOSS), LOSS, True, figures=("form",)),
+    Contestant("gathered, ids", OURS, Task(losses.our_slice_gathered, _LOSS), LOSS, True, figures=("form",)),
+)
+
+_SPARSE = partial(losses.our_sampled, sparse_grad=True)
+
+_OF_SAMPLED_SOFTMAX = (
+    _floor(losses.products),
+    *_ours(losses.our_sampled, _LOSS, LOSS),
+    Contestant(f"{OURS}, sparse_grad", OURS, Task(_SPARSE, _LOSS), LOSS, True, figures=TABLE),
+    Contestant("gather, einsum", "torch", Task(losses.gather_einsum, _LOSS), LOSS),
+    Contestant("RePlay CESampled", "replay-rec", None, LOSS, figures=TABLE, python="replay"),
+)
+
+_OF_STEP = (
+    _floor(losses.products),
+    *_ours(losses.our_step, _LOSS, LOSS),
+    Contestant("published", "torch", Task(losses.published_step, _LOSS), LOSS),
+    Contestant("strong", "torch", Task(losses.strong_step, _WHOLE_LOSS), LOSS),
+)
+
+# --- at which shapes: the paper's Amazon-French, a smaller shop, curves over V, one shape for threads ---
+
+_FRENCH = Shape(40_258, 300)
+_SHOP = Shape(3_800, 128, sessions=500)
+_QUICK_CURVE, _FULL_CURVE = (10_000, 160_000), (40_000, 400_000, 1_000_000)
+
+
+def _curve(sizes: tuple[int, ...], **more: Any) -> tuple[Shape, ...]:
+    return tuple(Shape(items, 128, figure="V", **more) for items in sizes)
+
+
+def _form(share: int) -> Shape:
+    """A slice of one item in `share`, for the crossover of its two forms."""
+    return Shape(40_258, 128, stop=40_258 // share, figure="form")
+
+
+def _slice_curve(sizes: tuple[int, ...]) -> tuple[Shape, ...]:
+    return tuple(Shape(items, 128, figure="V", start=20, stop=min(20_000, items // 2)) for items in sizes)
+
+
+_SLICED = replace(_FRENCH, start=20, stop=20_000)
+_SHOP_SLICED = replace(_SHOP, start=6, stop=1_800)
+_BEST_20 = replace(_FRENCH, stop=20)
+_SCALED = Shape(40_258, 128, figure="threads")
+_SAMPLED = Shape(100_000, 128, negatives=2_000)
+
+OPS = (
+    Op(
+        "rank_slice",
+        "Ranks of the whole catalog, as a set",
+        1,
+        truth.make_ranking,
+        truth.ranking_truth,
+        _ranking_traffic,
+        _OF_RANK_SLICE,
+        quick=(_SLICED, replace(_SLICED, precision="bf16"), *_slice_curve(_QUICK_CURVE)),
+        full=(_SHOP_SLICED, *_slice_curve(_FULL_CURVE)),
+        scaled=replace(_SCALED, start=20, stop=20_000),
+    ),
+    Op(
+        "top_k",
+        "The best items of the whole catalog, in order",
+        1,
+        truth.make_ranking,
+        truth.ranking_truth,
+        _ranking_traffic,
+        _OF_TOP_K,
+        quick=(_BEST_20, replace(_BEST_20, precision="bf16"), *_curve(_QUICK_CURVE, stop=20)),
+        full=(replace(_SHOP, stop=20), *_curve(_FULL_CURVE, stop=20)),
+        scaled=replace(_SCALED, stop=20),
+    ),
+    Op(
+        "full_softmax",
+        "Cross-entropy over the whole catalog, forward and backward",
+        3,
+        truth.make_loss,
+        truth.loss_truth,
+        _loss_traffic,
+        _OF_FULL_SOFTMAX,
+        quick=(_FRENCH, *_curve(_QUICK_CURVE)),
+        full=(_SHOP, *_curve(_FULL_CURVE)),
+        scaled=_SCALED,
+    ),
+    Op(
+        "slice_cross_entropy",
+        "Cross-entropy over a slice, forward and backward",
+        3,
+        truth.make_loss,
+        truth.loss_truth,
+        _loss_traffic,
+        _OF_SLICE_LOSS,
+        quick=(_SLICED, *(_form(share) for share in (8, 32, 128))),
+        full=(_SHOP_SLICED, *_slice_curve((10_000, 40_000, 160_000, 400_000)), *(_form(share) for share in (16, 64))),
+    ),
+    Op(
+        "sampled_softmax",
+        "Cross-entropy over sampled negatives, forward and backward",
+        3,
+        truth.make_loss,
+        truth.loss_truth,
+        _sampled_traffic,
+        _OF_SAMPLED_SOFTMAX,
+        quick=(_SAMPLED, replace(_SAMPLED, shared=True)),
+        full=(replace(_SAMPLED, items=1_000_000), *_curve((10_000, 160_000, 1_000_000), negatives=2_000)),
+    ),
+    Op(
+        "step",
+        "A training step's kernel part: slice, loss and gradients",
+        4,
+        truth.make_step,
+        truth.step_truth,
+        _step_traffic,
+        _OF_STEP,
+        quick=(_SLICED,),
+        full=(_SHOP_SLICED, *_slice_curve((10_000, 40_000, 160_000))),
+    ),
+)

@@ -1,0 +1,88 @@
+"""The Markdown table of a run: what it was made on, then for each op and shape who came in how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from alterrec_fast.benchmarks.contestants import OPS
+from alterrec_fast.benchmarks.records import FLOOR, Record, Results
+
+COLUMNS = (
+    "",
+    "ms",
+    "to mm",
+    "expected again in",
+    "of the ceiling",
+    "to bandwidth",
+    "peak MiB",
+    "beyond inputs",
+    "error",
+)
+
+
+def markdown(results: Results) -> str:
+    """The whole page."""
+    parts = [_heading(results)]
+    for op in OPS:
+        records = [record for record in results.records if record.op == op.name]
+        tables = [
+            f"**{shape.label}**\n\n{table(list(group))}"
+            for shape, group in groupby(records, key=lambda record: record.shape)
+        ]
+        if tables:
+            parts.append(f"## {op.name}\n\n{op.title}.\n\n" + "\n\n".join(tables))
+    return "\n\n".join(parts) + "\n"
+
+
+def table(records: Sequence[Record]) -> str:
+    """One contest, ours first and then by time; those without a result come last, with the reason."""
+    ranked = sorted(records, key=lambda r: (r.seconds is None, r.contestant != FLOOR, not r.ours, r.seconds or 0.0))
+    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
+    return "\n".join(lines + [_line(record) for record in ranked])
+
+
+def _line(record: Record) -> str:
+    if record.seconds is None:
+        reason = (record.failed or "not timed").replace("|", "\\|")
+        return f"| {record.contestant} | {reason} |" + " |" * (len(COLUMNS) - 2)
+    interval = record.interval
+    cells = [
+        f"**{record.contestant}**" if record.ours else record.contestant,
+        f"{1e3 * record.seconds:.1f}" if record.seconds < 1.0 else f"{1e3 * record.seconds:.0f}",
+        _number(record.ratio),
+        f"{_number(interval[0])} to {_number(interval[1])}" if interval else "one turn",
+        "" if record.share is None else f"{100 * record.share:.0f}%",
+        _number(record.bandwidth_ratio),
+        _mebibytes(record.peak_bytes),
+        _mebibytes(record.extra_bytes),
+        "" if record.error is None else f"{record.error:.0e}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _heading(results: Results) -> str:
+    machine = results.machine
+    lines = [
+        "# Benchmarks",
+        f"`{results.command}`, {results.date}.",
+        f"{machine.processor}, {machine.cores} cores, {machine.threads} threads, "
+        f"{machine.memory / 2**30:.0f} GiB, {' '.join(machine.flags)}; native engine: {machine.instruction_set}; "
+        f"governor: {machine.governor or 'not told'}; {machine.system}; Python {machine.python}, "
+        f"torch {machine.torch}, {', '.join(machine.packages)}.",
+        f"Memory bandwidth {results.bandwidth / 1e9:.1f} GB/s. Load average {results.load_before:.1f} before and "
+        f"{results.load_after:.1f} after; while no contestant ran, other work took {results.others:.2f} cores.",
+    ]
+    if results.busy:
+        lines.append("**The machine was busy with other work: take the figures of this run as provisional.**")
+    return "\n\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" if value < 10.0 else f"{value:.0f}"
+
+
+def _mebibytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**20:,.0f}"
