@@ -1,0 +1,122 @@
+"""Contestants of a made-up op, doubling a vector, for the tests of `alterrec-fast bench`: good ones and bad ones."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import torch
+from alterrec_fast.benchmarks.contestants import Contestant, Op
+from alterrec_fast.benchmarks.records import FLOOR
+from alterrec_fast.benchmarks.worker import Call, Shape, Task, Tensors
+
+SHAPE = Shape(items=64, width=4, sessions=8)
+HOG = 64 << 30  # bytes that no limit in these tests allows
+
+
+def make(shape: Shape) -> Tensors:
+    return {"x": torch.arange(shape.items, dtype=torch.float32)}
+
+
+def make_nothing(shape: Shape) -> Tensors:
+    raise MemoryError("no room for the inputs")
+
+
+def truth(shape: Shape, inputs: Tensors) -> Tensors:
+    return {"rows": torch.arange(2), "double": inputs["x"].double() * 2}
+
+
+def compare(found: Tensors, true: Tensors) -> float:
+    return float((found["y"].double() - true["double"]).abs().max())
+
+
+def doubles(shape: Shape, inputs: Tensors) -> Call:
+    return Call(lambda i: {"y": inputs["x"] * 2}, detail=lambda: {"answer": 42.0})
+
+
+def sleeps(shape: Shape, inputs: Tensors) -> Call:
+    def run(i: int) -> Tensors:
+        time.sleep(0.02)
+        return {"y": inputs["x"] * 2}
+
+    return Call(run)
+
+
+def triples(shape: Shape, inputs: Tensors) -> Call:
+    return Call(lambda i: {"y": inputs["x"] * 3})
+
+
+def gives_no_number(shape: Shape, inputs: Tensors) -> Call:
+    return Call(lambda i: {"y": inputs["x"] * float("nan")})
+
+
+def raises(shape: Shape, inputs: Tensors) -> Call:
+    raise RuntimeError("cannot do this\non this machine")
+
+
+def dies(shape: Shape, inputs: Tensors) -> Call:
+    print("last words", flush=True)
+    os.kill(os.getpid(), signal.SIGSEGV)
+    raise AssertionError
+
+
+def dies_later(shape: Shape, inputs: Tensors) -> Call:
+    calls = []
+
+    def run(i: int) -> Tensors:
+        calls.append(i)
+        if len(calls) > 2:
+            os._exit(3)
+        return {"y": inputs["x"] * 2}
+
+    return Call(run)
+
+
+def eats(shape: Shape, inputs: Tensors) -> Call:
+    return Call(lambda i: {"y": torch.zeros(HOG // 4)})
+
+
+def hangs(shape: Shape, inputs: Tensors) -> Call:
+    time.sleep(600)
+    raise AssertionError
+
+
+def holds(shape: Shape, inputs: Tensors) -> Call:
+    """Holds 64 MiB while it runs."""
+
+    def run(i: int) -> Tensors:
+        held = torch.ones(16 << 20)
+        return {"y": inputs["x"] * 2 * held[0]}
+
+    return Call(run)
+
+
+def _contestant(name: str, task: Task, **more: object) -> Contestant:
+    return Contestant(name, "torch", task, 1e-6, **more)  # type: ignore[arg-type]
+
+
+GOOD = (
+    _contestant(FLOOR, Task(doubles, compare)),
+    _contestant("sleeps", Task(sleeps, compare), ours=True),
+    _contestant("holds", Task(holds, compare)),
+)
+BAD = (
+    _contestant("triples", Task(triples, compare), ours=True),
+    _contestant("not a number", Task(gives_no_number, compare)),
+    _contestant("raises", Task(raises, compare)),
+    _contestant("dies", Task(dies, compare)),
+    _contestant("dies later", Task(dies_later, compare)),
+    _contestant("eats", Task(eats, compare)),
+    _contestant("hangs", Task(hangs, compare)),
+    _contestant("is not installed", Task(doubles, compare, ("no_such_library",))),
+)
+
+
+def traffic(shape: Shape) -> float:
+    return 8.0 * shape.items
+
+
+def op(*contestants: Contestant, without_inputs: bool = False) -> Op:
+    maker = make_nothing if without_inputs else make
+    return Op("double", "Twice a vector", 2, maker, truth, traffic, contestants, (SHAPE,), ())

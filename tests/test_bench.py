@@ -1,0 +1,327 @@
+"""`alterrec-fast bench`: its verdicts, what it makes of contestants that fail, its records, comparison and pages."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from alterrec_fast.benchmarks import bench, figures, machine, tables, truth, verdicts
+from alterrec_fast.benchmarks.compare import Known, baseline_of, compare, read_baseline, summary
+from alterrec_fast.benchmarks.contest import Arena, Budget, how_it_ended
+from alterrec_fast.benchmarks.contestants import OPS, Op
+from alterrec_fast.benchmarks.records import FLOOR, LEAST_NOISE, Record, Results, conclude, noise_of
+from alterrec_fast.benchmarks.worker import Shape
+from typer.testing import CliRunner
+
+from alterrec_fast.cli import app
+from tests import bench_stubs
+
+BUDGET = Budget(rounds=3, seconds=1000.0, turn=0.05, first=20.0, memory=8 << 30)
+
+
+@pytest.fixture(scope="module")
+def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
+    return Arena(tmp_path_factory.mktemp("arena"), BUDGET, {}, threads=1)
+
+
+@pytest.fixture(scope="module")
+def good(arena: Arena) -> dict[str, Record]:
+    return {record.contestant: record for record in arena.hold(bench_stubs.op(*bench_stubs.GOOD), bench_stubs.SHAPE)}
+
+
+# --- contests ---
+
+
+def test_good_contestants_are_timed(good: dict[str, Record]) -> None:
+    floor, sleeps = good[FLOOR], good["sleeps"]
+    assert all(record.failed is None and len(record.turns) == 3 for record in good.values())
+    assert floor.ratio == 1.0 and floor.error == 0.0 and floor.detail == {"answer": 42.0}
+    assert sleeps.seconds is not None and sleeps.ratio is not None and floor.seconds is not None
+    assert sleeps.seconds >= 0.02 and sleeps.ratio > 1.0
+    assert sleeps.share == pytest.approx(2 * floor.seconds / sleeps.seconds)
+    assert sleeps.shape == replace(bench_stubs.SHAPE, threads=1)
+
+
+def test_memory_is_that_of_the_contestants_own_process(good: dict[str, Record]) -> None:
+    holds, floor = good["holds"], good[FLOOR]
+    assert holds.extra_bytes is not None and holds.peak_bytes is not None and floor.extra_bytes is not None
+    assert 64 << 20 <= holds.extra_bytes < 96 << 20
+    assert holds.peak_bytes > holds.extra_bytes
+    assert floor.extra_bytes < 32 << 20
+
+
+def test_a_bad_contestant_costs_its_own_record_alone(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena, "budget", replace(BUDGET, first=10.0))
+    contestants = (*bench_stubs.GOOD, *bench_stubs.BAD)
+    found = {record.contestant: record for record in arena.hold(bench_stubs.op(*contestants), bench_stubs.SHAPE)}
+    assert all(found[contestant.name].seconds is not None for contestant in bench_stubs.GOOD)
+    expected = {
+        "triples": "wrong: error 6.3e+01, allowed 1e-06",
+        "not a number": "wrong: error nan, allowed 1e-06",
+        "raises": "RuntimeError: cannot do this",
+        "dies": "killed by SIGSEGV: last words",
+        "dies later": "the process ended with status 3",
+        "eats": "RuntimeError: ",
+        "hangs": "stopped after 10 s",
+        "is not installed": "ModuleNotFoundError: No module named 'no_such_library'",
+    }
+    for name, words in expected.items():
+        record = found[name]
+        assert record.failed is not None and record.failed.startswith(words), (name, record.failed)
+        assert record.seconds is None and record.ratio is None
+    assert "alloc" in str(found["eats"].failed)
+    page = tables.table(list(found.values()))
+    assert all(words in page for words in expected.values())
+
+
+def test_without_inputs_every_record_says_why(arena: Arena) -> None:
+    records = arena.hold(bench_stubs.op(*bench_stubs.GOOD, without_inputs=True), bench_stubs.SHAPE)
+    assert [record.failed for record in records] == ["no inputs: MemoryError: no room for the inputs"] * 3
+
+
+def test_an_interpreter_without_the_library_is_told_so(arena: Arena) -> None:
+    sampled = next(op for op in OPS if op.name == "sampled_softmax")
+    replay = tuple(contestant for contestant in sampled.contestants if contestant.python == "replay")
+    shape = Shape(200, 8, sessions=8, negatives=16)
+    (record,) = arena.hold(replace(sampled, contestants=replay), shape)
+    assert record.failed is None or record.failed.startswith(("ModuleNotFoundError", "ImportError"))
+    arena.pythons["replay"] = "/no/such/python"
+    (record,) = arena.hold(replace(sampled, contestants=replay), shape)
+    assert "/no/such/python" in str(record.failed)
+
+
+def test_how_a_process_ended_in_words() -> None:
+    assert how_it_ended(-9, "") == "killed by SIGKILL, out of memory?"
+    assert how_it_ended(1, "ImportError: no") == "the process ended with status 1: ImportError: no"
+    assert how_it_ended(None, "") == "the process does not answer"
+
+
+# --- verdicts: ours pass on every op, and what is not right does not ---
+
+TINY = {
+    "rank_slice": Shape(3_000, 16, sessions=24, start=5, stop=700, threads=1),
+    "top_k": Shape(3_000, 16, sessions=24, stop=20, threads=1),
+    "full_softmax": Shape(3_000, 16, sessions=24, threads=1),
+    "slice_cross_entropy": Shape(3_000, 16, sessions=24, start=5, stop=700, threads=1),
+    "sampled_softmax": Shape(3_000, 16, sessions=24, negatives=50, threads=1),
+    "step": Shape(3_000, 16, sessions=24, start=5, stop=700, threads=1),
+}
+NEEDS_NOTHING = ("torch", "numpy", "alterrec-fast", "alterrec_fast")
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op.name in TINY], ids=lambda op: op.name)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_contestants_that_need_no_library_are_right(op: Op, precision: str) -> None:
+    shape = replace(TINY[op.name], precision=precision)
+    inputs = op.make(shape)
+    true = op.truth(shape, inputs)
+    for contestant in op.contestants:
+        if contestant.task is None or contestant.package not in NEEDS_NOTHING or not contestant.takes(shape):
+            continue
+        call = contestant.task.prepare(shape, inputs)
+        error = contestant.task.compare(call.read(call.run(0), true["rows"]), true)
+        assert error <= contestant.allowed(shape), contestant.name
+        assert contestant.name == FLOOR or call.run(1) is not None
+
+
+def test_wrong_slices_and_rankings_are_found() -> None:
+    shape = TINY["rank_slice"]
+    inputs = truth.make_ranking(shape)
+    true = truth.ranking_truth(shape, inputs)
+    ranked = true["scores"].sort(1, descending=True).indices
+    members = ranked[:, 5:700]
+    assert verdicts.compare_slice({"members": members}, true) == 0.0
+    assert verdicts.compare_slice({"members": ranked[:, 4:699]}, true) > 1e-5
+    assert verdicts.compare_slice({"members": ranked[:, 6:701]}, true) > 1e-5
+    for bad in (ranked[:, 5:699], torch.cat([members[:, :-1], members[:, :1]], 1)):
+        with pytest.raises(ValueError, match="wrong"):
+            verdicts.compare_slice({"members": bad}, true)
+    assert verdicts.compare_some({"members": members[:, 50:60]}, true) == 0.0
+    assert verdicts.compare_some({"members": ranked[:, 695:705]}, true) > 1e-5
+    best = truth.ranking_truth(TINY["top_k"], inputs)
+    assert verdicts.compare_best({"members": ranked[:, :20]}, best) == 0.0
+    assert verdicts.compare_best({"members": ranked[:, :20].flip(1)}, best) > 1e-5
+    with pytest.raises(ValueError, match="wrong"):
+        verdicts.compare_best({"members": ranked[:, :19]}, best)
+
+
+@pytest.mark.parametrize("part", ["loss", "grad_query", "grad_catalog"])
+def test_a_wrong_loss_or_gradient_is_found(part: str) -> None:
+    shape = TINY["full_softmax"]
+    inputs = truth.make_loss(shape)
+    true = truth.loss_truth(shape, inputs)
+    query, catalog = inputs["query"][0].requires_grad_(), inputs["catalog"].requires_grad_()
+    loss = torch.nn.functional.cross_entropy(query @ catalog.T, inputs["target"][0])
+    grads = torch.autograd.grad(loss, (query, catalog))
+    found = {"loss": loss.detach(), "grad_query": grads[0], "grad_catalog": grads[1]}
+    assert verdicts.compare_loss(found, true) < 1e-5
+    assert verdicts.compare_loss(found | {part: found[part] * 1.01}, true) == pytest.approx(0.01, rel=1e-2)
+
+
+# --- records ---
+
+
+def record(op: str, contestant: str, ratio: float, noise: float = 0.02, ours: bool = True) -> Record:
+    """As a contest of three turns leaves it, the floor taking 10, 11 and 9 ms."""
+    turns = [0.010 * ratio, 0.011 * ratio * math.exp(noise), 0.009 * ratio / math.exp(noise)]
+    return Record(op, Shape(40_258, 300, threads=2), contestant, ours, "alterrec-fast 0.1.0", 1e-5, 1e-7, turns=turns)
+
+
+def results_of(records: list[Record]) -> Results:
+    """A run of these records, the floors among them."""
+    for op in {record.op for record in records}:
+        own = [record for record in records if record.op == op]
+        for one in own:
+            one.seconds = sorted(one.turns)[1]
+        conclude(own, products=1, streaming=0.004)
+    return Results("alterrec-fast bench", "2026-11-24", machine.look(2), 2e10, 0.1, 1.9, 0.0, records)
+
+
+@pytest.fixture
+def stored() -> Results:
+    ratios = {"rank_slice": 1.3, "top_k": 1.05, "full_softmax": 3.2}
+    records = []
+    for op, ratio in ratios.items():
+        records += [record(op, FLOOR, 1.0, ours=False), record(op, "alterrec-fast", ratio)]
+        records += [record(op, "mm, topk", 4.0 * ratio, ours=False)]
+    return results_of(records)
+
+
+def test_ratios_are_those_of_the_same_round() -> None:
+    results = results_of([record("top_k", FLOOR, 1.0, noise=0.0), record("top_k", "alterrec-fast", 2.0, noise=0.0)])
+    mine = results.records[1]
+    assert mine.ratio == pytest.approx(2.0) and mine.share == pytest.approx(0.5)
+    assert mine.bandwidth_ratio == pytest.approx(0.020 / 0.004)
+    assert mine.noise == LEAST_NOISE  # the rounds agree, however much the times do not
+    assert mine.interval == pytest.approx((2.0 / math.exp(LEAST_NOISE), 2.0 * math.exp(LEAST_NOISE)))
+
+
+def test_noise_grows_with_the_spread_and_shrinks_with_the_rounds() -> None:
+    assert noise_of([1.0]) is None
+    assert noise_of([2.0, 2.0, 2.0]) == LEAST_NOISE
+    spread, wider = noise_of([1.0, 1.1, 1.2]), noise_of([1.0, 1.2, 1.4])
+    longer = noise_of([1.0, 1.1, 1.2] * 4)
+    assert spread is not None and wider is not None and longer is not None
+    assert longer < spread < wider
+
+
+def test_records_survive_json(stored: Results, tmp_path: Path) -> None:
+    stored.records.append(replace(stored.records[0], seconds=None, failed="killed by SIGSEGV"))
+    (tmp_path / "results.json").write_text(json.dumps(asdict(stored)))
+    assert Results.read(tmp_path / "results.json") == stored
+
+
+# --- comparison ---
+
+
+@pytest.mark.parametrize("op", ["rank_slice", "top_k", "full_softmax"])
+def test_an_op_that_takes_a_third_longer_is_reported_and_no_other(stored: Results, op: str) -> None:
+    baseline = {name: Known(**values) for name, values in baseline_of(stored).items()}
+    assert compare(stored, baseline) == []
+    slower = [
+        replace(old, turns=[1.3 * turn for turn in old.turns]) if (old.op, old.ours) == (op, True) else replace(old)
+        for old in stored.records
+    ]
+    again = results_of(slower)
+    (worse,) = compare(again, baseline)
+    assert worse.name.startswith(f"{op} |") and worse.now == pytest.approx(1.3 * worse.before, rel=1e-3)
+    assert "1 of 3" in summary(again, baseline) and op in summary(again, baseline)
+
+
+def test_noise_and_strangers_are_not_reported(stored: Results) -> None:
+    baseline = {name: Known(known["ratio"] / 1.3, 0.4) for name, known in baseline_of(stored).items()}
+    assert compare(stored, baseline) == []
+    assert compare(stored, {}) == []
+    stored.records[1].ratio, stored.records[1].failed = None, "wrong: error 1, allowed 1e-05"
+    assert "no ratio any more" in summary(stored, baseline)
+
+
+def test_the_stored_baseline_holds_ratios_alone() -> None:
+    known = read_baseline()
+    assert known and all(0.05 < one.ratio < 100 and one.noise >= LEAST_NOISE for one in known.values())
+    names = {f"{op.name} | " for op in OPS}
+    assert all(any(key.startswith(name) for name in names) for key in known)
+
+
+# --- what a run leaves ---
+
+
+@pytest.fixture
+def small_run(arena: Arena, good: dict[str, Record], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Shape]]:
+    """bench.run() with contests that are over at once; the shapes it asks for are listed."""
+    asked: list[Shape] = []
+
+    def hold(op: Op, shape: Shape) -> list[Record]:
+        asked.append(shape)
+        return [replace(one, op=op.name, shape=replace(shape, threads=shape.threads or 2)) for one in good.values()]
+
+    monkeypatch.setattr(arena, "hold", hold)
+    monkeypatch.setattr(bench, "Arena", lambda *_: arena)
+    monkeypatch.setattr(machine, "others", lambda: 1.5)
+    yield asked
+
+
+def test_a_run_leaves_json_a_table_and_figures(small_run: list[Shape], tmp_path: Path) -> None:
+    found = CliRunner().invoke(app, ["bench", "--quick", "--op", "rank_slice", "--compare", "--out", str(tmp_path)])
+    assert found.exit_code == 0, found.output
+    assert "slower than the baseline" in found.output
+    results = Results.read(tmp_path / "results.json")
+    assert results.busy and len(results.records) == 3 * len(small_run)
+    page = (tmp_path / "table.md").read_text()
+    assert "busy with other work" in page and "## rank_slice" in page and "**sleeps**" in page
+    for name in ("time_rank_slice", "memory_rank_slice", "ceiling", "threads"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000, name
+        assert "<svg" in (tmp_path / f"{name}.svg").read_text()
+
+
+def test_contests_that_do_not_fit_the_time_are_listed(
+    small_run: list[Shape], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "QUICK_MINUTES", -1.0)
+    results = bench.run(bench.Options(tmp_path, quick=True, ops=("top_k",)), tell=lambda _: None)
+    assert small_run == [] and results.records
+    assert all(record.failed == "not begun within -1 minutes" for record in results.records)
+    assert "not begun within" in (tmp_path / "table.md").read_text()
+
+
+def test_what_cannot_be_served_is_refused_in_one_line(tmp_path: Path) -> None:
+    for arguments, words in (
+        (["--op", "no_op"], "no_op"),
+        (["--python", "recbole"], "NAME=PATH"),
+        (["--python", "other=/bin/python"], "recbole"),
+    ):
+        found = CliRunner().invoke(app, ["bench", "--out", str(tmp_path / "out"), *arguments])
+        assert found.exit_code == 1 and words in found.output, found.output
+
+
+def test_every_figure_is_drawn(tmp_path: Path, stored: Results) -> None:
+    phases = {"bracket": 1.0, "stream": 6.0, "settle": 2.0}
+    records = list(stored.records)
+    for items in (10_000, 100_000):
+        for figure, more in (("V", {}), ("threads", {"threads": items // 10_000}), ("form", {"stop": items // 8})):
+            shape = replace(Shape(items, 128, figure=figure), **more)
+            records += [
+                replace(stored.records[1], op="rank_slice", shape=shape, extra_bytes=items, detail=phases),
+                replace(stored.records[2], op="rank_slice", shape=shape, extra_bytes=2 * items),
+            ]
+    drawn = figures.draw(replace(stored, records=records), tmp_path)
+    names = {path.stem for path in drawn}
+    assert names == {"time_rank_slice", "memory_rank_slice", "ceiling", "crossover", "threads", "phases"}
+    assert len(drawn) == 2 * len(names) and all(path.exists() for path in drawn)
+
+
+def test_the_table_of_contests_is_sound() -> None:
+    for op in OPS:
+        names = [contestant.name for contestant in op.contestants]
+        assert names[0] == FLOOR and len(set(names)) == len(names)
+        for shape in (*op.quick, *op.full):
+            takers = [contestant for contestant in op.contestants if contestant.takes(shape)]
+            assert takers[0].name == FLOOR and any(one.ours for one in takers) and op.traffic(shape) > 0
+        labels = [replace(shape, figure="").label + shape.figure for shape in (*op.quick, *op.full)]
+        assert len(set(labels)) == len(labels)
+    assert bench.thread_counts(6) == [1, 2, 4, 6] and bench.thread_counts(1) == [1]
