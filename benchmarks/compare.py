@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from dataclasses import dataclass
@@ -74,3 +75,15 @@ def summary(results: Results, baseline: dict[str, Known]) -> str:
     lines = [f"slower than the baseline: {len(worse)} of {known} ratios to mm", *(f"  {one}" for one in worse)]
     lines += [f"  {name}: no ratio any more" for name in failed]
     return "\n".join(lines)
+
+
+def main() -> None:
+    """Makes a run the baseline: python -m alterrec_fast.benchmarks.compare RESULTS.json"""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("results", type=Path)
+    made = baseline_of(Results.read(parser.parse_args().results))
+    BASELINE.write_text(json.dumps(made, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

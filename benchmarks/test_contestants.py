@@ -50,8 +50,8 @@ def test_contestant(benchmark: Any, op: Op, shape: Shape, contestant: Contestant
     for module in task.modules:
         try:
             importlib.import_module(module)
-        except ImportError as error:
-            pytest.skip(f"{type(error).__name__}: {error}")
+        except ImportError as missing:
+            pytest.skip(f"{type(missing).__name__}: {missing}")
     inputs, truth = case(op.name, shape)
     call = task.prepare(shape, inputs)
     error = task.compare(call.read(call.run(0), truth["rows"]), truth)
