@@ -58,10 +58,13 @@ def train(config: Config, resume: bool = False, progress: Progress | None = None
     """
     config = _with_places(config)
     run = Path(config.out)
+    config = _with_text_model(config, run)
     _check_place(run, config, resume)
     if (run / METRICS).exists():  # finished; only the report may be missing
         return _finish(run, json.loads((run / METRICS).read_text(encoding="utf-8")))
     dataset = _training_data(config)
+    if not (run / CONFIG).exists():
+        config = _pinned(config)
     trainer = Trainer(config, dataset, _features(config, dataset), run)
     with _alone(run):
         checkpoint.sweep(run)
@@ -210,6 +213,25 @@ def _with_places(config: Config) -> Config:
         raise ConfigError("out is missing: name the run directory (--out)")
     out = str(Path(config.out or "runs/demo").absolute())
     return config.replace(out=out, data=str(Path(config.data).absolute()) if config.data else "")
+
+
+def _with_text_model(config: Config, run: Path) -> Config:
+    """The config with the revision of the hub's text model that the run began with: the hub may change, a run's item
+    vectors may not.
+    """
+    if not (run / CONFIG).exists():
+        return config
+    written = str(read_toml(run / CONFIG).get("text_model", ""))
+    return config.replace(text_model=written) if written.partition("@")[0] == config.text_model else config
+
+
+def _pinned(config: Config) -> Config:
+    """The config with the newest revision in the name of a hub's text model."""
+    if not needs_text(config):
+        return config
+    from alterrec_fast.data.text import pin_model
+
+    return config.replace(text_model=pin_model(config.text_model))
 
 
 def _check_place(run: Path, config: Config, resume: bool) -> None:

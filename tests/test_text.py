@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -299,3 +300,25 @@ def test_a_cache_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"text cache .*ALTERREC_FAST_CACHE"):
         embed_texts(["a"], Stub(), tmp_path / "file", progress=False)
+
+
+def test_a_pinned_hub_model_is_found_without_asking_the_hub(monkeypatch):
+    import huggingface_hub
+
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    model = "org/model"
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file, revision=None: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, timeout: SimpleNamespace(sha=revision))
+    assert text.pin_model(model) == f"{model}@{revision}"
+    newest = find_model(model)
+
+    def unreachable(self, name, timeout):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    pinned = find_model(f"{model}@{revision}")
+    assert (pinned.source, pinned.revision, pinned.key) == (newest.source, newest.revision, newest.key)
+    assert text.pin_model(f"{model}@{revision}") == f"{model}@{revision}"
+    assert text.pin_model("packaged") == "packaged"
+    with pytest.raises(DataError, match="no such folder"):
+        find_model(f"{model}@main")

@@ -224,6 +224,29 @@ def test_a_run_knows_its_data(shop: Dataset, tmp_path: Path) -> None:
         af.load(run)
 
 
+def test_a_run_keeps_the_revision_of_its_text_model(
+    shop: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest = ["1" * 40]
+    asked: list[str] = []
+
+    def features(dataset: Dataset, model: str) -> np.ndarray:
+        asked.append(model)
+        return np.full((dataset.num_items, 4), float(model[-1]), np.float32)
+
+    monkeypatch.setattr("alterrec_fast.data.text.pin_model", lambda model: f"{model}@{newest[0]}")
+    monkeypatch.setattr("alterrec_fast.data.text.item_features", features)
+    config = small(shop, tmp_path / "run", variant="text_only", text_model="org/model", m_max=1, m_random=0)
+    first = af.train(config).metrics
+    (tmp_path / "run" / "metrics.json").unlink()
+    newest[0] = "2" * 40
+    assert af.train(config, resume=True).metrics == first
+    assert af.load(tmp_path / "run").evaluate().metrics() == first["test"]
+    assert asked == [f"org/model@{'1' * 40}"] * 3
+    with pytest.raises(RunError, match="text_model"):
+        af.train(config.replace(text_model="org/other"), resume=True)
+
+
 def test_a_run_may_be_moved_with_its_shop(tmp_path: Path) -> None:
     config = from_mapping({**SMALL, "demo": True, "out": str(tmp_path / "here"), "variant": "id_only"}, "test")
     before = af.train(config.replace(m_max=2)).metrics

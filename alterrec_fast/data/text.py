@@ -36,7 +36,7 @@ HUB_TIMEOUT = 5.0  # seconds
 
 _KEY_BYTES = 16
 _MODEL_SUFFIXES = {".json", ".txt", ".model", ".safetensors", ".bin"}
-_HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+_HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(@[0-9a-f]{40})?")
 _log = logging.getLogger(__name__)
 
 
@@ -79,7 +79,8 @@ class SentenceEncoder:
 def find_model(model: str) -> SentenceEncoder:
     """The model a user names: "packaged", a folder, or a hub name; nothing is loaded yet.
 
-    A folder (and "packaged") is known by the content of its configuration and weights, a hub name by its revision.
+    A folder (and "packaged") is known by the content of its configuration and weights, a hub name by its revision: the
+    newest, or that of "NAME@REVISION" (40 hexadecimal digits), for which the hub is not asked.
     Raises DataError where the package is missing, the folder holds no model, the hub has no such model, or the hub
     can't be reached and holds no copy on this machine.
     """
@@ -93,6 +94,12 @@ def find_model(model: str) -> SentenceEncoder:
     if not _HUB_NAME.fullmatch(model):
         raise DataError(f"text model {model!r}: no such folder; expected a folder, a hub name or 'packaged'")
     return _hub_model(model)
+
+
+def pin_model(model: str) -> str:
+    """The name under which the same model is found later: a hub name with its revision, others as they are."""
+    found = find_model(model)
+    return f"{found.source}@{found.revision}" if found.revision else model
 
 
 def embed_texts(
@@ -155,6 +162,10 @@ def _hub_model(name: str) -> SentenceEncoder:
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
+    name, _, pinned = name.partition("@")
+    if pinned:
+        files = (try_to_load_from_cache(name, file, revision=pinned) for file in ("modules.json", "config.json"))
+        return _hub_encoder(name, pinned, any(isinstance(file, str) for file in files))
     try:
         revision, local = HfApi().model_info(name, timeout=HUB_TIMEOUT).sha, False
     except (RepositoryNotFoundError, HFValidationError) as error:
@@ -170,6 +181,10 @@ def _hub_model(name: str) -> SentenceEncoder:
                 f"to work without it, {PACKAGED_HINT} and pass --text-model packaged"
             ) from error
         revision, local = copies[0], True
+    return _hub_encoder(name, str(revision), local)
+
+
+def _hub_encoder(name: str, revision: str, local: bool) -> SentenceEncoder:
     return SentenceEncoder(name, f"{name.replace('/', '--')}@{revision}", revision, local)
 
 

@@ -36,7 +36,7 @@ class Config:
     seed: int = 0
 
     # Text.
-    text_model: str = HUB_MODEL  # hub name, path, or "packaged"
+    text_model: str = HUB_MODEL  # hub name, path, or "packaged"; a run writes down the revision, NAME@REVISION
 
     # Networks (appendix G and the published code).
     width: int = 300  # d
