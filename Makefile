@@ -4,14 +4,14 @@ TORCH ?= torch==2.13.0
 PIP = .venv/bin/pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
 PIP_RECOMMENDERS = .venv-recommenders/bin/pip --disable-pip-version-check install --quiet --constraint .ci/constraints-recommenders.txt
 
-.PHONY: demo test test-integrations lint sanitize results clean
+.PHONY: demo test test-integrations lint sanitize gpu-proof results clean
 
 # A demo that was broken off goes on, and one that is done is shown again.
 demo: .venv/ready
 	.venv/bin/alterrec-fast train --demo --resume
 
 test: .venv/ready
-	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist worksteal -m "not shared and not root"
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist worksteal -m "not shared and not root and not proof"
 
 # RecBole and RecTools themselves; both stay below numpy 2.
 test-integrations: .venv-recommenders/ready
@@ -22,11 +22,16 @@ lint: .venv/ready
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
-	.venv/bin/clang-format --dry-run -Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
+	.venv/bin/clang-format --dry-run -Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # The kernels' own test binary under AddressSanitizer, UBSan and ThreadSanitizer; needs a C++ compiler and no torch.
 sanitize:
 	csrc/tests/sanitize.sh
+
+# What can be proven of the GPU code without a GPU: docs/gpu.md.
+gpu-proof: .venv/ready
+	csrc/tests/cuda_on_cpu.sh
+	OMP_NUM_THREADS=1 .venv/bin/pytest -m proof tests/gpu/test_cuda_on_cpu.py
 
 # The table of docs/results.md from ../shared/data/online_retail; finished runs are kept, so that it can be resumed.
 results: .venv/ready

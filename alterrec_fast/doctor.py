@@ -11,7 +11,7 @@ import sys
 import torch
 
 from alterrec_fast.ops import BackendError
-from alterrec_fast.ops.register import BACKENDS, choose_backend
+from alterrec_fast.ops.register import BACKENDS, CUDA_OPS, NO_EXTENSION, choose_backend
 
 
 def diagnose() -> str:
@@ -22,6 +22,7 @@ def diagnose() -> str:
         f"torch         {torch.__version__}, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}",
         f"triton        {_version('triton')}",
+        f"extension     {_extension()}",
         f"machine       {platform.machine()}, {os.cpu_count()} CPUs, {_gpu()}",
         "",
     ]
@@ -42,6 +43,12 @@ def _status(backend: str, tensor: torch.Tensor) -> str:
     except BackendError as error:
         return f"off: {error}"
     return "on"
+
+
+def _extension() -> str:
+    if NO_EXTENSION:
+        return f"not there: {NO_EXTENSION}"
+    return f"CPU and CUDA ({', '.join(sorted(CUDA_OPS))})" if CUDA_OPS else "CPU only: it was built without nvcc"
 
 
 def _version(package: str) -> str:

@@ -1,5 +1,5 @@
-// sampled_softmax for CUDA tensors: the only file that knows torch.library and csrc/cuda. It needs no CUDA headers and no
-// CUDA build of torch; where nvcc is missing it is left out.
+// sampled_softmax for CUDA tensors: the only file that knows torch.library and csrc/cuda. It needs no CUDA headers and
+// no CUDA build of torch; where nvcc is missing it is left out.
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>

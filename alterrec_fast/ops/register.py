@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # Schemas, fakes and autograd are registered from Python, in each op's file, so that every op exists without the
-# extension too; the extension brings the kernels for CPU tensors.
+# extension too; the extension brings the kernels for CPU tensors, and some for CUDA.
 LIBRARY = torch.library.Library("alterrec_fast", "DEF")
 
 # Importing triton takes a second, so its kernels are imported by the first op that launches one.
@@ -31,6 +31,10 @@ try:
     importlib.import_module(EXTENSION)
 except ImportError as error:
     NO_EXTENSION = str(error)
+# The ops that the extension serves on CUDA tensors: none where it was built without nvcc.
+CUDA_OPS: set[str] = set()
+if not NO_EXTENSION and torch._C._dispatch_has_kernel_for_dispatch_key("alterrec_fast::sampled_softmax", "CUDA"):
+    CUDA_OPS.add("sampled_softmax")
 
 
 class BackendError(RuntimeError):
@@ -48,8 +52,8 @@ def choose_backend(backend: str, tensor: Tensor, op: str) -> str:
         return backend
     wanted = backend
     if backend == "auto":
-        wanted = "native" if tensor.device.type == "cpu" else "triton"
-    why = why_not_native(tensor) if wanted == "native" else why_not_triton(tensor, op)
+        wanted = "native" if tensor.device.type == "cpu" or not why_not_native(tensor, op) else "triton"
+    why = why_not_native(tensor, op) if wanted == "native" else why_not_triton(tensor, op)
     if not why:
         return wanted
     if backend == "auto":
@@ -57,16 +61,18 @@ def choose_backend(backend: str, tensor: Tensor, op: str) -> str:
     raise BackendError(f"backend={backend!r}: {why}; backend='auto' and backend='reference' always work")
 
 
-def why_not_native(tensor: Tensor) -> str:
-    """Why the extension cannot serve this tensor; empty where it can."""
+def why_not_native(tensor: Tensor, op: str) -> str:
+    """Why the extension cannot serve `op` on this tensor; empty where it can."""
     if NO_EXTENSION:
         return (
             f"the extension {EXTENSION} is not there ({NO_EXTENSION}); install again with a C++ compiler and without "
             "ALTERREC_FAST_NO_EXT=1"
         )
     # float64 is for gradcheck, which only the specification computes in.
-    if tensor.device.type != "cpu" or tensor.dtype == torch.float64:
-        return f"it takes float32 and bfloat16 CPU tensors, got {tensor.dtype} on {tensor.device}"
+    if tensor.device.type not in ("cpu", "cuda") or tensor.dtype == torch.float64:
+        return f"it takes float32 and bfloat16 tensors on CPU or CUDA, got {tensor.dtype} on {tensor.device}"
+    if tensor.device.type == "cuda" and op not in CUDA_OPS:
+        return f"it has no CUDA kernel for {op}" + ("" if CUDA_OPS else ", it was built without nvcc")
     return ""
 
 

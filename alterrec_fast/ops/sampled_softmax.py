@@ -102,14 +102,24 @@ KEEP_SHARED_BYTES = 256 << 20  # what the logits of shared negatives may take fr
 
 
 def _kept_bytes(query: Tensor, negatives: Tensor, positives: Tensor | None) -> int:
-    """What the native engine keeps for the backward pass: for each row a softmax over its negatives and a mean
-    embedding; of shared negatives the logits, in whole tiles of 512 distinct items."""
+    """What the native engine keeps for the backward pass."""
+    return (_kept_on_cpu if query.device.type == "cpu" else _kept_logits)(query, negatives, positives)
+
+
+def _kept_on_cpu(query: Tensor, negatives: Tensor, positives: Tensor | None) -> int:
+    """For each row a softmax over its negatives and a mean embedding; of shared negatives the logits, in whole tiles of
+    512 distinct items."""
     rows, width = query.shape
     if negatives.ndim == 2:
         return rows * (negatives.shape[1] + width) * 4
     items = negatives.shape[0] + rows * (1 if positives is None else 1 + positives.shape[1])
     kept: int = torch.sym_min(KEEP_SHARED_BYTES, rows * -(-items // 512) * (512 + 1) * 4)
     return kept
+
+
+def _kept_logits(query: Tensor, negatives: Tensor, positives: Tensor | None) -> int:
+    """The logits of negatives, target and positives."""
+    return query.shape[0] * (negatives.shape[-1] + 1 + (0 if positives is None else positives.shape[1])) * 4
 
 
 register.LIBRARY.define(

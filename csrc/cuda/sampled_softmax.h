@@ -1,8 +1,8 @@
 // sampled_softmax on the GPU: raw pointers and a stream, so that neither torch nor its CUDA headers are needed.
 //
-// A pass never holds the B x n x d gather. Forward keeps the logits of negatives (B, n) and of the wanted items, which are
-// the target and the positives, (B, 1 + P); backward turns them into slopes, d loss / d (q . e), and sums rows of the
-// catalog (for the queries) and queries (for the catalog) under them. All sums are in float32.
+// A pass never holds the B x n x d gather. Forward keeps the logits of negatives (B, n) and of the wanted items, which
+// are the target and the positives, (B, 1 + P); backward turns them into slopes, d loss / d (q . e), and sums rows of
+// the catalog (for the queries) and queries (for the catalog) under them. All sums are in float32.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,8 @@ namespace alterrec::cuda {
 
 enum class Kind { kFloat, kRounded, kBFloat16 };  // kRounded: float32 storage, values rounded to bfloat16
 
-// The problem; see LossProblem of the CPU engine. Ids below 0 are none; one beyond the catalog makes its row's loss NaN.
+// The problem; see LossProblem of the CPU engine. Ids below 0 are none; one beyond the catalog makes its row's loss
+// NaN.
 struct SampledSoftmax {
   const float* query;   // (B, d) dense, already rounded where the products are of bfloat16
   const void* catalog;  // (V, d), rows `stride` elements apart
@@ -37,8 +38,8 @@ struct SampledSoftmax {
 constexpr int64_t kMostWidth = 8192;        // what shared memory holds of a query
 constexpr uint64_t kNoFault = ~uint64_t{};  // a fault is row << 32 | the bits of a score that is not finite
 
-// losses, log_partition (B,). logits (B, n) and wanted (B, 1 + P) may be null where there is no backward pass; fault, one
-// word that holds kNoFault and gets the least fault, where nothing is checked.
+// losses, log_partition (B,). logits (B, n) and wanted (B, 1 + P) may be null where there is no backward pass; fault,
+// one word that holds kNoFault and gets the least fault, where nothing is checked.
 void forward(const SampledSoftmax& p, float* logits, float* wanted, float* losses, float* log_partition,
              uint64_t* fault, cudaStream_t stream);
 
@@ -60,8 +61,8 @@ void shared_gradient(const SampledSoftmax& p, const Slopes& x, float* rows, floa
 // Adds into catalog (V, d) and bias (V,), either may be null, by atomics: in no fixed order. Not for shared negatives.
 void scatter_gradients(const SampledSoftmax& p, const Slopes& x, float* catalog, float* bias, cudaStream_t stream);
 
-// Everything that pulls at a row of the catalog's gradient, sorted by that row: entries 0 .. B (1 + P) - 1 are the wanted
-// items, then come the negatives as they are stored.
+// Everything that pulls at a row of the catalog's gradient, sorted by that row: entries 0 .. B (1 + P) - 1 are the
+// wanted items, then come the negatives as they are stored.
 struct Sorted {
   const int32_t* rows;   // (count,), ascending; from `limit` on there is no row
   const int64_t* order;  // (count,), entries
@@ -72,8 +73,9 @@ constexpr int64_t kRun = 64;  // entries that one sum goes over before sums of o
 // Floats of scratch that segment_gradients() needs.
 inline int64_t segment_scratch(int64_t count, int width) { return (count + kRun - 1) / kRun * 2 * (width + 1); }
 
-// Writes the rows that have entries, of catalog (limit, d) in either dtype and of bias (limit,), either may be null, in a
-// fixed order of summation. shared_rows and shared_totals are those of shared_gradient(), null without shared negatives.
+// Writes the rows that have entries, of catalog (limit, d) in either dtype and of bias (limit,), either may be null, in
+// a fixed order of summation. shared_rows and shared_totals are those of shared_gradient(), null without shared
+// negatives.
 struct RowGradients {
   void* catalog;
   bool bf16;

@@ -1,5 +1,5 @@
-// Backward: slopes from what forward kept, then sums of rows under them. The catalog's gradient has two ways: by atomics,
-// or by entries sorted by item, whose sums have one order and need no float32 copy of a bfloat16 gradient.
+// Backward: slopes from what forward kept, then sums of rows under them. The catalog's gradient has two ways: by
+// atomics, or by entries sorted by item, whose sums have one order and need no float32 copy of a bfloat16 gradient.
 #include <type_traits>
 
 #include "cuda/gather.cuh"
@@ -67,15 +67,16 @@ struct OfSharedNegatives {
   __device__ float extra_slope(int64_t, int) const { return 0.0f; }
 };
 
-// Sums s of slope(s, i) * row of input i, kCount sums a block with the same inputs. `lanes` threads hold a row's pieces;
-// groups of them share the inputs and are joined in the end. out (sums, d); totals, the sums of slopes, may be null.
+// Sums s of slope(s, i) * row of input i, kCount sums a block with the same inputs. `lanes` threads hold a row's
+// pieces; groups of them share the inputs and are joined in the end. out (sums, d); totals, the sums of slopes, may be
+// null.
 template <class Of>
 __global__ void __launch_bounds__(kThreads, 2) sums_kernel(Of of, int lanes, float* out, float* totals) {
   constexpr int kSums = Of::kCount, kPiece = decltype(of.rows)::kPiece, kColumns = kPiece + 1;  // the last: the total
   DYNAMIC_SHARED(memory);
-  auto* inputs = reinterpret_cast<int64_t*>(memory);                   // (kThreads,)
-  auto* slopes = reinterpret_cast<float*>(inputs + kThreads);        // (kSums, kThreads)
-  auto* parts = slopes + kSums * kThreads;                             // (kThreads, kColumns)
+  auto* inputs = reinterpret_cast<int64_t*>(memory);           // (kThreads,)
+  auto* slopes = reinterpret_cast<float*>(inputs + kThreads);  // (kSums, kThreads)
+  auto* parts = slopes + kSums * kThreads;                     // (kThreads, kColumns)
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kSums;
   const int group = threadIdx.x / lanes, groups = kThreads / lanes;
   for (int begin = 0; begin < of.rows.pieces(); begin += lanes) {
@@ -200,14 +201,14 @@ __device__ void write_part(float* part, int width, int column, const float (&sum
   if (column == 0) part[width] = amount;
 }
 
-// Each group of `lanes` threads sums a run of kRun entries, row by row. A row that lies within the run is written; of one
-// that began in an earlier run the sum is left in `heads`, of one that goes on in later runs in `tails`.
+// Each group of `lanes` threads sums a run of kRun entries, row by row. A row that lies within the run is written; of
+// one that began in an earlier run the sum is left in `heads`, of one that goes on in later runs in `tails`.
 __global__ void __launch_bounds__(kThreads)
     segment_kernel(SampledSoftmax p, Slopes x, const float* shared_rows, const float* shared_totals, Sorted sorted,
                    int lanes, float* heads, float* tails, RowGradients out) {
   DYNAMIC_SHARED(memory);
   const int groups = kThreads / lanes, group = threadIdx.x / lanes, width = p.width;
-  auto* entries = reinterpret_cast<Entry*>(memory);                   // (groups, kRun)
+  auto* entries = reinterpret_cast<Entry*>(memory);                  // (groups, kRun)
   auto* rows = reinterpret_cast<int32_t*>(entries + groups * kRun);  // (groups, kRun)
   const int64_t first_run = static_cast<int64_t>(blockIdx.x) * groups;
   for (int i = threadIdx.x; i < groups * kRun; i += kThreads) {

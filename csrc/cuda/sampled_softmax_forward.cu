@@ -6,13 +6,13 @@
 namespace alterrec::cuda {
 namespace {
 
-constexpr int kItems = 4;          // items whose rows a group of lanes reads at once
+constexpr int kItems = 4;           // items whose rows a group of lanes reads at once
 constexpr int kSharedSessions = 4;  // sessions that use a shared negative's row while it is in registers
 constexpr int kSharedWidth = 2048;  // up to which d shared memory holds the queries of so many
 constexpr float kLowest = -INFINITY;
 
-// Dot products of kItems rows with kSessions queries; a group of `lanes` lanes shares the work and the result. All lanes
-// of the warp come here together.
+// Dot products of kItems rows with kSessions queries; a group of `lanes` lanes shares the work and the result. All
+// lanes of the warp come here together.
 template <int kSessions, Kind kind>
 __device__ void dots(const Rows<kind>& catalog, const int64_t (&ids)[kItems], const float* query, int pitch, int lane,
                      int lanes, float (&sum)[kSessions][kItems]) {
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads)
     forward_kernel(SampledSoftmax p, Rows<kind> catalog, int lanes, ForwardOutputs out) {
   DYNAMIC_SHARED(memory);
   const int pitch = pitch_of(p.width);
-  float* query = reinterpret_cast<float*>(memory);                                // (kSessions, pitch)
+  float* query = reinterpret_cast<float*>(memory);                             // (kSessions, pitch)
   auto* partitions = reinterpret_cast<Partition*>(query + kSessions * pitch);  // (kWarps, kSessions)
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kSessions;
   for (int i = threadIdx.x; i < kSessions * pitch; i += kThreads) {
@@ -182,8 +182,8 @@ template <Kind kind, int kSessions>
 void start(const SampledSoftmax& p, const ForwardOutputs& out, cudaStream_t stream) {
   const size_t bytes = sizeof(float) * kSessions * pitch_of(p.width) + sizeof(Partition) * kWarps * kSessions;
   const int lanes = lanes_for(ceil_div(p.width, Rows<kind>::kPiece), 1, kWarp);
-  launch(forward_kernel<kind, kSessions>, ceil_div(p.rows, kSessions), kThreads, bytes, stream, p, catalog_rows<kind>(p),
-         lanes, out);
+  launch(forward_kernel<kind, kSessions>, ceil_div(p.rows, kSessions), kThreads, bytes, stream, p,
+         catalog_rows<kind>(p), lanes, out);
 }
 
 }  // namespace

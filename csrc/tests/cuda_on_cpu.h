@@ -1,6 +1,6 @@
 // What cuda/*.cu needs of CUDA, for a C++ compiler. A block's threads are fibers of one thread or, under
-// -DCUDA_ON_CPU_THREADS, threads of their own, so that ThreadSanitizer sees where a sync is missing. Blocks run one after
-// another; each has shared memory of its own on the heap, full of NaN, with AddressSanitizer at its ends.
+// -DCUDA_ON_CPU_THREADS, threads of their own, so that ThreadSanitizer sees where a sync is missing. Blocks run one
+// after another; each has shared memory of its own on the heap, full of NaN, with AddressSanitizer at its ends.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -50,8 +50,8 @@ void run_threads(int count, const Body& body) {
 
 #else
 
-inline int self = 0;    // the fiber that runs
-inline int moves = 0;   // barriers that opened and fibers that ended, since the last round
+inline int self = 0;     // the fiber that runs
+inline int moves = 0;    // barriers that opened and fibers that ended, since the last round
 inline ucontext_t home;  // the loop over all fibers
 inline std::vector<ucontext_t> fibers;
 
@@ -86,11 +86,14 @@ void run_threads(int count, const Body& body) {
     getcontext(&fibers[i]);
     fibers[i].uc_stack = {stacks[i].get(), 0, kStack};
     fibers[i].uc_link = &home;
-    makecontext(&fibers[i], +[] {
-      (*current)();
-      ended[self] = true;
-      ++moves;
-    }, 0);
+    makecontext(
+        &fibers[i],
+        +[] {
+          (*current)();
+          ended[self] = true;
+          ++moves;
+        },
+        0);
   }
   for (int left = count; left > 0;) {
     moves = left = 0;

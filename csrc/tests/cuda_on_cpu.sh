@@ -1,7 +1,7 @@
 #!/bin/sh
-# Runs the CUDA kernels on the CPU (tests/cuda_on_cpu.h): their numbers, under AddressSanitizer and UBSan on
-# fibers, and under ThreadSanitizer on threads. Two seeded bugs must be caught, or the checks would prove nothing. Needs a C++ compiler and
-# the headers of the CUDA toolkit. Usage: cuda_on_cpu.sh [build folder]
+# Runs the CUDA kernels on the CPU (tests/cuda_on_cpu.h): their numbers, under AddressSanitizer and UBSan on fibers and
+# under ThreadSanitizer on threads. Two seeded bugs must be caught, or the checks would prove nothing. Needs a C++ compiler
+# and the headers of the CUDA toolkit. Usage: cuda_on_cpu.sh [build folder]
 set -eu
 root=$(cd "$(dirname "$0")/../.." && pwd)
 out=${1:-$root/build/cuda_on_cpu}

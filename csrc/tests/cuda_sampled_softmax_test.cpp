@@ -83,10 +83,26 @@ struct Case {
     for (const float x : catalog) catalog16.push_back(__float2bfloat16_rn(x));
     const void* rows = kind == Kind::kBFloat16 ? static_cast<const void*>(catalog16.data()) : catalog.data();
     const int piece = kind == Kind::kBFloat16 ? 8 : 4;
-    problem = {query.data(), rows, s.stride, kind, s.stride % piece == 0, s.rows, s.items, s.width, target.data(),
-               positives.data(), s.positives,
-               wide ? static_cast<const void*>(negatives.data()) : narrow.data(), wide, s.shared, s.count, bias.data(),
-               log_q.data(), static_cast<float>(kBeta), static_cast<float>(kTemperature), -100};
+    problem = {query.data(),
+               rows,
+               s.stride,
+               kind,
+               s.stride % piece == 0,
+               s.rows,
+               s.items,
+               s.width,
+               target.data(),
+               positives.data(),
+               s.positives,
+               wide ? static_cast<const void*>(negatives.data()) : narrow.data(),
+               wide,
+               s.shared,
+               s.count,
+               bias.data(),
+               log_q.data(),
+               static_cast<float>(kBeta),
+               static_cast<float>(kTemperature),
+               -100};
     if (kind != Kind::kFloat) round(catalog);
   }
   Case(const Case&) = delete;  // the problem points into it
