@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from alterrec_fast.run import load, train, train_seeds
     from alterrec_fast.training.config import Config
 
-__version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "Config",
@@ -45,6 +44,10 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     """What is not an op, on first use: the ops, losses and sampler need nothing but torch and numpy."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("alterrec-fast")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

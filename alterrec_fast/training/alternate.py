@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from alterrec_fast.data.batches import Batch, pack, plan
 from alterrec_fast.data.sessions import SPLITS, DataError, Dataset
@@ -69,6 +70,7 @@ class Trainer:
         if config.k2 is not None and config.k2 > dataset.num_items:
             _log.warning("k2 = %d lies beyond the catalog: hard negatives are ranks [%d, %d)", config.k2, *self.bounds)
         self.counts = training_counts(dataset.train, dataset.num_items)
+        self.num_targets = int((np.minimum(dataset.train.lengths, config.max_length) - 1).sum())  # of an epoch
         with torch.random.fork_rng():
             torch.manual_seed(_seed(config.seed))
             self.recommender = build(config, dataset.num_items, features).to(self.device)
@@ -125,6 +127,15 @@ class Trainer:
         totals = {name: self._float64(value) for name, value in sums.items() if name.startswith("loss")}
         begun = saved = time.monotonic()
         before = sums["seconds"]
+        bar = tqdm(  # on a terminal only
+            total=self.num_targets,
+            initial=int(sums["targets"]),
+            desc=f"epoch {epoch.number}, {epoch.student}",
+            unit="target",
+            unit_scale=True,
+            leave=False,
+            disable=None,
+        )
         for step, which in enumerate(plan(self.dataset.train, config.max_length, config.batch_targets, order)):
             if step < state.step:
                 continue
@@ -136,6 +147,7 @@ class Trainer:
                 totals[name] = totals.get(name, self._float64(0.0)) + loss.double() * len(batch.targets)
             sums["targets"] += len(batch.targets)
             sums["slots"] += packing.token.numel()
+            bar.update(len(batch.targets))
             state.step = step + 1
             now = time.monotonic()
             sums["seconds"] = before + now - begun
@@ -143,6 +155,7 @@ class Trainer:
                 sums |= {name: float(loss) for name, loss in totals.items()}
                 self._save_last()
                 saved = now
+        bar.close()
         student.eval()
         sums |= {name: float(loss) for name, loss in totals.items()}
         if not all(math.isfinite(sums[name]) for name in totals):  # on a GPU no step looks at its scores

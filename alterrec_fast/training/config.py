@@ -181,8 +181,8 @@ def demo_settings() -> dict[str, Any]:
         "temperature_text": 1.0,  # Xavier LayerNorms make logits large enough
         "m_random": 4,
         "m_max": 16,
-        "k1": 3,
-        "k2": 1500,
+        "k1": 5,  # at least `positives`, so that alterrec_aug has no positive among its negatives
+        "k2": 205,
         "hard_fraction": 0.5,
         "batch_targets": 128,
         "lr_id": 0.002,
