@@ -1,0 +1,50 @@
+"""The measurements of RecBole, tiny: that they run, and count what they say."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from alterrec_fast.benchmarks import integrations_recbole as measured
+
+
+@pytest.fixture(autouse=True)
+def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder and an argument list of the test's own: RecBole writes into the one and reads the other."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmark"])
+    monkeypatch.setattr(measured, "THREADS", 1)
+
+
+def test_training_reaches_the_same_ndcg(tmp_path: Path) -> None:
+    stock, full, *_ = measured.training(items=3_000, sessions=500, batch=256)
+    measured.write_sessions(tmp_path, stock.items, stock.sessions)
+    theirs, ours = measured.measure(stock, tmp_path), measured.measure(full, tmp_path)
+    assert ours["ndcg"] == pytest.approx(theirs["ndcg"], abs=0.002)
+    assert theirs["ndcg"] > 0.02
+    assert ours["seconds"] > 0 and ours["mib"] > 0
+
+
+def test_evaluation_gives_the_same_ndcg_with_less_memory(tmp_path: Path) -> None:
+    stock, ours, *_ = measured.evaluation(items=100_000, sessions=300)
+    assert stock.batch == ours.batch == 300
+    measured.write_sessions(tmp_path, stock.items, stock.sessions)
+    found = [measured.measure(contestant, tmp_path) for contestant in (ours, stock)]
+    assert found[0]["ndcg"] == found[1]["ndcg"]
+    assert found[0]["mib"] < found[1]["mib"]
+
+
+def test_rows_compare_with_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {
+        "RecBole": {"seconds": 6.0, "mib": 900.0, "ndcg": 0.1},
+        "full softmax": {"seconds": 2.0, "mib": 90.0, "ndcg": 0.2},
+    }
+
+    def call(module: str, flag: str, contestant: str, *_: str) -> dict[str, float]:
+        return next(answer for title, answer in answers.items() if f'"{title}"' in contestant)
+
+    monkeypatch.setattr(measured, "call", call)
+    rows = measured.rows(measured.training(items=50, sessions=10)[:2], rounds=2)
+    assert rows[0][2:] == ["6.00", "1.0", "900", "1.0", "0.1000, 0.1000"]
+    assert rows[1][2:] == ["2.00", "3.0", "90", "10.0", "0.2000, 0.2000"]
