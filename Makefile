@@ -45,7 +45,7 @@ results: .venv/ready
 # The package is installed from here without its trainer's dependencies, and its extension is the one of .venv.
 .venv-recommenders/ready: .venv/ready .ci/constraints-recommenders.txt
 	$(PYTHON) -m venv .venv-recommenders
-	$(PIP_RECOMMENDERS) "$(TORCH)" numpy setuptools wheel
+	$(PIP_RECOMMENDERS) "$(TORCH)" numpy setuptools
 	$(PIP_RECOMMENDERS) recbole "rectools[torch]" pytest
 	ALTERREC_FAST_NO_EXT=1 $(PIP_RECOMMENDERS) --no-deps --no-build-isolation --editable .
 	touch $@
