@@ -31,6 +31,7 @@ sanitize:
 gpu-proof: .venv/ready
 	csrc/tests/cuda_on_cpu.sh
 	OMP_NUM_THREADS=1 .venv/bin/pytest -m proof tests/gpu/test_cuda_on_cpu.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv/bin/pytest tests/gpu/interpreted
 
 # The table of docs/results.md from ../shared/data/online_retail; finished runs are kept, so that it can be resumed.
 results: .venv/ready

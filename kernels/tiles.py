@@ -42,7 +42,7 @@ class Blocks:
 def scoring_blocks(precision: str) -> Blocks:
     """64 x 128 scores on 4 warps: one warp group, 64 accumulators a thread, several programs on a processor, so that
     the matrix unit serves one while others compare scores. 128 bytes of a row at a time, three buffers of them."""
-    return Blocks(b=64, v=128, d=64 if precision == "bf16" else 32, warps=4, stages=3)
+    return Blocks(b=64, v=128, d=64 if precision == "bf16" else 32, warps=8, stages=3)
 
 
 def arithmetic(precision: str, query: Tensor, catalog: Tensor) -> dict[str, Any]:

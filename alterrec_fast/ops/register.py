@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import struct
 
 import torch
 from torch import Tensor
@@ -178,3 +179,12 @@ def reduce_loss(rows: Tensor, target: Tensor, ignore_index: int, reduction: str)
     if reduction == "sum":
         return rows.sum()
     return rows.sum() / (target != ignore_index).sum().clamp(min=1)
+
+
+def raise_not_finite(bad: Tensor | None) -> None:
+    """Raises ValueError for what a Triton kernel found: (1,) int64, row << 32 | the bits of a float32 score; the
+    largest int64 where all scores were finite."""
+    found = torch.iinfo(torch.int64).max if bad is None else int(bad)
+    if found != torch.iinfo(torch.int64).max:
+        score = struct.unpack("<f", struct.pack("<I", found & 0xFFFFFFFF))[0]
+        raise ValueError(f"scores: row {found >> 32} has a score of {score}, expected a finite one")

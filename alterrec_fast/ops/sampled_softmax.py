@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from alterrec_fast.ops import register
-from alterrec_fast.ops.reference import sampled_softmax_ref
+from alterrec_fast.ops.reference import check_ids_in, sampled_softmax_ref
 
 
 def sampled_softmax(
@@ -59,11 +60,13 @@ def sampled_softmax(
         register.check_vector("log_q", log_q, v, query.device)
     fixed_log_q = None if log_q is None else log_q.detach()
     chosen, checked = register.choose_precision(precision, query, catalog), register.choose_check(check, query)
-    if engine == "native":
-        kept_size = 0
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, catalog, bias)):
-            kept_size = _kept_bytes(query, negatives, positives)
-        losses = torch.ops.alterrec_fast.sampled_softmax(
+    if engine != "reference":
+        op = torch.ops.alterrec_fast.sampled_softmax
+        kept = _kept_on_cpu if query.device.type == "cpu" else _kept_logits
+        if engine == "triton":
+            op, kept = torch.ops.alterrec_fast.sampled_softmax_triton, _kept_logits
+        needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, catalog, bias))
+        losses = op(
             query,
             catalog,
             target,
@@ -75,7 +78,7 @@ def sampled_softmax(
             bias,
             ignore_index,
             sparse_grad,
-            kept_size,
+            kept(query, negatives, positives) if needed else 0,
             chosen == "bf16",
             checked,
         )[0]
@@ -101,14 +104,9 @@ def sampled_softmax(
 KEEP_SHARED_BYTES = 256 << 20  # what the logits of shared negatives may take from forward to backward
 
 
-def _kept_bytes(query: Tensor, negatives: Tensor, positives: Tensor | None) -> int:
-    """What the native engine keeps for the backward pass."""
-    return (_kept_on_cpu if query.device.type == "cpu" else _kept_logits)(query, negatives, positives)
-
-
 def _kept_on_cpu(query: Tensor, negatives: Tensor, positives: Tensor | None) -> int:
-    """For each row a softmax over its negatives and a mean embedding; of shared negatives the logits, in whole tiles of
-    512 distinct items."""
+    """What the CPU engine keeps for the backward pass: for each row a softmax over its negatives and a mean embedding;
+    of shared negatives the logits, in whole tiles of 512 distinct items."""
     rows, width = query.shape
     if negatives.ndim == 2:
         return rows * (negatives.shape[1] + width) * 4
@@ -118,21 +116,8 @@ def _kept_on_cpu(query: Tensor, negatives: Tensor, positives: Tensor | None) -> 
 
 
 def _kept_logits(query: Tensor, negatives: Tensor, positives: Tensor | None) -> int:
-    """The logits of negatives, target and positives."""
+    """What engines for CUDA tensors keep: the logits of negatives, target and positives."""
     return query.shape[0] * (negatives.shape[-1] + 1 + (0 if positives is None else positives.shape[1])) * 4
-
-
-register.LIBRARY.define(
-    "sampled_softmax(Tensor query, Tensor catalog, Tensor target, Tensor negatives, Tensor? log_q, Tensor? positives, "
-    "float positive_weight, float temperature, Tensor? bias, SymInt ignore_index, bool sparse_grad, SymInt kept_size, "
-    "bool bf16, bool check) -> (Tensor losses, Tensor log_partition, Tensor kept)"
-)
-register.LIBRARY.define(
-    "sampled_softmax_backward(Tensor grad_losses, Tensor query, Tensor catalog, Tensor target, Tensor negatives, "
-    "Tensor? log_q, Tensor? positives, float positive_weight, float temperature, Tensor? bias, SymInt ignore_index, "
-    "bool sparse_grad, bool bf16, Tensor log_partition, Tensor kept, bool[3] needs) "
-    "-> (Tensor query, Tensor catalog, Tensor bias, Tensor items)"
-)
 
 
 def _forward_fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,10 +137,6 @@ def _backward_fake(_grad: Tensor, query: Tensor, catalog: Tensor, *rest: Any) ->
     )
 
 
-torch.library.register_fake("alterrec_fast::sampled_softmax", _forward_fake, lib=register.LIBRARY)
-torch.library.register_fake("alterrec_fast::sampled_softmax_backward", _backward_fake, lib=register.LIBRARY)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     query, catalog, target, negatives, log_q, positives, ctx.positive_weight, ctx.temperature, bias, *static = inputs
     ctx.ignore_index, ctx.sparse_grad, _, ctx.bf16, _ = static
@@ -163,10 +144,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(query, catalog, target, negatives, log_q, positives, bias, output[1], output[2])
 
 
-def _backward(ctx: Any, grad_losses: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(backward_op: str, ctx: Any, grad_losses: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     query, catalog, target, negatives, log_q, positives, bias, log_partition, kept = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 8)]
-    grad_query, grad_catalog, grad_bias, items = torch.ops.alterrec_fast.sampled_softmax_backward(
+    grad_query, grad_catalog, grad_bias, items = getattr(torch.ops.alterrec_fast, backward_op)(
         grad_losses,
         query,
         catalog,
@@ -194,6 +175,96 @@ def _backward(ctx: Any, grad_losses: Tensor, *_: Any) -> tuple[Tensor | None, ..
     return tuple(by_input)
 
 
-torch.library.register_autograd(
-    "alterrec_fast::sampled_softmax", _backward, setup_context=_setup_context, lib=register.LIBRARY
-)
+def _define(name: str) -> None:
+    """Schemas, fakes and autograd of one engine's pair of ops."""
+    register.LIBRARY.define(
+        f"{name}(Tensor query, Tensor catalog, Tensor target, Tensor negatives, Tensor? log_q, Tensor? positives, "
+        "float positive_weight, float temperature, Tensor? bias, SymInt ignore_index, bool sparse_grad, "
+        "SymInt kept_size, bool bf16, bool check) -> (Tensor losses, Tensor log_partition, Tensor kept)"
+    )
+    register.LIBRARY.define(
+        f"{name}_backward(Tensor grad_losses, Tensor query, Tensor catalog, Tensor target, Tensor negatives, "
+        "Tensor? log_q, Tensor? positives, float positive_weight, float temperature, Tensor? bias, "
+        "SymInt ignore_index, bool sparse_grad, bool bf16, Tensor log_partition, Tensor kept, bool[3] needs) "
+        "-> (Tensor query, Tensor catalog, Tensor bias, Tensor items)"
+    )
+    full = f"alterrec_fast::{name}"
+    torch.library.register_fake(full, _forward_fake, lib=register.LIBRARY)
+    torch.library.register_fake(f"{full}_backward", _backward_fake, lib=register.LIBRARY)
+    backward = functools.partial(_backward, f"{name}_backward")
+    torch.library.register_autograd(full, backward, setup_context=_setup_context, lib=register.LIBRARY)
+
+
+def _triton(
+    query: Tensor,
+    catalog: Tensor,
+    target: Tensor,
+    negatives: Tensor,
+    log_q: Tensor | None,
+    positives: Tensor | None,
+    positive_weight: float,
+    temperature: float,
+    bias: Tensor | None,
+    ignore_index: int,
+    _sparse_grad: bool,
+    kept_size: int,
+    bf16: bool,
+    check: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from alterrec_fast.kernels.losses import Kept, Problem
+    from alterrec_fast.kernels.sampled_softmax import sampled_softmax_fwd
+
+    if check:
+        v = catalog.shape[0]
+        check_ids_in("target", target, 0, v, ignore_index)
+        check_ids_in("negatives", negatives if negatives.ndim == 2 else negatives.unsqueeze(1), 0, v, -1)
+        if positives is not None:
+            check_ids_in("positives", positives, 0, v, -1)
+    p = Problem.of(
+        query, catalog, target, positives, positive_weight, temperature, bias, log_q, ignore_index, bf16, check
+    )
+    kept = Kept.empty(p, kept_size, negatives)
+    losses, log_partition, logits = sampled_softmax_fwd(p, negatives, kept.negatives)
+    kept.keep(logits)
+    register.raise_not_finite(p.bad)
+    return losses, log_partition, kept.memory
+
+
+def _triton_backward(
+    grad_losses: Tensor,
+    query: Tensor,
+    catalog: Tensor,
+    target: Tensor,
+    negatives: Tensor,
+    log_q: Tensor | None,
+    positives: Tensor | None,
+    positive_weight: float,
+    temperature: float,
+    bias: Tensor | None,
+    ignore_index: int,
+    sparse_grad: bool,
+    bf16: bool,
+    log_partition: Tensor,
+    kept: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from alterrec_fast.kernels.losses import Kept, Problem, Slopes
+    from alterrec_fast.kernels.sampled_softmax import sampled_softmax_bwd
+
+    p = Problem.of(
+        query, catalog, target, positives, positive_weight, temperature, bias, log_q, ignore_index, bf16, False
+    )
+    logits = Kept.of(p, kept, negatives)
+    x = Slopes.of(p, grad_losses, log_partition, logits.wanted)
+    grads = sampled_softmax_bwd(p, negatives, logits.negatives, x, sparse_grad, needs)
+    return grads.query, grads.catalog, grads.bias if bias is None else grads.bias.to(bias.dtype), grads.items
+
+
+# The first is compiled code's, for CPU tensors and where nvcc was there for CUDA tensors; the second Triton's, which
+# under the interpreter serves CPU tensors.
+for name in ("sampled_softmax", "sampled_softmax_triton"):
+    _define(name)
+for key in ("CUDA", "CPU"):
+    torch.library.impl("alterrec_fast::sampled_softmax_triton", key, _triton, lib=register.LIBRARY)
+    torch.library.impl("alterrec_fast::sampled_softmax_triton_backward", key, _triton_backward, lib=register.LIBRARY)
+register.TRITON_OPS.add("sampled_softmax")

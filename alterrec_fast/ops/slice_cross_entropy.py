@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from alterrec_fast.ops import register
-from alterrec_fast.ops.reference import slice_cross_entropy_ref
+from alterrec_fast.ops.reference import check_ids_in, slice_cross_entropy_ref
 from alterrec_fast.ops.slices import RankSlice
 
 
@@ -57,7 +58,7 @@ def slice_cross_entropy(
     engine = register.choose_backend(backend, query, "slice_cross_entropy")
     register.check_matrices(query, catalog, bias, first_item, engine)
     register.check_loss(temperature, positive_weight, reduction)
-    b, v = query.shape[0], catalog.shape[0]
+    (b, d), v = query.shape, catalog.shape[0]
     register.check_ids("target", target, b, (1,), query.device)
     if positives is not None:
         register.check_ids("positives", positives, b, (2,), query.device)
@@ -69,12 +70,14 @@ def slice_cross_entropy(
         if neg.device != query.device:
             raise ValueError(f"neg must be on {query.device}, got {neg.device}")
     chosen, checked = register.choose_precision(precision, query, catalog), register.choose_check(check, query)
-    if engine == "native":
+    if engine != "reference":
         members = None if neg is None else neg.ids if neg.bits is None else neg.bits
-        kept_size = 0
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, catalog, bias)):
-            kept_size = torch.sym_min(keep_bytes, _kept_bytes(b, v, query.shape[1]))
-        rows = torch.ops.alterrec_fast.slice_cross_entropy(
+        op, kept_size = torch.ops.alterrec_fast.slice_cross_entropy, torch.sym_min(keep_bytes, _kept_bytes(b, v, d))
+        if engine == "triton":
+            op, kept_size = torch.ops.alterrec_fast.slice_cross_entropy_triton, _kept_logits(b, members, positives)
+        if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in (query, catalog, bias)):
+            kept_size = 0
+        rows = op(
             query,
             catalog,
             target,
@@ -113,16 +116,14 @@ def _kept_bytes(rows: int, items: int, width: int) -> int:
     return rows * (-(-items // 512) * (512 + 1) + width) * 4
 
 
-register.LIBRARY.define(
-    "slice_cross_entropy(Tensor query, Tensor catalog, Tensor target, Tensor? members, Tensor? positives, "
-    "float positive_weight, float temperature, Tensor? bias, SymInt first_item, SymInt ignore_index, SymInt kept_size, "
-    "bool bf16, bool check) -> (Tensor losses, Tensor log_partition, Tensor kept)"
-)
-register.LIBRARY.define(
-    "slice_cross_entropy_backward(Tensor grad_losses, Tensor query, Tensor catalog, Tensor target, Tensor? members, "
-    "Tensor? positives, float positive_weight, float temperature, Tensor? bias, SymInt first_item, "
-    "SymInt ignore_index, bool bf16, Tensor log_partition, Tensor kept, bool[3] needs) -> (Tensor, Tensor, Tensor)"
-)
+def _kept_logits(rows: int, members: Tensor | None, positives: Tensor | None) -> int:
+    """What the Triton engine keeps: the logits of target and positives, and of a slice of ids."""
+    negatives = members.shape[1] if _are_ids(members) and members is not None else 0
+    return rows * (negatives + 1 + (0 if positives is None else positives.shape[1])) * 4
+
+
+def _are_ids(members: Tensor | None) -> bool:
+    return members is not None and members.dtype != torch.uint8
 
 
 def _forward_fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,10 +140,6 @@ def _backward_fake(_grad: Tensor, query: Tensor, catalog: Tensor, *rest: Any) ->
     )
 
 
-torch.library.register_fake("alterrec_fast::slice_cross_entropy", _forward_fake, lib=register.LIBRARY)
-torch.library.register_fake("alterrec_fast::slice_cross_entropy_backward", _backward_fake, lib=register.LIBRARY)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     query, catalog, target, members, positives, ctx.positive_weight, ctx.temperature, bias, *static = inputs
     ctx.first_item, ctx.ignore_index, _, ctx.bf16, _ = static
@@ -150,10 +147,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(query, catalog, target, members, positives, bias, output[1], output[2])
 
 
-def _backward(ctx: Any, grad_losses: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(backward_op: str, ctx: Any, grad_losses: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     query, catalog, target, members, positives, bias, log_partition, kept = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 7)]
-    grads = torch.ops.alterrec_fast.slice_cross_entropy_backward(
+    grads = getattr(torch.ops.alterrec_fast, backward_op)(
         grad_losses,
         query,
         catalog,
@@ -176,6 +173,101 @@ def _backward(ctx: Any, grad_losses: Tensor, *_: Any) -> tuple[Tensor | None, ..
     return tuple(by_input)
 
 
-torch.library.register_autograd(
-    "alterrec_fast::slice_cross_entropy", _backward, setup_context=_setup_context, lib=register.LIBRARY
-)
+def _define(name: str) -> None:
+    """Schemas, fakes and autograd of one engine's pair of ops."""
+    register.LIBRARY.define(
+        f"{name}(Tensor query, Tensor catalog, Tensor target, Tensor? members, Tensor? positives, "
+        "float positive_weight, float temperature, Tensor? bias, SymInt first_item, SymInt ignore_index, "
+        "SymInt kept_size, bool bf16, bool check) -> (Tensor losses, Tensor log_partition, Tensor kept)"
+    )
+    register.LIBRARY.define(
+        f"{name}_backward(Tensor grad_losses, Tensor query, Tensor catalog, Tensor target, Tensor? members, "
+        "Tensor? positives, float positive_weight, float temperature, Tensor? bias, SymInt first_item, "
+        "SymInt ignore_index, bool bf16, Tensor log_partition, Tensor kept, bool[3] needs) -> (Tensor, Tensor, Tensor)"
+    )
+    full = f"alterrec_fast::{name}"
+    torch.library.register_fake(full, _forward_fake, lib=register.LIBRARY)
+    torch.library.register_fake(f"{full}_backward", _backward_fake, lib=register.LIBRARY)
+    backward = functools.partial(_backward, f"{name}_backward")
+    torch.library.register_autograd(full, backward, setup_context=_setup_context, lib=register.LIBRARY)
+
+
+def _triton(
+    query: Tensor,
+    catalog: Tensor,
+    target: Tensor,
+    members: Tensor | None,
+    positives: Tensor | None,
+    positive_weight: float,
+    temperature: float,
+    bias: Tensor | None,
+    first_item: int,
+    ignore_index: int,
+    kept_size: int,
+    bf16: bool,
+    check: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from alterrec_fast.kernels import sampled_softmax as gathered
+    from alterrec_fast.kernels import slice_cross_entropy as dense
+    from alterrec_fast.kernels.losses import Kept, Problem
+
+    if check:
+        check_ids_in("target", target, first_item, catalog.shape[0], ignore_index)
+        if positives is not None:
+            check_ids_in("positives", positives, first_item, catalog.shape[0], -1)
+    p = Problem.of(
+        query, catalog, target, positives, positive_weight, temperature, bias, None, ignore_index, bf16, check
+    )
+    kept = Kept.empty(p, kept_size, members if _are_ids(members) else None)
+    if _are_ids(members):
+        losses, log_partition, logits = gathered.sampled_softmax_fwd(p, members, kept.negatives)
+    else:
+        losses, log_partition, logits = dense.slice_cross_entropy_fwd(p, dense.Columns.of(p, first_item, members))
+    kept.keep(logits)
+    register.raise_not_finite(p.bad)
+    return losses, log_partition, kept.memory
+
+
+def _triton_backward(
+    grad_losses: Tensor,
+    query: Tensor,
+    catalog: Tensor,
+    target: Tensor,
+    members: Tensor | None,
+    positives: Tensor | None,
+    positive_weight: float,
+    temperature: float,
+    bias: Tensor | None,
+    first_item: int,
+    ignore_index: int,
+    bf16: bool,
+    log_partition: Tensor,
+    kept: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    from alterrec_fast.kernels import sampled_softmax as gathered
+    from alterrec_fast.kernels import slice_cross_entropy as dense
+    from alterrec_fast.kernels.losses import Kept, Problem, Slopes
+
+    p = Problem.of(
+        query, catalog, target, positives, positive_weight, temperature, bias, None, ignore_index, bf16, False
+    )
+    if _are_ids(members):
+        logits = Kept.of(p, kept, members)
+        x = Slopes.of(p, grad_losses, log_partition, logits.wanted)
+        found = gathered.sampled_softmax_bwd(p, members, logits.negatives, x, False, needs)
+        grads = found.query, found.catalog, found.bias
+    else:
+        x = Slopes.of(p, grad_losses, log_partition, Kept.of(p, kept, None).wanted)
+        grads = dense.slice_cross_entropy_bwd(p, dense.Columns.of(p, first_item, members), x, needs)
+    return *grads[:2], grads[2] if bias is None else grads[2].to(bias.dtype)
+
+
+# The first is the compiled CPU engine's and, on CUDA tensors, Triton's; the second always Triton's, which under the
+# interpreter serves CPU tensors.
+for name in ("slice_cross_entropy", "slice_cross_entropy_triton"):
+    _define(name)
+    for key in ("CUDA", "CPU") if name.endswith("triton") else ("CUDA",):
+        torch.library.impl(f"alterrec_fast::{name}", key, _triton, lib=register.LIBRARY)
+        torch.library.impl(f"alterrec_fast::{name}_backward", key, _triton_backward, lib=register.LIBRARY)
+register.TRITON_OPS.add("slice_cross_entropy")

@@ -51,7 +51,7 @@ def cuda_engine(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(autouse=True)
 def kept_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is kept for the backward pass is what the engine for CUDA tensors keeps."""
+    """What is kept for the backward pass is what engines for CUDA tensors keep."""
     module = sys.modules["alterrec_fast.ops.sampled_softmax"]
     monkeypatch.setattr(module, "_kept_on_cpu", module._kept_logits)
 

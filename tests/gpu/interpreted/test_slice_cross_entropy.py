@@ -1,0 +1,144 @@
+"""slice_cross_entropy in Triton against the specification, losses and all gradients."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from alterrec_fast.ops import RankSlice, slice_cross_entropy
+from alterrec_fast.ops.slices import pack_bits
+from tests.loss_helpers import assert_no_worse, call, widened
+
+
+def problem(b: int, v: int, d: int, first: int, form: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """query, catalog, and options with an ignored row, a row without negatives, an item tile without any, positives
+    that repeat, equal the target or are none."""
+    g = torch.Generator().manual_seed(b * v + d)
+    query, catalog = torch.randn(b, d, generator=g) / math.sqrt(d), torch.randn(v, d, generator=g)
+    target = torch.randint(first, v, (b,), generator=g)
+    positives = torch.randint(first - 1, v, (b, 3), generator=g)
+    positives[positives < first] = -1
+    positives[:, 1] = positives[:, 0]
+    if b > 3:
+        target[1], target[3] = -100, positives[3, 0].clamp(min=first)
+    mask = torch.rand(b, v, generator=g) < 0.3
+    mask[:, :first] = False
+    mask[:, 128:192] = False
+    mask[2:3] = False
+    neg = slice_of(mask, form)
+    return query, catalog, {"target": target, "neg": neg, "positives": positives, "first_item": first}
+
+
+def slice_of(mask: Tensor, form: str) -> RankSlice | None:
+    """mask (B, V) as the form asked for, whichever is smaller; None for all items."""
+    if form == "all":
+        return None
+    found = RankSlice.from_mask(mask)
+    if form == "bits":
+        return replace(found, bits=pack_bits(mask), ids=None)
+    return replace(found, bits=None, ids=found.indices().int())
+
+
+def compare(query: Tensor, catalog: Tensor, options: dict[str, Any]) -> None:
+    bf16 = torch.bfloat16 in (query.dtype, catalog.dtype) or options.get("precision") == "bf16"
+    exact = call(
+        slice_cross_entropy,
+        query.double(),
+        catalog.double(),
+        backend="reference",
+        **widened(options | {"precision": None}),
+    )
+    theirs = call(slice_cross_entropy, query, catalog, backend="reference", **options)
+    ours = call(slice_cross_entropy, query, catalog, backend="triton", **options)
+    assert_no_worse(ours, theirs, exact, 2.0, 2.0**-7 if bf16 else 4e-6)
+
+
+@pytest.mark.parametrize(
+    ("b", "v", "d", "first", "form"),
+    [
+        (5, 230, 20, 0, "bits"),  # an edge in every dimension, and an item tile that is skipped
+        (70, 128, 33, 3, "all"),  # two blocks of sessions
+        (4, 70, 1024, 1, "bits"),  # several blocks of gradient columns
+        (6, 90, 16, 2, "ids"),
+    ],
+)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_matches_the_reference(
+    guarded: list[Tensor], b: int, v: int, d: int, first: int, form: str, bf16: bool
+) -> None:
+    query, catalog, options = problem(b, v, d, first, form)
+    if bf16:
+        query, catalog = query.bfloat16(), catalog.bfloat16()
+    bias = torch.randn(v, generator=torch.Generator().manual_seed(1))
+    compare(query, catalog, options | {"bias": bias, "temperature": 0.5, "positive_weight": 0.7})
+
+
+def test_mixed_dtypes_strided_rows_and_no_positives() -> None:
+    query, catalog, options = problem(5, 70, 9, 0, "bits")
+    del options["positives"]
+    options["target"] = options["target"].int()
+    wide_query, wide_catalog = torch.zeros(5, 20), torch.zeros(70, 11)
+    wide_query[:, 3:12], wide_catalog[:, :9] = query, catalog
+    compare(wide_query[:, 3:12], wide_catalog[:, :9], options)
+    compare(query, catalog.bfloat16(), options)
+    compare(query, catalog, options | {"precision": "bf16"})
+
+
+@pytest.mark.parametrize("form", ["bits", "all", "ids"])
+def test_empty_slices_and_no_rows(form: str) -> None:
+    """Without a slice an empty one needs that all items are padding, so that there are no targets either."""
+    for b in (0, 3):
+        query, catalog, options = problem(b, 70, 8, 0, form)
+        options["neg"] = slice_of(torch.zeros(b, 70, dtype=torch.bool), form)
+        if form == "all":
+            options |= {"first_item": 70, "positives": None, "target": torch.full((b,), -100)}
+        found = call(slice_cross_entropy, query, catalog, backend="triton", **options)
+        assert not any(x.any() for x in found)
+
+
+def test_only_some_gradients() -> None:
+    query, catalog, options = problem(4, 70, 8, 0, "all")
+    bias = torch.randn(70)
+    every = call(slice_cross_entropy, query, catalog, bias=bias, backend="triton", **options)
+    weights = torch.linspace(0.5, 1.5, 4)
+    for at, tensor in enumerate((query, catalog, bias), 1):
+        tensor.requires_grad_()
+        losses = slice_cross_entropy(query, catalog, bias=bias, reduction="none", backend="triton", **options)
+        (grad,) = torch.autograd.grad((losses * weights).sum(), tensor)
+        tensor.requires_grad_(False)
+        assert torch.equal(grad, every[at])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": 70}, r"target: row 4 holds 70, expected -100 or an id in \[0, 70\)"),
+        ({"positives": -2}, r"positives: row 4 holds -2, expected -1 or an id in \[0, 70\)"),
+        ({"query": math.inf}, r"scores: row 4 has a score of (-?inf|nan), expected a finite one"),
+    ],
+)
+def test_wrong_values(change: dict[str, float], message: str) -> None:
+    query, catalog, options = problem(6, 70, 8, 0, "bits")
+    tensors = {"query": query, "catalog": catalog, **options}
+    for name, value in change.items():
+        tensors[name][4] = value
+    with pytest.raises(ValueError, match=message):
+        slice_cross_entropy(query, catalog, **options, backend="triton")
+
+
+def test_opcheck() -> None:
+    query, catalog, options = problem(4, 70, 8, 0, "bits")
+    bits = options["neg"].bits
+    rest = (options["target"], bits, options["positives"], 0.5, 0.7)
+    bias, kept = torch.randn(70), 4 * 4 * 4
+    inputs = [x.requires_grad_() for x in (query, catalog, bias)]
+    torch.library.opcheck(
+        torch.ops.alterrec_fast.slice_cross_entropy_triton.default,
+        (inputs[0], inputs[1], *rest, inputs[2], 0, -100, kept, False, True),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
