@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from alterrec_fast.benchmarks import engine_quality
 from alterrec_fast.benchmarks.count_baselines import BASELINES, DECAY
-from alterrec_fast.benchmarks.results import MARKS, ROWS, _between_marks, _page
+from alterrec_fast.benchmarks.results import ROWS, _page
+from alterrec_fast.benchmarks.runs import END, between_marks
 
 from alterrec_fast.data.batches import pack
 from alterrec_fast.data.sessions import Dataset
@@ -71,10 +73,22 @@ def test_the_table_names_every_variant_and_says_where_it_falls_short(shop: Datas
     assert "BELOW random (51.00)" in line and "above markov (10.00)" in line and "above id_only (31.00)" in line
 
 
+def test_engines_are_compared_in_deviations_over_seeds() -> None:
+    def seeds(*levels: float) -> list[dict[str, Any]]:
+        return [{"test": {"fused": dict.fromkeys(METRICS, level)}} for level in levels]
+
+    runs = {row.name: seeds(0.30, 0.32) for row in engine_quality.ROWS}
+    runs["alterrec, bf16"] = seeds(0.33, 0.35)  # 0.03 apart, deviations of 0.0141
+    page = engine_quality._page(runs, argparse.Namespace(width=16, epochs=3, seeds=2))
+    assert "| alterrec, bf16 | 34.00 ± 1.41 |" in page
+    assert "- alterrec, native fp32: within one standard deviation of the reference; at most 0.00" in page
+    assert "- alterrec, native bf16: BEYOND one standard deviation of the reference; at most 2.12" in page
+
+
 def test_the_table_goes_between_the_marks(tmp_path: Path) -> None:
     page = tmp_path / "results.md"
-    page.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
-    assert _between_marks(page, "new") == f"before\n{MARKS[0]}\n\nnew\n{MARKS[1]}\nafter\n"
+    page.write_text(f"<!-- a -->\n1\n{END}\n<!-- b -->\nold\n{END}\nafter\n")
+    assert between_marks(page, "<!-- b -->", "new") == f"<!-- a -->\n1\n{END}\n<!-- b -->\n\nnew\n{END}\nafter\n"
     page.write_text("no marks")
     with pytest.raises(SystemExit, match="marks"):
-        _between_marks(page, "new")
+        between_marks(page, "<!-- b -->", "new")
