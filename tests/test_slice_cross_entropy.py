@@ -294,3 +294,23 @@ def test_compiles_into_one_graph() -> None:
         results.append([value.detach(), *torch.autograd.grad(value, (q, e))])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@needs_native
+@pytest.mark.parametrize("keep_bytes", [0, 1 << 28])
+def test_bias_gradient_in_bf16_is_no_worse_than_torchs(keep_bytes: int) -> None:
+    """Against the same loss written in torch with bfloat16 products; both are compared with float64."""
+    g = torch.Generator().manual_seed(4)
+    query, catalog = torch.randn(200, 64, generator=g) / 8, torch.randn(900, 64, generator=g)
+    bias, target = torch.randn(900, generator=g), torch.randint(900, (200,), generator=g)
+
+    def plain(q: Tensor, e: Tensor, bias: Tensor, target: Tensor, reduction: str) -> Tensor:
+        return F.cross_entropy((q.to(kind) @ e.to(kind).T).to(bias.dtype) + bias, target, reduction=reduction)
+
+    kind = torch.float64
+    exact = call(plain, query.double(), catalog.double(), bias.double(), target=target)
+    kind = torch.bfloat16
+    theirs = call(plain, query, catalog, bias, target=target)
+    ours = native(query, catalog, bias, target=target, precision="bf16", keep_bytes=keep_bytes)
+    error, allowed = (float((x[3].double() - exact[3]).norm() / exact[3].norm()) for x in (ours, theirs))
+    assert error <= allowed

@@ -65,13 +65,11 @@ def rank_slice(
     left_out = exclude_lists(exclude, query.shape[0], query.device)
     checked = register.choose_check(check, query)
     arithmetic = register.choose_precision(precision, query, catalog)
+    query, catalog, bias = register.detached(query, catalog, bias)
     if engine == "reference":
         if checked:
             check_exclude_values(left_out, catalog.shape[0])
-        offset = None if bias is None else bias.detach()
-        return rank_slice_ref(
-            query.detach(), catalog.detach(), start, stop, top, left_out, offset, first_item, arithmetic, checked
-        )
+        return rank_slice_ref(query, catalog, start, stop, top, left_out, bias, first_item, arithmetic, checked)
     members, best, thresholds = torch.ops.alterrec_fast.rank_slice(
         query, catalog, start, stop, top, *left_out, bias, first_item, guess, arithmetic, checked
     )

@@ -155,6 +155,11 @@ def check_ids(name: str, ids: Tensor, rows: int, ndims: tuple[int, ...], device:
         raise ValueError(f"{name} must be on {device}, got {ids.device}")
 
 
+def detached(query: Tensor, catalog: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What ops without a gradient score with, so that what they return asks for none either."""
+    return query.detach(), catalog.detach(), None if bias is None else bias.detach()
+
+
 def check_range(name: str, start: int, stop: int, items: int) -> None:
     """0 <= start <= stop <= items, the number of items that are ranked."""
     if not 0 <= start <= stop:

@@ -41,7 +41,8 @@ def sampled_softmax(
         negatives: (B, n), or (n,) shared by all rows; int32 or int64, -1 is none.
         log_q: (V,), the log of each item's expected count among the negatives; no gradient.
         positives, positive_weight, temperature, bias, reduction, ignore_index: as in `slice_cross_entropy`.
-        sparse_grad: the catalog's gradient as a coalesced sparse tensor of the touched rows.
+        sparse_grad: the catalog's gradient as a coalesced sparse tensor of the touched rows. torch drops the mark, not
+            the order, when it stores the gradient as ``catalog.grad``; `torch.autograd.grad` returns it marked.
         precision, check, backend: as in `rank_slice`.
 
     Raises:

@@ -50,7 +50,8 @@ def slice_cross_entropy(
         reduction: "mean" over the rows whose target is not ignore_index (0 over none), "sum", or "none" for (B,).
         ignore_index: a target that stands for no row.
         keep_bytes: an engine may keep logits of up to this size from forward to backward; it changes the speed only.
-        precision, check, backend: as in `rank_slice`.
+        precision, check, backend: as in `rank_slice`. An engine need not score, and so not check, items that are no
+            row's negatives.
 
     Raises:
         TypeError, ValueError, BackendError: as `rank_slice` does; ValueError also for ids beyond the catalog.

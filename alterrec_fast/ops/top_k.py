@@ -47,11 +47,11 @@ def top_k(
     left_out = exclude_lists(exclude, query.shape[0], query.device)
     checked = register.choose_check(check, query)
     arithmetic = register.choose_precision(precision, query, catalog)
+    query, catalog, bias = register.detached(query, catalog, bias)
     if engine == "reference":
         if checked:
             check_exclude_values(left_out, catalog.shape[0])
-        offset = None if bias is None else bias.detach()
-        return top_k_ref(query.detach(), catalog.detach(), k, left_out, offset, first_item, arithmetic, checked)
+        return top_k_ref(query, catalog, k, left_out, bias, first_item, arithmetic, checked)
     scores, items = torch.ops.alterrec_fast.top_k(query, catalog, k, *left_out, bias, first_item, arithmetic, checked)
     return scores, items
 
