@@ -70,8 +70,11 @@ def draw_step(b: int, v: int, d: int) -> list[Tensor]:
 
 
 @needs_native
-def test_one_step_of_all_ops_compiles_with_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # no pool of processes for two small kernels
+def test_one_step_of_all_ops_compiles_with_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(
+        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path)
+    )  # a run that was killed leaves broken files in the user's
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # no pool of processes for a few small kernels
     inputs = draw_step(12, 300, 16)
     results = []
     for function in (step, torch.compile(step, fullgraph=True)):
