@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from alterrec_fast.benchmarks import losses, rankers, truth, verdicts
+from alterrec_fast.benchmarks import losses, rankers, training, truth, verdicts
 from alterrec_fast.benchmarks.records import FLOOR
+from alterrec_fast.benchmarks.whole_step import published, strong
 from alterrec_fast.benchmarks.worker import Call, Shape, Task, Tensors
 
 OURS = "alterrec-fast"
@@ -188,8 +189,24 @@ _OF_SAMPLED_SOFTMAX = (
 _OF_STEP = (
     _floor(losses.products),
     *_ours(losses.our_step, _LOSS, LOSS),
-    Contestant("published", "torch", Task(losses.published_step, _LOSS), LOSS),
-    Contestant("strong", "torch", Task(losses.strong_step, _WHOLE_LOSS), LOSS),
+    Contestant("published", "torch", Task(partial(losses.ranked_step, way=published), _LOSS), LOSS),
+    Contestant("strong", "torch", Task(partial(losses.ranked_step, way=strong), _WHOLE_LOSS), LOSS),
+)
+
+_PASS = verdicts.compare_pass
+
+_OF_SASREC = (
+    _floor(losses.products),
+    Contestant(OURS, OURS, Task(training.our_sasrec, _PASS), 0.0, True),
+    Contestant(f"{OURS}, bf16", OURS, Task(partial(training.our_sasrec, precision="bf16"), _PASS), 0.0, True),
+    Contestant("RecBole SASRec", "recbole", None, 0.0, python="recbole"),
+    Contestant("RecTools SASRec", "rectools", None, 0.0, python="rectools"),
+)
+
+_OF_ALTERREC = (
+    _floor(losses.products),
+    *_ours(training.our_alterrec, verdicts.compare_step, 1e-3),
+    Contestant("published", "torch", Task(training.published_alterrec, verdicts.compare_step), 1e-3),
 )
 
 # --- at which shapes: the paper's Amazon-French, a smaller shop, curves over V, one shape for threads ---
@@ -287,5 +304,27 @@ OPS = (
         _OF_STEP,
         quick=(_SLICED,),
         full=(_SHOP_SLICED, *_slice_curve((10_000, 40_000, 160_000))),
+    ),
+    Op(
+        "sasrec",
+        "SASRec end to end: one pass over the same sessions, with the same width, layers, heads, batch and dropout",
+        3,
+        training.make_sessions,
+        training.sessions_truth,
+        _loss_traffic,
+        _OF_SASREC,
+        quick=(Shape(5_000, 64, training=True),),
+        full=(Shape(40_000, 64, training=True),),
+    ),
+    Op(
+        "alterrec",
+        "AlterRec's ID phase end to end: one step against ranks of the text network, optimiser included",
+        4,
+        training.make_alterrec,
+        training.alterrec_truth,
+        _step_traffic,
+        _OF_ALTERREC,
+        quick=(),
+        full=(replace(_SLICED, training=True),),
     ),
 )

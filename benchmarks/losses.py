@@ -110,13 +110,26 @@ def our_full(shape: Shape, inputs: Tensors, keep_bytes: int = 256 << 20, precisi
 def indexed(shape: Shape, inputs: Tensors) -> Call:
     """Advanced indexing into the scores, as the published code has it."""
     negatives = inputs["negatives"]
-    return step_of(lambda q, e, target, i: published_loss(q, e, target, negatives), inputs)
+
+    def loss(q: Tensor, e: Tensor, target: Tensor, i: int) -> Tensor:
+        ids = torch.cat([target[:, None], negatives], 1)
+        hit = F.pad(negatives == target[:, None], (1, 0))
+        rows = torch.arange(len(q))[:, None].expand_as(ids)
+        return F.cross_entropy((q @ e.T)[rows, ids].masked_fill(hit, -1e5), torch.zeros_like(target))
+
+    return step_of(loss, inputs)
 
 
 def gathered(shape: Shape, inputs: Tensors) -> Call:
     """gather from the scores, and one concatenation."""
     negatives = inputs["negatives"]
-    return step_of(lambda q, e, target, i: strong_loss(q, e, target, negatives), inputs)
+
+    def loss(q: Tensor, e: Tensor, target: Tensor, i: int) -> Tensor:
+        y = q @ e.T
+        others = y.gather(1, negatives).masked_fill(negatives == target[:, None], -1e5)
+        return F.cross_entropy(torch.cat([y.gather(1, target[:, None]), others], 1), torch.zeros_like(target))
+
+    return step_of(loss, inputs)
 
 
 def masked(shape: Shape, inputs: Tensors) -> Call:
@@ -187,43 +200,19 @@ def our_sampled(shape: Shape, inputs: Tensors, sparse_grad: bool = False, precis
 # --- the kernel part of a training step: the teacher ranks, the student learns from the slice ---
 
 
-def published_loss(q: Tensor, e: Tensor, target: Tensor, negatives: Tensor) -> Tensor:
-    ids = torch.cat([target[:, None], negatives], 1)
-    hit = torch.cat([torch.zeros_like(target[:, None], dtype=torch.bool), negatives == target[:, None]], 1)
-    rows = torch.arange(len(q))[:, None].expand_as(ids)
-    return F.cross_entropy((q @ e.T)[rows, ids].masked_fill(hit, -1e5), torch.zeros_like(target))
-
-
-def strong_loss(q: Tensor, e: Tensor, target: Tensor, negatives: Tensor) -> Tensor:
-    y = q @ e.T
-    others = y.gather(1, negatives).masked_fill(negatives == target[:, None], -1e5)
-    return F.cross_entropy(torch.cat([y.gather(1, target[:, None]), others], 1), torch.zeros_like(target))
-
-
-def published_step(shape: Shape, inputs: Tensors) -> Call:
-    """As the published code does it: topk, sorted, and advanced indexing."""
+def ranked_step(shape: Shape, inputs: Tensors, way: Callable[..., Tensor]) -> Call:
+    """One of whole_step.py's ways: the teacher's queries rank its catalog, and the student learns from the slice."""
 
     def loss(q: Tensor, e: Tensor, target: Tensor, i: int) -> Tensor:
-        scores = inputs["teacher_query"][i % BATCHES] @ inputs["teacher_catalog"].T
-        return published_loss(q, e, target, scores.topk(shape.stop)[1][:, shape.start :])
-
-    return step_of(loss, inputs)
-
-
-def strong_step(shape: Shape, inputs: Tensors) -> Call:
-    """The fastest of plain torch that we know: topk, unsorted, and gather; the `start` top items stay negatives."""
-
-    def loss(q: Tensor, e: Tensor, target: Tensor, i: int) -> Tensor:
-        scores = inputs["teacher_query"][i % BATCHES] @ inputs["teacher_catalog"].T
-        return strong_loss(q, e, target, scores.topk(shape.stop, sorted=False)[1])
+        teacher = inputs["teacher_query"][i % BATCHES], inputs["teacher_catalog"]
+        return way(*teacher, q, e, target, shape.start, shape.stop)
 
     return step_of(loss, inputs)
 
 
 def our_step(shape: Shape, inputs: Tensors, precision: str | None = None) -> Call:
-    def loss(q: Tensor, e: Tensor, target: Tensor, i: int) -> Tensor:
-        teacher = inputs["teacher_query"][i % BATCHES], inputs["teacher_catalog"]
-        neg = rank_slice(*teacher, shape.start, shape.stop, precision=precision)
+    def way(qt: Tensor, ht: Tensor, q: Tensor, e: Tensor, target: Tensor, start: int, stop: int) -> Tensor:
+        neg = rank_slice(qt, ht, start, stop, precision=precision)
         return slice_cross_entropy(q, e, target, neg, precision=precision)
 
-    return step_of(loss, inputs)
+    return ranked_step(shape, inputs, way)

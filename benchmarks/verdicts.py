@@ -65,3 +65,22 @@ def compare_loss(found: Tensors, truth: Tensors, variant: str = "") -> float:
 
 def _largest(error: Tensor, scale: Tensor) -> float:
     return float(error.abs().max() / scale.abs().max())
+
+
+def compare_pass(found: Tensors, truth: Tensors) -> float:
+    """One pass over the sessions: the share of targets that were left out, or trained on twice.
+
+    There is no float64 to compare the loss with, since initial weights and the places of norms differ; ValueError where
+    it is not finite.
+    """
+    if not bool(found["loss"].isfinite()):
+        raise ValueError(f"wrong: a loss of {found['loss']}")
+    return abs(int(found["targets"]) - int(truth["targets"])) / int(truth["targets"])
+
+
+def compare_step(found: Tensors, truth: Tensors) -> float:
+    """Loss and gradients of all parameters: the largest relative error, in the 2-norm."""
+    names = truth.keys() - {"rows", "product"}
+    if found.keys() != names:
+        raise ValueError(f"wrong: {sorted(found.keys() ^ names)} on one side only")
+    return max(float((found[name].double() - truth[name]).norm() / truth[name].norm()) for name in names)

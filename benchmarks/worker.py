@@ -7,6 +7,7 @@ end of the connection is `contest.Process`; each request is answered with ("done
 from __future__ import annotations
 
 import importlib
+import os
 import resource
 import statistics
 import sys
@@ -39,6 +40,7 @@ class Shape:
     stop: int = 0
     negatives: int = 0  # of each session
     shared: bool = False  # whether all sessions share the negatives
+    training: bool = False  # whether sessions are those of training data, `sessions` of whose targets make a batch
     threads: int = 0  # 0 stands for what the run is told
     figure: str = ""  # "" where the shape is one of the table, else the figure that it is measured for
 
@@ -50,6 +52,8 @@ class Shape:
             parts.append(f"ranks {self.start}:{self.stop}" if self.start else f"k = {self.stop}")
         if self.negatives:
             parts.append(f"{self.negatives:,} negatives{' shared' if self.shared else ''}")
+        if self.training:
+            parts.append(f"{self.sessions} targets a batch")
         parts.append(self.precision)
         if self.threads:
             parts.append(f"{self.threads} threads" if self.threads > 1 else "1 thread")
@@ -92,7 +96,11 @@ def limit_memory(size: int) -> None:
 
 
 def serve(connection: Connection, task: Task, shape: Shape, paths: tuple[Path, Path]) -> None:
-    """Answers requests until it is told to end; `paths` lead to the inputs and to the truth about them."""
+    """Answers requests until it is told to end; `paths` lead to the inputs and to the truth about them.
+
+    Works in the folder of the inputs, which is gone after the run, for libraries that leave files where they run.
+    """
+    os.chdir(paths[0].parent)
     torch.set_num_threads(shape.threads)
     call: Call | None = None
     while True:
