@@ -203,10 +203,13 @@ _OF_SASREC = (
     Contestant("RecTools SASRec", "rectools", None, 0.0, python="rectools"),
 )
 
+_STEP = verdicts.compare_step
+
 _OF_ALTERREC = (
     _floor(losses.products),
-    *_ours(training.our_alterrec, verdicts.compare_step, 1e-3),
-    Contestant("published", "torch", Task(training.published_alterrec, verdicts.compare_step), 1e-3),
+    Contestant(OURS, OURS, Task(training.our_alterrec, _STEP), LOSS, True),
+    Contestant(f"{OURS}, bf16", OURS, Task(partial(training.our_alterrec, precision="bf16"), _STEP), BF16, True),
+    Contestant("published", "torch", Task(training.published_alterrec, _STEP), LOSS),
 )
 
 # --- at which shapes: the paper's Amazon-French, a smaller shop, curves over V, one shape for threads ---

@@ -76,7 +76,7 @@ def sample_size(items: int, start: int, stop: int, width: int, items_a_cycle: fl
     widest = max(math.sqrt(k / items * (1.0 - k / items)) for k in (start, stop))
     best = (DEVIATIONS * SETTLE_CYCLES * items * widest / (width / items_a_cycle)) ** (2.0 / 3.0)
     least = min(max(items // 64, 256), 1024)
-    return min(items, math.ceil(max(best, least) / 32) * 32)
+    return int(min(items, math.ceil(max(best, least) / 32) * 32))
 
 
 def candidates(items: int, start: int, stop: int, sampled: int) -> float:
@@ -244,7 +244,7 @@ def _kept(record: Record) -> float:
 def _bytes(record: Record, kept: float) -> float:
     """The slice, and for each thread candidates of all sessions at once."""
     shape = record.shape
-    return slice_bytes(shape.sessions, shape.items, shape.stop - shape.start) + PAIR * kept * shape.sessions
+    return slice_bytes(shape.sessions, shape.items, shape.stop - shape.start) + float(PAIR * kept * shape.sessions)
 
 
 def _nonnegative(columns: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:

@@ -61,7 +61,7 @@ def prefixes(batch: Batch, max_length: int) -> tuple[Tensor, Tensor, Tensor]:
 def encode_padded(encoder: TransformerSession, x: Tensor, lengths: Tensor) -> Tensor:
     """x (T, L, d) -> (T, d): all L places of every row go through the encoder, and one is used."""
     b, length, d = x.shape
-    mask = torch.full((length, length), float("-inf")).triu(1)
+    mask = torch.full((length, length), float("-inf"), dtype=x.dtype).triu(1)  # torch 2.13 misreads another dtype
     h = encoder.dropout(x + encoder.position[:length])
     for block in encoder.blocks:
         assert isinstance(block, Block)

@@ -110,14 +110,21 @@ TINY = {
     "slice_cross_entropy": Shape(3_000, 16, sessions=24, start=5, stop=700, threads=1),
     "sampled_softmax": Shape(3_000, 16, sessions=24, negatives=50, threads=1),
     "step": Shape(3_000, 16, sessions=24, start=5, stop=700, threads=1),
+    "sasrec": Shape(300, 16, sessions=64, training=True, threads=1),
+    "alterrec": Shape(300, 16, sessions=64, start=5, stop=100, training=True, threads=1),
 }
 NEEDS_NOTHING = ("torch", "numpy", "alterrec-fast", "alterrec_fast")
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op.name in TINY], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_contestants_that_need_no_library_are_right(op: Op, precision: str) -> None:
+def test_contestants_that_need_no_library_are_right(
+    op: Op, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     shape = replace(TINY[op.name], precision=precision)
+    if not any(contestant.ours and contestant.takes(shape) for contestant in op.contestants):
+        pytest.skip("no contestant takes it")
     inputs = op.make(shape)
     true = op.truth(shape, inputs)
     for contestant in op.contestants:
@@ -161,6 +168,21 @@ def test_a_wrong_loss_or_gradient_is_found(part: str) -> None:
     found = {"loss": loss.detach(), "grad_query": grads[0], "grad_catalog": grads[1]}
     assert verdicts.compare_loss(found, true) < 1e-5
     assert verdicts.compare_loss(found | {part: found[part] * 1.01}, true) == pytest.approx(0.01, rel=1e-2)
+
+
+def test_a_wrong_step_or_pass_is_found() -> None:
+    true = {"rows": torch.arange(8), "product": torch.ones(8, 8), "loss": torch.tensor(2.0), "weight": torch.ones(100)}
+    right = {"loss": torch.tensor(2.0), "weight": torch.ones(100)}
+    assert verdicts.compare_step(right, true) == 0.0
+    assert verdicts.compare_step(right | {"loss": torch.tensor(2.02)}, true) == pytest.approx(0.01, rel=1e-3)
+    assert verdicts.compare_step(right | {"weight": 1.01 * torch.ones(100)}, true) == pytest.approx(0.01, rel=1e-3)
+    with pytest.raises(ValueError, match="bias"):
+        verdicts.compare_step(right | {"bias": torch.ones(1)}, true)
+    passed = {"targets": torch.tensor(100), "loss": torch.tensor(1.0)}
+    assert verdicts.compare_pass(passed, {"targets": torch.tensor(100)}) == 0.0
+    assert verdicts.compare_pass(passed, {"targets": torch.tensor(200)}) == 0.5
+    with pytest.raises(ValueError, match="wrong"):
+        verdicts.compare_pass(passed | {"loss": torch.tensor(float("nan"))}, {"targets": torch.tensor(100)})
 
 
 # --- records ---
