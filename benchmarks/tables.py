@@ -19,6 +19,7 @@ COLUMNS = (
     "beyond inputs",
     "error",
 )
+TARGETS = "targets/s"
 
 
 def markdown(results: Results) -> str:
@@ -37,15 +38,16 @@ def markdown(results: Results) -> str:
 
 def table(records: Sequence[Record]) -> str:
     """One contest, ours first and then by time; those without a result come last, with the reason."""
+    columns = (*COLUMNS, TARGETS) if any("targets" in record.detail for record in records) else COLUMNS
     ranked = sorted(records, key=lambda r: (r.seconds is None, r.contestant != FLOOR, not r.ours, r.seconds or 0.0))
-    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
-    return "\n".join(lines + [_line(record) for record in ranked])
+    lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
+    return "\n".join(lines + [_line(record, columns) for record in ranked])
 
 
-def _line(record: Record) -> str:
+def _line(record: Record, columns: Sequence[str]) -> str:
     if record.seconds is None:
         reason = (record.failed or "not timed").replace("|", "\\|")
-        return f"| {record.contestant} | {reason} |" + " |" * (len(COLUMNS) - 2)
+        return f"| {record.contestant} | {reason} |" + " |" * (len(columns) - 2)
     interval = record.interval
     cells = [
         f"**{record.contestant}**" if record.ours else record.contestant,
@@ -58,6 +60,8 @@ def _line(record: Record) -> str:
         _mebibytes(record.extra_bytes),
         "" if record.error is None else f"{record.error:.0e}",
     ]
+    if TARGETS in columns:
+        cells.append(f"{record.detail['targets'] / record.seconds:,.0f}" if "targets" in record.detail else "")
     return "| " + " | ".join(cells) + " |"
 
 

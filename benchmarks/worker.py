@@ -7,6 +7,7 @@ end of the connection is `contest.Process`; each request is answered with ("done
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
 import resource
 import statistics
@@ -77,6 +78,7 @@ class Task:
     compare: Callable[[Tensors, Tensors], float]  # found, truth -> error; raises ValueError for what is no result
     modules: tuple[str, ...] = ()  # imported before memory is counted
     warm: Callable[[], None] | None = None  # what else is not to be counted, such as a compiler's own memory
+    package: str = ""  # whose version under this interpreter is wanted
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Ready:
     seconds: float  # of the first call
     peak: int
     extra: int  # beyond what was resident before the contestant was made ready
+    version: str  # of the task's package
 
 
 def limit_memory(size: int) -> None:
@@ -146,7 +149,8 @@ def _make_ready(task: Task, shape: Shape, paths: tuple[Path, Path]) -> tuple[Cal
     peak = peak_resident()
     truth: Tensors = torch.load(paths[1], mmap=True)
     error = task.compare(call.read(result, truth["rows"]), truth)
-    return call, Ready(error, seconds, peak, max(0, peak - before))
+    version = f"{task.package} {importlib.metadata.version(task.package)}" if task.package else ""
+    return call, Ready(error, seconds, peak, max(0, peak - before), version)
 
 
 def _turn(call: Call, number: int, budget: float, expected: float) -> dict[str, float]:

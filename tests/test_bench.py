@@ -238,6 +238,14 @@ def test_records_survive_json(stored: Results, tmp_path: Path) -> None:
     assert Results.read(tmp_path / "results.json") == stored
 
 
+def test_training_is_also_told_in_targets_a_second() -> None:
+    floor, mine = results_of([record("sasrec", FLOOR, 1.0), record("sasrec", "alterrec-fast", 10.0)]).records
+    assert "targets/s" not in tables.table([floor, mine])
+    page = tables.table([floor, replace(mine, detail={"targets": 512.0})])
+    assert "targets/s" in page and page.splitlines()[-1].endswith("| 5,120 |")
+    assert len({line.count("|") for line in page.splitlines()}) == 1
+
+
 # --- comparison ---
 
 
