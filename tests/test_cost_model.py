@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,6 +83,11 @@ def test_the_table_says_what_does_not_fit() -> None:
     assert len(lines) == 2 + 9
     billion = [line for line in lines if line.startswith("| 1,000,000,000 |")]
     assert [line.count("does not fit") for line in billion] == [2, 1, 0]
+
+
+def test_the_documented_table_is_that_of_the_formulas() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text()
+    assert cost_model.table(JOBS) in page
 
 
 def curve(score: float, candidate: float, rest: float) -> Results:
