@@ -21,12 +21,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from alterrec_fast.benchmarks.runs import between_marks
 
 from alterrec_fast.data.batches import pack
 from alterrec_fast.data.shop import Shop, ShopConfig, generate, write_shop
 from alterrec_fast.model.packing import Packing
 from alterrec_fast.ops import top_k
 from alterrec_fast.run import TrainedModel, train
+from alterrec_fast.training.checkpoint import write_text
 from alterrec_fast.training.config import from_mapping
 
 SHOPS = {
@@ -49,6 +51,7 @@ SETTINGS: dict[str, Any] = {
     "lr_id": 0.002,
     "lr_step_id": 6,
 }
+MARK = "<!-- made by benchmarks/orderings.py -->"
 ALPHAS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9)
 METRICS = ("hits@20", "ndcg@20")
 SHARE_SESSIONS = 300  # test sessions over which the true share is averaged
@@ -84,6 +87,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/orderings"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each")
+    parser.add_argument("--table", type=Path, help="Markdown file; the table replaces what stands between its marks")
     options = parser.parse_args()
     for name, config in SHOPS.items():
         if not (options.out / f"data-{name}").exists():
@@ -91,7 +95,10 @@ def main() -> None:
     jobs = [(row, seed, options.out) for seed in range(options.seeds) for row in ROWS]
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
         found = list(pool.map(_run, jobs))
-    print(_table(jobs, found, options.seeds))
+    table = _table(jobs, found, options.seeds)
+    print(table)
+    if options.table:
+        write_text(options.table, between_marks(options.table, MARK, table))
 
 
 def _run(job: tuple[Row, int, Path]) -> Found:
@@ -146,7 +153,7 @@ def _table(jobs: list[tuple[Row, int, Path]], found: list[Found], seeds: int) ->
             f"| {row.shop} | {row.variant} | {views['fused']} | {alphas} | {views['half']} | {views['id']} "
             f"| {views['text']} | {share} |"
         )
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def _cell(values: list[float]) -> str:

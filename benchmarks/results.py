@@ -6,6 +6,7 @@ The counting baselines rank the same targets. See `runs` for what is kept of a c
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 
 from alterrec_fast.benchmarks.count_baselines import BASELINES
@@ -46,6 +47,17 @@ def main() -> None:
     print(table)
     if options.table:
         write_text(options.table, between_marks(options.table, MARK, table))
+        write_text(options.table.with_suffix(".json"), _raw(runs))
+
+
+def _raw(runs: dict[str, list[Metrics]]) -> str:
+    """The test metrics of every run, one line each, so that other tables can be held against this one."""
+    lines = [
+        json.dumps({"row": name, "seed": one["seed"], "best_epoch": one["best_epoch"], "test": one["test"]})
+        for name, seeds in runs.items()
+        for one in seeds
+    ]
+    return "[\n" + ",\n".join(lines) + "\n]\n"
 
 
 def _count(dataset: Dataset) -> dict[str, Metrics]:
