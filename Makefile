@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 PIP = .venv/bin/pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
 PIP_RECOMMENDERS = .venv-recommenders/bin/pip --disable-pip-version-check install --quiet --constraint .ci/constraints-recommenders.txt
 
-.PHONY: bench demo test test-integrations lint sanitize gpu-proof results clean
+.PHONY: bench demo test test-integrations integrations lint sanitize gpu-proof results clean
 
 # A demo that was broken off goes on, and one that is done is shown again.
 demo: .venv/ready
@@ -41,6 +41,11 @@ results: .venv/ready
 bench: .venv/bench .venv-recommenders/ready
 	.venv/bin/alterrec-fast bench --compare --out runs/bench --python recbole=.venv-recommenders/bin/python \
 		--python rectools=.venv-recommenders/bin/python $(BENCH)
+
+# The tables of docs/integrations.md; what has been measured is kept, so that it can be resumed.
+integrations: test-integrations
+	$(PIP) faiss-cpu
+	.venv/bin/python -m alterrec_fast.benchmarks.integrations --raw ../shared/data/online_retail --out runs/integrations --page docs/integrations.md
 
 .venv/ready: pyproject.toml setup.py .ci/constraints.txt
 	$(PYTHON) -m venv .venv

@@ -1,0 +1,149 @@
+"""A plain PyTorch SASRec on Online Retail under different negatives: does it pay to choose them by rank?
+
+Each contestant trains the same model from the same seeds, in a process of its own, and is measured on every prefix of
+the test sessions, at the epoch of its best validation NDCG@20.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from alterrec_fast.benchmarks.own_process import Memory, call
+from alterrec_fast.benchmarks.sasrec import SASRec
+from torch import Tensor
+
+import alterrec_fast as af
+from alterrec_fast.data.batches import pack, plan
+from alterrec_fast.data.prepare import prepare
+from alterrec_fast.data.sessions import Dataset, Sessions
+
+START, STOP = 20, 2_000
+CONTESTANTS = {
+    "uniform": f"{STOP - START:,} uniform negatives",
+    "hard": f"ranks {START}:{STOP}",
+    "mixed": f"ranks {START}:{STOP}, half of them traded for uniform ones",
+    "full": "full softmax",
+}
+WIDTH, MAX_LENGTH, TARGETS = 64, 50, 2_048  # a batch holds about so many targets
+K = 20
+
+
+def batches(sessions: Sessions, rng: np.random.Generator | None = None) -> list[tuple[Tensor, Tensor]]:
+    """(items, target), each (B, L) int64 padded on the right by 0; catalog row i is item i + 1 here."""
+    made = []
+    for which in plan(sessions, MAX_LENGTH, TARGETS, rng):
+        batch = pack(sessions, which, MAX_LENGTH)
+        items, target = (
+            torch.nn.utils.rnn.pad_sequence(list(torch.from_numpy(ids + 1).split(batch.lengths.tolist())), True)
+            for ids in (batch.items, batch.targets)
+        )
+        made.append((items, target))
+    return made
+
+
+def ndcg(model: SASRec, sessions: Sessions) -> float:
+    """NDCG@20 over every prefix of every session, against the whole catalog."""
+    model.eval()
+    gains = []
+    with torch.no_grad():
+        for items, target in batches(sessions):
+            real = target != 0
+            _, best = af.top_k(model(items)[real], model.item.weight, K, first_item=1)
+            hit = best == target[real].unsqueeze(1)
+            gains.append((hit / torch.arange(2, K + 2).log2()).sum(1))
+    return float(torch.cat(gains).mean())
+
+
+def contestant(name: str, data: Path, seed: int, epochs: int) -> dict[str, float]:
+    torch.set_num_threads(1)
+    dataset = Dataset.load(data)
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    memory = Memory()
+    model = SASRec(dataset.num_items + 1, WIDTH, MAX_LENGTH)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    shared: dict[str, Any] = {"first_item": 1, "ignore_index": 0}
+    fraction = {"uniform": 0.0, "hard": 1.0, "mixed": 0.5, "full": None}[name]
+    sampler = (
+        None if fraction is None else af.RankSliceSampler(START, STOP, hard_fraction=fraction, seed=seed, **shared)
+    )
+    loss_of = af.SliceCrossEntropy(**shared)
+    best, kept, seconds = -math.inf, model.state_dict(), 0.0
+    for _ in range(epochs):
+        model.train()
+        begin = time.perf_counter()
+        for items, target in batches(dataset.train, rng):
+            query, catalog = model(items), model.item.weight
+            negatives = None if sampler is None else sampler(query, catalog, target)
+            optimizer.zero_grad()
+            loss_of(query, catalog, target, negatives).backward()
+            optimizer.step()
+        seconds += time.perf_counter() - begin
+        found = ndcg(model, dataset.validation)
+        if found > best:
+            best, kept = found, copy.deepcopy(model.state_dict())
+    peak = memory.peak_mib()
+    model.load_state_dict(kept)
+    return {"ndcg": 100 * ndcg(model, dataset.test), "seconds": seconds / epochs, "mib": peak}
+
+
+def sections(data: Path, seeds: int, epochs: int) -> list[dict[str, Any]]:
+    dataset = Dataset.load(data)
+    rows = []
+    for name, title in CONTESTANTS.items():
+        options = ("--contestant", name, "--data", str(data), "--epochs", str(epochs))
+        answers = [
+            call("alterrec_fast.benchmarks.integrations_sasrec", *options, "--seed", str(seed)) for seed in range(seeds)
+        ]
+        metric = [answer["ndcg"] for answer in answers]
+        spread = f" ± {statistics.stdev(metric):.2f}" if seeds > 1 else ""
+        rows.append(
+            [
+                title,
+                f"{statistics.fmean(metric):.2f}{spread}",
+                f"{statistics.median(answer['seconds'] for answer in answers):.1f}",
+                f"{max(answer['mib'] for answer in answers):,.0f}",
+            ]
+        )
+    text = (
+        f"A SASRec of width {WIDTH} in plain PyTorch ([benchmarks/sasrec.py](../benchmarks/sasrec.py)), "
+        f"{len(dataset.train):,} sessions of {dataset.num_items:,} items, {epochs} epochs, {seeds} seeds, one thread. "
+        f"The model ranks by its own scores of the step; uniform sets have as many items in the mean. Every prefix of "
+        f"a test session is a target."
+    )
+    header = ["negatives", f"NDCG@{K} in %", "seconds an epoch", "peak MiB"]
+    return [{"heading": "Plain PyTorch: SASRec on Online Retail", "text": text, "header": header, "rows": rows}]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--raw", type=Path, help="Online Retail in the generic layout")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--data", type=Path, default=Path("runs/integrations/data"), help="prepared from --raw if new")
+    parser.add_argument("--contestant", choices=list(CONTESTANTS), help="run this one in this process")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if options.contestant:
+        print(json.dumps(contestant(options.contestant, options.data, options.seed, options.epochs)))
+        return
+    if not options.data.exists():
+        prepare("generic", options.raw, options.data)
+    made = sections(options.data, options.seeds, options.epochs)
+    if options.json:
+        options.json.write_text(json.dumps(made), encoding="utf-8")
+    print(json.dumps(made, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The measurements of make integrations at sizes that take seconds: that they run and say what they claim."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from alterrec_fast.benchmarks import integrations, integrations_mining, integrations_sasrec
+from alterrec_fast.benchmarks.own_process import Memory
+
+from alterrec_fast.data.sessions import Dataset
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contestants run in this process; without faiss, which only make integrations installs."""
+    monkeypatch.setattr(integrations_mining, "CONTESTANTS", {"torch": "stock", "ours": "ours"})
+    monkeypatch.setattr(integrations_mining, "RANGE_MAX", 200)
+
+    def mine(_module: str, *options: str) -> dict[str, float]:
+        given = dict(zip(options[::2], options[1::2], strict=True))
+        sizes = int(given["--queries"]), int(given["--documents"])
+        return integrations_mining.contestant(given["--contestant"], *sizes, given["--negatives"])
+
+    def train(_module: str, *options: str) -> dict[str, float]:
+        given = dict(zip(options[::2], options[1::2], strict=True))
+        numbers = int(given["--seed"]), int(given["--epochs"])
+        return integrations_sasrec.contestant(given["--contestant"], Path(given["--data"]), *numbers)
+
+    monkeypatch.setattr(integrations_mining, "call", mine)
+    monkeypatch.setattr(integrations_sasrec, "call", train)
+
+
+def test_mining_finds_the_same_and_says_so(here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    threads = torch.get_num_threads()
+    try:
+        (section,) = integrations_mining.sections(20, 400, 1)
+        assert [row[0] for row in section["rows"]] == ["stock", "ours"]
+        assert section["rows"][1][2] == "1.0" and section["rows"][0][5] == "0"
+        assert "20 queries, 400 embeddings" in section["text"] and "count the 2,000 negatives" in section["text"]
+        monkeypatch.setattr(integrations_mining, "worst_difference", lambda *_: 0.1)
+        with pytest.raises(SystemExit, match=r"ids differ whose scores are 0\.1 apart"):
+            integrations_mining.sections(20, 400, 1)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_every_way_of_training_is_measured(here: None, shop: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integrations_sasrec, "STOP", 100)
+    (section,) = integrations_sasrec.sections(shop.path, 2, 1)
+    assert len(section["rows"]) == 4 and all("±" in row[1] for row in section["rows"])
+    assert "table" not in section and "2 seeds" in section["text"]
+    integrations.markdown(section)
+
+
+def test_a_page_holds_what_was_measured_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section: dict[str, Any] = {"heading": "H", "text": "T.", "header": ["", "s"], "rows": [["ours", "1"]]}
+    page = tmp_path / "page.md"
+    page.write_text(f"above\n{integrations.MARK}\nold\n<!-- end -->\nbelow\n")
+    for measurement in integrations.MEASUREMENTS:
+        (tmp_path / f"{measurement.module}.json").write_text(json.dumps([section]))
+    monkeypatch.setattr("sys.argv", ["x", "--raw", "none", "--out", str(tmp_path), "--page", str(page)])
+    integrations.main()
+    table = "## H\n\nT.\n\n|  | s |\n| --- | --- |\n| ours | 1 |\n"
+    assert table in page.read_text() and "old" not in page.read_text() and "below" in page.read_text()
+    assert table in capsys.readouterr().out
+    with pytest.raises(ValueError, match="every row must have 1 cells"):
+        integrations.markdown({**section, "header": [""]})
+
+
+def test_memory_counts_from_where_it_was_made() -> None:
+    memory = Memory()
+    block = torch.ones(40 << 18)  # 40 MiB
+    del block
+    assert 35 < memory.peak_mib() < 80
+    assert Memory().peak_mib() < 5
