@@ -32,6 +32,7 @@ class Measurement:
 MEASUREMENTS = [
     Measurement("integrations_mining"),
     Measurement("integrations_sasrec"),
+    Measurement("integrations_recbole", ".venv-recommenders/bin/python"),
 ]
 
 
