@@ -305,9 +305,9 @@ def _query_grad_kernel(
                 Query, Catalog, Bias, LogQ, Bad, rows, in_b, target, items, words, B, V, scale, stride_qb, stride_cv,
                 HAS_BIAS, HAS_LOG_Q, False, D, UNIT_Q, UNIT_C, PRODUCT, UPCAST, BLOCK_B, BLOCK_V, BLOCK_D, False,
             )  # fmt: skip
-            slopes = tiles._operand(_slopes(Weights, LogPartition, rows, in_b, logits, member, False), PRODUCT, UPCAST)
+            slopes = tiles.operand(_slopes(Weights, LogPartition, rows, in_b, logits, member, False), PRODUCT, UPCAST)
             e = _rows(Catalog, tl.minimum(tl.maximum(items, 0), V - 1), offs_c, stride_cv, D, UNIT_C, BLOCK_C)
-            grad = tl.dot(slopes, tiles._operand(e, PRODUCT, UPCAST), grad, input_precision=precision)
+            grad = tl.dot(slopes, tiles.operand(e, PRODUCT, UPCAST), grad, input_precision=precision)
     at = Parts + (split.to(tl.int64) * B + rows)[:, None] * D + offs_c[None, :]
     tl.store(at, grad, mask=in_b[:, None] & (offs_c < D)[None, :])
 
@@ -386,7 +386,7 @@ def _catalog_grad_kernel(
             grad_bias += tl.sum(slopes, 1)
             if HAS_GRAD:
                 q = _rows(Query, tl.minimum(rows, B - 1), offs_c, stride_qb, D, UNIT_Q, BLOCK_C)
-                left, right = tiles._operand(slopes, PRODUCT, UPCAST), tiles._operand(q, PRODUCT, UPCAST)
+                left, right = tiles.operand(slopes, PRODUCT, UPCAST), tiles.operand(q, PRODUCT, UPCAST)
                 grad = tl.dot(left, right, grad, input_precision=precision)
     if HAS_PULLS:
         stop = tl.load(Begins + tile + 1)
@@ -399,7 +399,7 @@ def _catalog_grad_kernel(
             grad_bias += tl.sum(slopes, 1)
             if HAS_GRAD:
                 q = _rows(Query, pull_row, offs_c, stride_qb, D, UNIT_Q, BLOCK_C)
-                left, right = tiles._operand(slopes, PRODUCT, UPCAST), tiles._operand(q, PRODUCT, UPCAST)
+                left, right = tiles.operand(slopes, PRODUCT, UPCAST), tiles.operand(q, PRODUCT, UPCAST)
                 grad = tl.dot(left, right, grad, input_precision=precision)
     inside = column < columns
     if HAS_GRAD:

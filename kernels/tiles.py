@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +41,7 @@ class Blocks:
 
 
 def scoring_blocks(precision: str) -> Blocks:
-    """64 x 128 scores on 4 warps: one warp group, 64 accumulators a thread, several programs on a processor, so that
-    the matrix unit serves one while others compare scores. 128 bytes of a row at a time, three buffers of them."""
+    """64 x 128 scores on 8 warps, 32 accumulators a thread; 128 bytes of a row at a time, three buffers of them."""
     return Blocks(b=64, v=128, d=64 if precision == "bf16" else 32, warps=8, stages=3)
 
 
@@ -80,15 +80,28 @@ def processors(device: torch.device) -> int:
     return INTERPRETED_PROCESSORS if INTERPRETED else ASSUMED_PROCESSORS
 
 
+def target() -> tuple[str, int | str]:
+    """What kernels are compiled for: "cuda" and the compute capability, 90 for Hopper, or "hip" and AMD's name for it;
+    ("", 0) where they are interpreted."""
+    if INTERPRETED:
+        return "", 0
+    found = triton.runtime.driver.active.get_current_target()
+    return found.backend, found.arch
+
+
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    kernel[grid](*args, **options)
+    on = args[0].device
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device(on) if on.type == "cuda" else nullcontext():
+        kernel[grid](*args, **options)
 
 
 _launcher: Callable[..., None] = _launch
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Runs `kernel` over `grid`. Every launch goes through here, so that the proofs can compile what is launched."""
+    """Runs `kernel` over `grid` on the device of its first argument, a tensor. Every launch goes through here, so that
+    the proofs can compile what is launched."""
     if all(grid):
         _launcher(kernel, grid, *args, **options)
 
@@ -100,7 +113,7 @@ def replace_launcher(launcher: Callable[..., None] | None) -> None:
 
 
 @triton.jit
-def _operand(x, PRODUCT: tl.constexpr, UPCAST: tl.constexpr):
+def operand(x, PRODUCT: tl.constexpr, UPCAST: tl.constexpr):
     """A loaded block as the product takes it."""
     if PRODUCT == "bf16":
         if UPCAST:
@@ -153,6 +166,6 @@ def score_tile(
         else:
             q = tl.load(q_rows + offs[None, :], mask=offs[None, :] < D, other=0.0)
             c = tl.load(c_rows + offs[:, None], mask=offs[:, None] < D, other=0.0)
-        q, c = _operand(q, PRODUCT, UPCAST), _operand(c, PRODUCT, UPCAST)
+        q, c = operand(q, PRODUCT, UPCAST), operand(c, PRODUCT, UPCAST)
         scores = tl.dot(q, c, scores, input_precision=precision)
     return scores

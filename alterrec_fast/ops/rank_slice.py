@@ -70,7 +70,8 @@ def rank_slice(
         if checked:
             check_exclude_values(left_out, catalog.shape[0])
         return rank_slice_ref(query, catalog, start, stop, top, left_out, bias, first_item, arithmetic, checked)
-    members, best, thresholds = torch.ops.alterrec_fast.rank_slice(
+    op = _triton if engine == "triton" and query.device.type == "cpu" else torch.ops.alterrec_fast.rank_slice
+    members, best, thresholds = op(
         query, catalog, start, stop, top, *left_out, bias, first_item, guess, arithmetic, checked
     )
     as_bits = uses_bits(catalog.shape[0], stop - start)
@@ -110,3 +111,47 @@ def _fake(
 
 
 torch.library.register_fake("alterrec_fast::rank_slice", _fake, lib=register.LIBRARY)
+
+
+def _triton(
+    query: Tensor,
+    catalog: Tensor,
+    start: int,
+    stop: int,
+    top: int,
+    exclude_values: Tensor,
+    exclude_offsets: Tensor,
+    bias: Tensor | None,
+    first_item: int,
+    guess: Tensor | None,
+    precision: str,
+    check: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The Triton engine; CPU tensors come here directly, under the interpreter. The sample is as good as a guess."""
+    from alterrec_fast.kernels.rank_slice import rank_slice_fwd
+
+    v = catalog.shape[0]
+    if check:
+        check_exclude_values((exclude_values, exclude_offsets), v)
+    *found, bad = rank_slice_fwd(
+        query,
+        catalog,
+        start,
+        stop,
+        top,
+        exclude_values,
+        exclude_offsets,
+        bias,
+        first_item,
+        precision,
+        check,
+        uses_bits(v, stop - start),
+        bits_width(v),
+    )
+    register.raise_not_finite(bad)
+    members, best, thresholds = found
+    return members, best, thresholds
+
+
+torch.library.impl("alterrec_fast::rank_slice", "CUDA", _triton, lib=register.LIBRARY)
+register.TRITON_OPS.add("rank_slice")

@@ -52,7 +52,8 @@ def top_k(
         if checked:
             check_exclude_values(left_out, catalog.shape[0])
         return top_k_ref(query, catalog, k, left_out, bias, first_item, arithmetic, checked)
-    scores, items = torch.ops.alterrec_fast.top_k(query, catalog, k, *left_out, bias, first_item, arithmetic, checked)
+    op = _triton if engine == "triton" and query.device.type == "cpu" else torch.ops.alterrec_fast.top_k
+    scores, items = op(query, catalog, k, *left_out, bias, first_item, arithmetic, checked)
     return scores, items
 
 
@@ -72,3 +73,30 @@ def _fake(
 
 
 torch.library.register_fake("alterrec_fast::top_k", _fake, lib=register.LIBRARY)
+
+
+def _triton(
+    query: Tensor,
+    catalog: Tensor,
+    k: int,
+    exclude_values: Tensor,
+    exclude_offsets: Tensor,
+    bias: Tensor | None,
+    first_item: int,
+    precision: str,
+    check: bool,
+) -> tuple[Tensor, Tensor]:
+    """The Triton engine; CPU tensors come here directly, under the interpreter."""
+    from alterrec_fast.kernels.top_k import top_k_fwd
+
+    if check:
+        check_exclude_values((exclude_values, exclude_offsets), catalog.shape[0])
+    scores, items, bad = top_k_fwd(
+        query, catalog, k, exclude_values, exclude_offsets, bias, first_item, precision, check
+    )
+    register.raise_not_finite(bad)
+    return scores, items.masked_fill(scores == -torch.inf, -1)
+
+
+torch.library.impl("alterrec_fast::top_k", "CUDA", _triton, lib=register.LIBRARY)
+register.TRITON_OPS.add("top_k")

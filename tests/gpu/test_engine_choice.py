@@ -13,12 +13,14 @@ from alterrec_fast.ops import BackendError, register
 CUDA: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
 
 
-def test_dense_loss_is_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert register.choose_backend("auto", CUDA, "slice_cross_entropy") == "triton"
+@pytest.mark.parametrize("op", ["rank_slice", "top_k", "slice_cross_entropy"])
+def test_slices_and_the_dense_loss_are_tritons(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(register, "TRITON", True)
+    assert register.choose_backend("auto", CUDA, op) == "triton"
     monkeypatch.setattr(register, "TRITON", False)
-    assert register.choose_backend("auto", CUDA, "slice_cross_entropy") == "reference"
+    assert register.choose_backend("auto", CUDA, op) == "reference"
     with pytest.raises(BackendError, match="triton is not installed"):
-        register.choose_backend("triton", CUDA, "slice_cross_entropy")
+        register.choose_backend("triton", CUDA, op)
 
 
 def test_sampled_softmax_is_the_extensions_where_it_was_built_with_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,6 +38,8 @@ def test_sampled_softmax_is_the_extensions_where_it_was_built_with_nvcc(monkeypa
 @pytest.mark.parametrize(
     "op",
     [
+        "rank_slice",
+        "top_k",
         "slice_cross_entropy",
         "slice_cross_entropy_backward",
         "sampled_softmax_triton",

@@ -1,0 +1,731 @@
+"""Rank slices of the whole catalog: bracket, stream, settle, and redo what was missed.
+
+Everything is decided on the device, in a fixed sequence of launches: nothing here waits for the device (unless `check`
+asks to), so that a call can be captured in a CUDA graph. docs/gpu.md explains the steps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tiles
+from .bracket import (
+    LIMITS,
+    OPEN,
+    SPREAD,
+    START_HIGH,
+    START_LOW,
+    STOP_HIGH,
+    STOP_LOW,
+    _limits_kernel,
+    _sample_kernel,
+)
+from .exact import redo
+from .order import FIRST, LAST, item_key, key_score, popcount, score_key, scores_and_items
+from .tiles import launch
+
+TARGETS = tl.constexpr(4)  # the items of rank start, stop - 1 and top - 1, which bound what is wanted; one place unused
+ROWS = 1024  # sessions at a time, which bounds the memory beside the result
+NO_ITEM = 2**31 - 1  # in the place of an id, which sorts it behind all others
+
+
+@triton.jit
+def _store_pairs(Scores, Pairs, place, left, right, pair, keep, PTX: tl.constexpr):
+    """Stores both scores and the number of each pair with `keep` at its place; Scores and Pairs [BLOCK_B, 1] point to
+    the beginning of each row's part of the buffer.
+
+    A scattered tl.store first brings addresses, values and mask into a layout of its own, through shared memory. The
+    PTX stores from where values are, and has no addresses to keep.
+    """
+    if PTX:
+        tl.inline_asm_elementwise(
+            """
+            {
+                .reg .pred %keep;
+                .reg .b64 %at;
+                setp.ne.s32 %keep, $7, 0;
+                mad.wide.s32 %at, $3, 8, $1;
+                @%keep st.global.v2.f32 [%at], {$4, $5};
+                mad.wide.s32 %at, $3, 4, $2;
+                @%keep st.global.b32 [%at], $6;
+                mov.b32 $0, 0;
+            }
+            """,
+            "=r,l,l,r,f,f,r,r",
+            [Scores, Pairs, place, left, right, pair, keep.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(Pairs + place, tl.broadcast_to(pair, place.shape), mask=keep)
+        tl.store(Scores + 2 * place, left, mask=keep)
+        tl.store(Scores + 2 * place + 1, right, mask=keep)
+
+
+@triton.jit(
+    do_not_specialize=["B", "V", "first_item", "capacity", "stride_qb", "stride_cv", "stride_bias", "stride_words"]
+)
+def _stream_kernel(
+    Query,
+    Catalog,
+    Bias,
+    Limits,
+    Words,
+    Scores,
+    Pairs,
+    Counts,
+    Certain,
+    Above,
+    Bad,
+    B,
+    V,
+    first_item,
+    capacity,
+    stride_qb,
+    stride_cv,
+    stride_bias,
+    stride_words,
+    HAS_BIAS: tl.constexpr,
+    HAS_OPEN: tl.constexpr,
+    HAS_START: tl.constexpr,
+    HAS_STOP: tl.constexpr,
+    BITS: tl.constexpr,
+    CHECK: tl.constexpr,
+    PTX: tl.constexpr,
+    D: tl.constexpr,
+    UNIT_Q: tl.constexpr,
+    UNIT_C: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Scores every item once. What is certainly a member goes to Words as a bit; what may matter goes to a buffer.
+
+    Items are buffered in pairs of neighbours, as a thread holds them: one place to find and one store for two scores.
+    Each program owns a part of every row's buffer and fills it in order, so there are no atomics and nothing to wait
+    for, and interleaved tiles fill all parts alike. Counts may exceed `capacity`: that row is redone.
+    """
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    in_b = rows < B
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    # Nothing compares with NaN, so that rows beyond B have no members and no candidates.
+    row_limits = Limits + rows * LIMITS
+    open_low = tl.load(row_limits + OPEN, mask=in_b, other=float("nan"))[:, None]
+    start_high = tl.load(row_limits + START_HIGH, mask=in_b, other=float("nan"))[:, None]
+    start_low = tl.load(row_limits + START_LOW, mask=in_b, other=float("nan"))[:, None]
+    stop_high = tl.load(row_limits + STOP_HIGH, mask=in_b, other=float("nan"))[:, None]
+    stop_low = tl.load(row_limits + STOP_LOW, mask=in_b, other=float("nan"))[:, None]
+
+    pair = tl.arange(0, BLOCK_V // 2)
+    bit = 1 << (pair % 32)
+    member_bit = 1 << (2 * (pair % 16))
+    words = tl.arange(0, BLOCK_V // 32)
+    buffer = ((rows * splits + split) * capacity)[:, None]
+    filled = tl.zeros([BLOCK_B], tl.int32)  # pairs buffered
+    certain = tl.zeros([BLOCK_B], tl.int32)  # members by their score alone
+    above = tl.zeros([BLOCK_B], tl.int32)  # items above all that is wanted
+    for tile in range(first_item // BLOCK_V + split, tl.cdiv(V, BLOCK_V), splits):
+        items = (tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
+        inside = tl.minimum(items, V - 1)
+        scores = tiles.score_tile(
+            Query,
+            Catalog,
+            tl.minimum(rows, B - 1),
+            inside,
+            stride_qb,
+            stride_cv,
+            D,
+            UNIT_Q,
+            UNIT_C,
+            PRODUCT,
+            UPCAST,
+            BLOCK_B,
+            BLOCK_V,
+            BLOCK_D,
+        )
+        if HAS_BIAS:
+            scores += tl.load(Bias + inside * stride_bias).to(tl.float32)[None, :]
+        ranked = (items >= first_item) & (items < V)
+        if CHECK:
+            wrong = ranked[None, :] & in_b[:, None] & ~(tl.abs(scores) < float("inf"))
+            found = (rows[:, None] << 32) | (scores.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
+            tl.atomic_min(Bad, tl.min(tl.min(tl.where(wrong, found, FIRST), 1), 0))
+        if (tile * BLOCK_V < first_item) | ((tile + 1) * BLOCK_V > V):
+            scores = tl.where(ranked[None, :], scores, float("nan"))
+        left, right = tl.split(tl.reshape(scores, [BLOCK_B, BLOCK_V // 2, 2]))
+
+        if BITS:
+            left_in, right_in = left >= stop_high, right >= stop_high
+            if HAS_START:
+                left_in, right_in = left_in & (left < start_high), right_in & (right < start_high)
+            halves = tl.where(left_in, member_bit, 0) + tl.where(right_in, 2 * member_bit, 0)
+            members = tl.sum(tl.reshape(halves, [BLOCK_B, BLOCK_V // 32, 16]), 2)
+            word = tile * (BLOCK_V // 32) + words[None, :]
+            tl.store(Words + rows[:, None] * stride_words + word, members, mask=in_b[:, None] & (word < stride_words))
+            certain += tl.sum(popcount(members), 1)
+        if HAS_START:
+            over = (left >= start_high).to(tl.int32) + (right >= start_high).to(tl.int32)
+            above += tl.sum(over, 1)
+
+        hit = tl.zeros([BLOCK_B, BLOCK_V // 2], tl.int1)
+        if HAS_OPEN:
+            hit = tl.maximum(left, right, propagate_nan=tl.PropagateNan.NONE) >= open_low
+        if HAS_STOP:
+            hit |= ((left >= stop_low) & (left < stop_high)) | ((right >= stop_low) & (right < stop_high))
+        if HAS_START and BITS:
+            hit |= ((left >= start_low) & (left < start_high)) | ((right >= start_low) & (right < start_high))
+        hits = tl.sum(tl.reshape(tl.where(hit, bit, 0), [BLOCK_B, BLOCK_V // 64, 32]), 2)  # [BLOCK_B, words of pairs]
+        count = popcount(hits)
+        before = filled[:, None] + tl.cumsum(count, 1) - count
+        lower = popcount(hits[:, :, None] & (tl.reshape(bit, [1, BLOCK_V // 64, 32]) - 1))
+        place = tl.reshape(before[:, :, None] + lower, [BLOCK_B, BLOCK_V // 2])
+        keep = hit & (place < capacity)
+        number = tile * (BLOCK_V // 2) + pair[None, :]
+        _store_pairs(Scores + 2 * buffer, Pairs + buffer, place, left, right, number, keep, PTX)
+        filled += tl.sum(count, 1)
+    own = rows * splits + split
+    tl.store(Counts + own, filled, mask=in_b)
+    tl.store(Certain + own, certain, mask=in_b)
+    tl.store(Above + own, above, mask=in_b)
+
+
+@triton.jit(do_not_specialize=["splits", "capacity", "V", "start", "stop", "top"])
+def _select_kernel(
+    Limits,
+    Scores,
+    Pairs,
+    Counts,
+    Certain,
+    Above,
+    Values,
+    Offsets,
+    Bounds,
+    Ranks,
+    Redone,
+    Missed,
+    MissedCount,
+    splits,
+    capacity,
+    V,
+    start,
+    stop,
+    top,
+    HAS_START: tl.constexpr,
+    HAS_STOP: tl.constexpr,
+    SKIP_EXCLUDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    EXCLUDED: tl.constexpr,
+):
+    """One program for each row finds the keys of rank start, stop - 1 and top - 1 among its candidates.
+
+    Writes them to Bounds; where counts show that a limit did not hold or a part was full, the row goes to Missed.
+    Places of the buffer that hold no candidate get NaN, in missed rows all of them.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, PARTS)
+    own = row * splits + part
+    filled = tl.load(Counts + own, mask=part < splits, other=0)
+    above = tl.sum(tl.load(Above + own, mask=part < splits, other=0), 0)
+    certain = tl.sum(tl.load(Certain + own, mask=part < splits, other=0), 0)
+    column = tl.arange(0, TARGETS)
+    wanted = tl.where(column == 0, start, tl.where(column == 1, stop - 1, tl.where(column == 2, top - 1, -1)))
+    unused = (wanted < 0) | ((column < 2) & (start == stop))
+
+    # Each target's zone [lowest, highest), and how many items are above it.
+    limits = Limits + row * LIMITS
+    lowest = tl.load(limits + OPEN) + tl.zeros([TARGETS], tl.float32)
+    highest = tl.full([TARGETS], float("nan"), tl.float32)  # which no score reaches
+    over = tl.zeros([TARGETS], tl.int32)
+    if HAS_START:
+        lowest = tl.where(column == 0, tl.load(limits + START_LOW), lowest)
+        highest = tl.where(column == 0, tl.load(limits + START_HIGH), highest)
+        over = tl.where(column == 0, above, over)
+    if HAS_STOP:
+        lowest = tl.where(column == 1, tl.load(limits + STOP_LOW), lowest)
+        highest = tl.where(column == 1, tl.load(limits + STOP_HIGH), highest)
+        over = tl.where(column == 1, above + certain, over)
+
+    buffer = Scores + 2 * row * splits * capacity
+    first_pair = Pairs + row * splits * capacity
+    entries = 2 * splits * capacity
+    offs = tl.arange(0, BLOCK)
+    begin_excluded, end_excluded = tl.load(Offsets + row), tl.load(Offsets + row + 1)
+    at_low = tl.zeros([TARGETS], tl.int32)  # candidates that reach the lower limit, and the upper one
+    at_high = tl.zeros([TARGETS], tl.int32)
+    best = tl.full([], float("-inf"), tl.float32)
+    for begin in range(0, entries, BLOCK):
+        pair = (begin + offs) // 2
+        of_part = tl.minimum(pair // capacity, splits - 1)
+        there = pair - of_part * capacity < tl.minimum(tl.load(Counts + row * splits + of_part), capacity)
+        score = tl.load(buffer + begin + offs, mask=there, other=float("nan"))
+        if SKIP_EXCLUDED:
+            item = 2 * tl.load(first_pair + pair, mask=there, other=0) + offs % 2
+            for place in range(begin_excluded, end_excluded, EXCLUDED):
+                offs_e = place + tl.arange(0, EXCLUDED)
+                value = tl.load(Values + offs_e, mask=offs_e < end_excluded, other=-1)
+                drop = tl.sum((item[:, None] == value[None, :]).to(tl.int32), 1) > 0
+                score = tl.where(drop, float("nan"), score)
+        tl.store(buffer + begin + offs, score, mask=begin + offs < entries)
+        at_low += tl.sum((score[None, :] >= lowest[:, None]).to(tl.int32), 1)
+        at_high += tl.sum((score[None, :] >= highest[:, None]).to(tl.int32), 1)
+        best = tl.maximum(best, tl.max(tl.where(score == score, score, float("-inf")), 0))
+    tl.debug_barrier()  # other threads' NaN are read below
+    rank = wanted - over + at_high  # among all candidates
+    held = (rank >= at_high) & (rank < at_low)
+    missed = (tl.sum((~held & ~unused).to(tl.int32), 0) > 0) | (tl.max(filled, 0) > capacity)
+
+    # Bisection over scores as integers: the one sought lies in [low, high), which at_low and at_high candidates reach.
+    low = score_key(lowest)
+    high = tl.where(highest == highest, score_key(highest), score_key(best) + 1)
+    searched = held & ~unused & ~missed
+    going = tl.sum((searched & (at_low - at_high > 1) & (high > low + 1)).to(tl.int32), 0)
+    while going > 0:
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        pivot = key_score(middle)
+        reached = tl.zeros([TARGETS], tl.int32)
+        for begin in range(0, entries, BLOCK):
+            score = tl.load(buffer + begin + offs, mask=begin + offs < entries, other=float("nan"))
+            reached += tl.sum((score[None, :] >= pivot[:, None]).to(tl.int32), 1)
+        enough = reached > rank
+        low, at_low = tl.where(enough, middle, low), tl.where(enough, reached, at_low)
+        high, at_high = tl.where(enough, high, middle), tl.where(enough, at_high, reached)
+        going = tl.sum((searched & (at_low - at_high > 1) & (high > low + 1)).to(tl.int32), 0)
+
+    # Bisection over ids where the score is tied: the one sought lies in [low_item, high_item).
+    pivot, ceiling = key_score(low), key_score(high)
+    low_item = tl.zeros([TARGETS], tl.int32)
+    high_item = tl.zeros([TARGETS], tl.int32) + V
+    ties = searched & (at_low - at_high > 1)
+    going = tl.sum((ties & (high_item - low_item > 1)).to(tl.int32), 0)
+    while going > 0:
+        middle = low_item + (high_item - low_item) // 2
+        lower = tl.zeros([TARGETS], tl.int32)
+        for begin in range(0, entries, BLOCK):
+            score = tl.load(buffer + begin + offs, mask=begin + offs < entries, other=float("nan"))
+            item = 2 * tl.load(first_pair + (begin + offs) // 2, mask=score == score, other=0) + offs % 2
+            tied = (score[None, :] == pivot[:, None]) & (item[None, :] < middle[:, None])
+            lower += tl.sum(tied.to(tl.int32), 1)
+        enough = ties & (lower > rank - at_high)
+        low_item, high_item = tl.where(enough, low_item, middle), tl.where(enough, middle, high_item)
+        low_item = tl.where(ties, low_item, 0)
+        high_item = tl.where(ties, high_item, V)
+        going = tl.sum((ties & (high_item - low_item > 1)).to(tl.int32), 0)
+
+    found = tl.full([TARGETS], LAST, tl.int64)
+    for begin in range(0, entries, BLOCK):
+        score = tl.load(buffer + begin + offs, mask=begin + offs < entries, other=float("nan"))
+        item = 2 * tl.load(first_pair + (begin + offs) // 2, mask=score == score, other=0) + offs % 2
+        this = (score[None, :] >= pivot[:, None]) & ~(score[None, :] >= ceiling[:, None])
+        this &= (item[None, :] >= low_item[:, None]) & (item[None, :] < high_item[:, None])
+        key = item_key(score, item.to(tl.int64), V)
+        found = tl.maximum(found, tl.max(tl.where(this, key[None, :], LAST), 1))
+
+    # Where nothing is wanted no key lies between the bounds.
+    none = tl.where(column == 0, LAST, FIRST)
+    tl.store(Bounds + row * TARGETS + column, tl.where(unused, none, tl.where(missed, 0, found)))
+    tl.store(Ranks + row * TARGETS + column, tl.where(unused, -1, wanted))
+    if missed:
+        for begin in range(0, entries, BLOCK):
+            tl.store(buffer + begin + offs, tl.full([BLOCK], float("nan"), tl.float32), mask=begin + offs < entries)
+        tl.store(Redone + row, 0)
+        tl.store(Missed + tl.atomic_add(MissedCount, 1), row.to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["splits", "capacity", "V", "stride_words", "stride_ids", "stride_best"])
+def _place_kernel(
+    Scores,
+    Pairs,
+    Bounds,
+    Words,
+    Ids,
+    Best,
+    Values,
+    Offsets,
+    splits,
+    capacity,
+    V,
+    stride_words,
+    stride_ids,
+    stride_best,
+    BITS: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    HAS_TOP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EXCLUDED: tl.constexpr,
+):
+    """One program for each row puts its candidates where they belong, now that the bounds are known.
+
+    Members become bits in Words, whose bits above the slice are cleared, or stand in Ids without those excluded; the
+    keys of the best items go to Best. Ids and Best are in no order yet.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    bounds = Bounds + row * TARGETS
+    first, last, best = tl.load(bounds), tl.load(bounds + 1), tl.load(bounds + 2)
+    begin, end = tl.load(Offsets + row), tl.load(Offsets + row + 1)
+    ids = tl.zeros([], tl.int32)
+    tops = tl.zeros([], tl.int32)
+    pairs = splits * capacity
+    for entry in range(0, 2 * pairs, BLOCK):
+        offs_n = entry + tl.arange(0, BLOCK)
+        score = tl.load(Scores + 2 * row * pairs + offs_n, mask=offs_n < 2 * pairs, other=float("nan"))
+        there = score == score
+        item = 2 * tl.load(Pairs + row * pairs + offs_n // 2, mask=there, other=0).to(tl.int64) + offs_n % 2
+        key = item_key(score, item, V)
+        member = there & (key <= first) & (key >= last)
+        if BITS:
+            word = Words + row * stride_words + item // 32
+            bit = 1 << (item % 32).to(tl.int32)
+            tl.atomic_or(word, bit, mask=member, sem="relaxed")
+            tl.atomic_and(word, ~bit, mask=there & (key > first), sem="relaxed")
+        if HAS_IDS:
+            for place in range(begin, end, EXCLUDED):
+                offs = place + tl.arange(0, EXCLUDED)
+                value = tl.load(Values + offs, mask=offs < end, other=-1)
+                member &= tl.sum((item[:, None] == value[None, :]).to(tl.int32), 1) == 0
+            rank = ids + tl.cumsum(member.to(tl.int32), 0) - 1
+            tl.store(Ids + row * stride_ids + rank, item.to(tl.int32), mask=member & (rank < stride_ids))
+            ids += tl.sum(member.to(tl.int32), 0)
+        if HAS_TOP:
+            wanted = there & (key >= best)
+            rank = tops + tl.cumsum(wanted.to(tl.int32), 0) - 1
+            tl.store(Best + row * stride_best + rank, key, mask=wanted & (rank < stride_best))
+            tops += tl.sum(wanted.to(tl.int32), 0)
+
+
+@triton.jit(do_not_specialize=["V", "stride_words"])
+def _clear_excluded_kernel(Words, Values, Offsets, V, stride_words, EXCLUDED: tl.constexpr):
+    """Clears the bits of a row's excluded items."""
+    row = tl.program_id(0).to(tl.int64)
+    begin, end = tl.load(Offsets + row), tl.load(Offsets + row + 1)
+    for place in range(begin, end, EXCLUDED):
+        offs = place + tl.arange(0, EXCLUDED)
+        item = tl.load(Values + offs, mask=offs < end, other=-1)
+        bit = 1 << (item % 32).to(tl.int32)
+        real = (item >= 0) & (item < V)
+        tl.atomic_and(Words + row * stride_words + item // 32, ~bit, mask=real, sem="relaxed")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call is cut into programs and buffers; from sizes alone, without a look at any value."""
+
+    sampled: int  # S
+    splits: int  # programs that share a row block's catalog
+    capacity: int  # pairs that a program may buffer for a row
+    bits: bool
+    has_open: bool  # a zone of all scores above a limit: the top, and where few ranks are skipped also those
+    has_start: bool  # limits around rank start
+    has_stop: bool  # limits around rank stop - 1
+
+    @property
+    def pairs(self) -> int:
+        """Pairs that a row's buffer holds."""
+        return self.splits * self.capacity
+
+
+def plan(
+    rows: int, ranked: int, start: int, stop: int, top: int, bits: bool, left_out: int, processors: int, slack: float
+) -> Plan:
+    """left_out: about how many items of a row are dropped from the top; slack scales the room for candidates."""
+    blocks = tiles.scoring_blocks("bf16")
+    wanted = stop - start
+    # Skipped ranks are buffered, too, unless they are many: then they are counted.
+    open_start = start <= max(256, wanted // 8)
+    has_start = wanted > 0 and not open_start
+    has_stop = wanted > 0 and (bits or has_start)
+    open_ranks = max(top + left_out, 0 if has_start or not wanted else start + 1 if bits else stop)
+    room = 32 << 20  # bytes for the sample
+    sampled = min(ranked, max(2048, min(ranked // 64, (room + 12 * wanted * rows) // (4 * rows))))
+
+    def reach(rank: int) -> float:
+        """Items between the middle of a bracket and its limit."""
+        share = sampled / ranked
+        width = SPREAD * math.sqrt(max(rank * share * (1.0 - rank / ranked) * (1.0 - share), 0.0)) + 3.0
+        return (width + 3.0 * math.sqrt(width)) / share
+
+    candidates = 0.0
+    if open_ranks:
+        candidates += open_ranks + reach(open_ranks)
+    if has_start:
+        candidates += 2.0 * reach(start)
+    if has_stop:
+        candidates += 2.0 * reach(stop) if bits else wanted + reach(start) + reach(stop)
+    all_tiles = triton.cdiv(ranked, blocks.v) + 1
+    splits = max(1, min(triton.cdiv(2 * processors, triton.cdiv(rows, blocks.b)), all_tiles, 1024))
+    most = triton.cdiv(all_tiles, splits) * (blocks.v // 2)  # the pairs that a program can meet
+    share = candidates * slack / splits
+    capacity = min(most, math.ceil(share + SPREAD * math.sqrt(share)) + 8)
+    # Brackets deep in a huge catalog may hold more than memory does; such rows are redone.
+    budget = (2 * 8 * wanted * rows + (48 << 20)) // (12 * rows) + 2 * open_ranks
+    capacity = min(capacity, budget // splits)
+    # A redone row's buffer holds exactly what is wanted, one item to a pair.
+    exact = top + (0 if bits else wanted)
+    capacity = max(capacity, triton.cdiv(exact, splits), 1)
+    return Plan(sampled, splits, capacity, bits, open_ranks > 0, has_start, has_stop)
+
+
+def ranks(
+    query: Tensor,
+    catalog: Tensor,
+    start: int,
+    stop: int,
+    top: int,
+    exclude: tuple[Tensor, Tensor],
+    bias: Tensor | None,
+    first_item: int,
+    precision: str,
+    bad: Tensor | None,
+    words: Tensor | None,
+    skip_excluded: bool = False,
+    spread: float = SPREAD,
+    slack: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Bracket, stream, settle and redo for up to ROWS sessions.
+
+    words: (B, W) int32 zeros to set the members' bits in, or None for a list of ids. skip_excluded: excluded items are
+    no items at all (top_k) rather than members that leave the slice. spread and slack decide how often a row must be
+    redone, never what is returned.
+
+    Returns ids (B, stop - start) int32 ascending and filled up with -1 (without words), the keys (B, top) int64 of the
+    first ranks in order, and the keys (B, 4) int64 of the items at rank start, stop - 1 and top - 1.
+    """
+    (b, _), v, device = query.shape, catalog.shape[0], query.device
+    values, offsets = exclude
+    ranked = v - first_item
+    left_out = triton.cdiv(2 * values.numel(), max(b, 1)) if skip_excluded else 0
+    p = plan(b, ranked, start, stop, top, words is not None, left_out, tiles.processors(device), slack)
+    blocks, product = tiles.scoring_blocks(precision), tiles.arithmetic(precision, query, catalog)
+    matrices = (tiles.strides(query), tiles.strides(catalog), 0 if bias is None else bias.stride(0))
+    has_bias = {"HAS_BIAS": bias is not None}
+    row_blocks = triton.cdiv(b, blocks.b)
+    int32 = {"dtype": torch.int32, "device": device}
+
+    # The sample has been read when the buffer is filled: one memory serves both.
+    scores_size, pairs_size = b * p.pairs * 2, b * p.pairs
+    memory = torch.empty(max(scores_size + pairs_size, b * p.sampled), **int32)
+    sample = memory[: b * p.sampled].view(torch.float32)
+    scores = memory[:scores_size].view(torch.float32)
+    pairs = memory[scores_size : scores_size + pairs_size]
+    limits = torch.empty(b, LIMITS.value, dtype=torch.float32, device=device)
+    counts, certain, above = torch.empty(3, b, p.splits, **int32)
+    redone = torch.empty(b, **int32)  # entries written by the redo
+    bounds = torch.empty(b, TARGETS.value, dtype=torch.int64, device=device)
+    rank = torch.empty(b, TARGETS.value, **int32)
+    missed, missed_count = torch.empty(b, **int32), torch.zeros(1, **int32)
+
+    launch(
+        _sample_kernel,
+        (row_blocks, triton.cdiv(p.sampled, blocks.v)),
+        query,
+        catalog,
+        bias,
+        sample,
+        b,
+        v,
+        p.sampled,
+        first_item,
+        *matrices,
+        WHOLE=p.sampled == ranked,
+        **has_bias,
+        **product,
+        **blocks.options(),
+    )
+    launch(
+        _limits_kernel,
+        (b,),
+        sample,
+        offsets,
+        limits,
+        p.sampled,
+        ranked,
+        start,
+        stop,
+        top,
+        spread,
+        HAS_OPEN=p.has_open,
+        OPEN_START=start < stop and not p.has_start,
+        OPEN_STOP=start < stop and not p.has_stop,
+        WIDE_STOP=p.has_stop and not p.bits,
+        SKIP_EXCLUDED=skip_excluded,
+        CHUNK=2048,
+        num_warps=4,
+    )
+    stride_words = 0 if words is None else words.stride(0)
+    backend, generation = tiles.target()
+    # From Hopper on one warp group suffices, so that two programs share a processor and the matrix unit serves one
+    # while the other compares. Older matrix units take their operands from registers, of which 4 warps have too few.
+    warps = {"num_warps": 4} if backend == "cuda" and generation >= 90 else {}
+    launch(
+        _stream_kernel,
+        (row_blocks, p.splits),
+        query,
+        catalog,
+        bias,
+        limits,
+        words,
+        scores,
+        pairs,
+        counts,
+        certain,
+        above,
+        bad,
+        b,
+        v,
+        first_item,
+        p.capacity,
+        *matrices,
+        stride_words,
+        **has_bias,
+        HAS_OPEN=p.has_open,
+        HAS_START=p.has_start,
+        HAS_STOP=p.has_stop,
+        BITS=p.bits,
+        CHECK=bad is not None,
+        PTX=backend == "cuda",
+        **product,
+        **(blocks.options() | warps),
+    )
+    sizes = (p.splits, p.capacity, v)
+    skip = skip_excluded and values.numel() > 0
+    launch(
+        _select_kernel,
+        (b,),
+        limits,
+        scores,
+        pairs,
+        counts,
+        certain,
+        above,
+        values,
+        offsets,
+        bounds,
+        rank,
+        redone,
+        missed,
+        missed_count,
+        *sizes,
+        start,
+        stop,
+        top,
+        HAS_START=p.has_start,
+        HAS_STOP=p.has_stop,
+        SKIP_EXCLUDED=skip,
+        BLOCK=1024 if skip else 2048,
+        EXCLUDED=4,
+        PARTS=triton.next_power_of_2(p.splits),
+        num_warps=8,
+    )
+    redo(
+        query,
+        catalog,
+        bias,
+        (missed, missed_count, bounds, rank),
+        words,
+        (scores, pairs, redone),
+        exclude,
+        first_item,
+        p.pairs,
+        matrices,
+        product | has_bias | {"BITS": p.bits, "SKIP_EXCLUDED": skip},
+        precision,
+    )
+    ids = None if words is not None else torch.full((b, stop - start), NO_ITEM, **int32)
+    best = torch.full((b, top), LAST.value, dtype=torch.int64, device=device)
+    has_ids = ids is not None and stop > start
+    launch(
+        _place_kernel,
+        (b,),
+        scores,
+        pairs,
+        bounds,
+        words,
+        ids,
+        best,
+        values,
+        offsets,
+        *sizes,
+        stride_words,
+        stop - start,
+        top,
+        BITS=p.bits,
+        HAS_IDS=has_ids,
+        HAS_TOP=top > 0,
+        BLOCK=1024,
+        EXCLUDED=8,
+        num_warps=4,
+    )
+    del memory, sample, scores, pairs  # before the sorts need as much
+    if words is not None and values.numel():
+        launch(_clear_excluded_kernel, (b,), words, values, offsets, v, stride_words, EXCLUDED=128, num_warps=4)
+    if has_ids:
+        ids = ids.sort(dim=1).values
+        ids = torch.where(ids == NO_ITEM, -1, ids)
+    return ids, best.sort(dim=1, descending=True).values, bounds
+
+
+def rank_slice_fwd(
+    query: Tensor,
+    catalog: Tensor,
+    start: int,
+    stop: int,
+    top: int,
+    exclude_values: Tensor,
+    exclude_offsets: Tensor,
+    bias: Tensor | None,
+    first_item: int,
+    precision: str,
+    check: bool,
+    as_bits: bool,
+    width: int,
+    **luck: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """query (B, d), catalog (V, d), exclude as values (E,) and offsets (B + 1,) int64, bias (V,).
+
+    Returns members, top (B, top) int64, thresholds (B, 2) float32, and what was found amiss. Members are bits
+    (B, width) uint8 with `as_bits`, else ids (B, stop - start) int32. What was found amiss, with `check`, is an int64:
+    row << 32 | the score's bits, for the first row with a score that is not finite, or FIRST. luck: `spread` and
+    `slack` of `ranks`.
+    """
+    (b, _), v, device = query.shape, catalog.shape[0], query.device
+    bad = torch.full((1,), FIRST.value, dtype=torch.int64, device=device) if check else None
+    if as_bits:
+        members = torch.zeros(b, width, dtype=torch.uint8, device=device)
+    else:
+        members = torch.empty(b, stop - start, dtype=torch.int32, device=device)
+    best = torch.empty(b, top, dtype=torch.int64, device=device)
+    thresholds = torch.empty(b, 2, dtype=torch.float32, device=device)
+    for begin in range(0, b, ROWS):
+        some = slice(begin, min(begin + ROWS, b))
+        words = members[some].view(torch.int32) if as_bits else None
+        offsets = exclude_offsets[some.start : some.stop + 1]
+        ids, keys, bounds = ranks(
+            query[some],
+            catalog,
+            start,
+            stop,
+            top,
+            (exclude_values, offsets),
+            bias,
+            first_item,
+            precision,
+            bad,
+            words,
+            **luck,
+        )
+        if not as_bits:
+            members[some] = ids
+        best[some] = scores_and_items(keys, v)[1]
+        thresholds[some] = scores_and_items(bounds[:, :2], v)[0]
+    if start == stop:
+        thresholds[:, 0], thresholds[:, 1] = math.inf, -math.inf
+    return members, best, thresholds, bad

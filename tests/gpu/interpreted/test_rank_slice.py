@@ -1,0 +1,178 @@
+"""rank_slice in Triton: the identical sets that the reference and the native engine return, whatever luck."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from alterrec_fast.kernels import rank_slice as kernels
+from alterrec_fast.kernels import tiles
+from torch import Tensor
+
+import alterrec_fast as af
+from alterrec_fast.ops import register
+from alterrec_fast.ops.slices import bits_width, exclude_lists, uses_bits
+from tests.conftest import integers
+
+NO_LUCK: list[dict[str, float]] = [{}, {"spread": -4.0}, {"slack": 0.0}]  # limits that do not hold, buffers too small
+
+
+def launched(
+    query: Tensor, catalog: Tensor, start: int, stop: int, top: int, luck: dict[str, float], **options: Any
+) -> Any:
+    """members, top and thresholds straight from the launcher, with luck of our choice."""
+    v = catalog.shape[0]
+    lists = exclude_lists(options.get("exclude"), query.shape[0], query.device)
+    as_bits = uses_bits(v, stop - start)
+    tail = (options.get("bias"), options.get("first_item", 0), options.get("precision", "fp32"), True)
+    found = kernels.rank_slice_fwd(query, catalog, start, stop, top, *lists, *tail, as_bits, bits_width(v), **luck)
+    assert found[3] is not None
+    assert int(found[3]) == torch.iinfo(torch.int64).max
+    return found[:3]
+
+
+def same(
+    query: Tensor, catalog: Tensor, start: int, stop: int, top: int, luck: dict[str, float], **options: Any
+) -> None:
+    """Asserts equality, bit for bit, with the reference and with the native engine."""
+    members, best, thresholds = launched(query, catalog, start, stop, top, luck, **options)
+    engines = ["reference"] if register.NO_EXTENSION else ["reference", "native"]
+    for engine in engines:
+        want = af.rank_slice(query, catalog, start, stop, top, backend=engine, **options)
+        assert torch.equal(members, want.ids if want.bits is None else want.bits), engine
+        assert torch.equal(best, want.top), engine
+        assert torch.equal(thresholds, want.thresholds), engine
+
+
+# All forms: bits or ids, the skipped ranks buffered or counted, nothing but the top, everything.
+RANGES = [(20, 1_500, 5), (600, 1_500, 0), (1_000, 1_020, 5), (10, 30, 40), (7, 7, 3), (0, 2_200, 0)]
+CASES = [(*ranks, luck) for ranks in RANGES for luck in NO_LUCK[:2]] + [(*ranks, NO_LUCK[2]) for ranks in RANGES[::3]]
+
+
+@pytest.mark.parametrize(("start", "stop", "top", "luck"), CASES)
+def test_equals_the_other_engines(start: int, stop: int, top: int, luck: dict[str, float]) -> None:
+    query, catalog = integers(2, 20, 1), integers(2_301, 20, 2)
+    exclude = torch.randint(-2, 2_301, (2, 7), generator=torch.Generator().manual_seed(3))
+    bias = integers(1, 2_301, 4)[0]
+    same(query, catalog, start, stop, top, luck, exclude=exclude, bias=bias, first_item=77)
+
+
+@pytest.mark.parametrize(("b", "v", "d"), [(65, 130, 8), (1, 1, 1), (1, 63, 1_024)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_ragged_shapes(b: int, v: int, d: int, precision: str, guarded: list[Tensor]) -> None:
+    same(integers(b, d, b), integers(v, d, v), v // 3, v // 2 + 1, min(5, v), {}, precision=precision)
+
+
+def test_stores_stay_within_bounds_when_redone(guarded: list[Tensor]) -> None:
+    query, catalog = integers(2, 8, 1), integers(300, 8, 2)
+    for start, stop in ((5, 200), (5, 9)):
+        same(query, catalog, start, stop, 5, {"spread": -4.0, "slack": 0.0}, exclude=torch.tensor([[3, 299], [0, -1]]))
+
+
+def test_strides_and_mixed_dtypes() -> None:
+    query, catalog = integers(4, 40, 1)[::2, 3:20], integers(500, 90, 2)[:, 5:22]
+    bias = integers(1, 1_000, 3)[0, ::2].bfloat16()
+    same(query, catalog, 5, 300, 3, {}, bias=bias)
+    same(query.bfloat16(), catalog, 5, 300, 3, {}, precision="bf16")
+    same(query, catalog.bfloat16(), 5, 300, 3, {}, precision="fp32")
+    same(query.bfloat16(), catalog.bfloat16(), 5, 300, 3, {}, precision="bf16")
+
+
+ramp = torch.arange(2_600).float()[:, None]
+ADVERSARIES = {
+    "equal": ramp * 0 + 1,
+    "ascending": ramp,
+    "one cluster at the boundary": torch.where((ramp > 600) & (ramp < 1_900), 7.0, ramp % 13),
+    "zeros of both signs": torch.where(ramp % 2 == 0, 0.0, -0.0),
+    "huge": torch.where(ramp % 2 == 0, 1e30, 1.0) * torch.where(ramp % 3 == 0, -1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", list(ADVERSARIES))
+def test_adversarial_scores(name: str) -> None:
+    same(torch.tensor([[1.0], [-1.0]]), ADVERSARIES[name], 20, 1_300, 5, {})
+
+
+def test_rounds_to_bfloat16_as_the_reference_does() -> None:
+    generator = torch.Generator().manual_seed(5)
+    query, catalog = torch.randn(2, 48, generator=generator), torch.randn(3_000, 48, generator=generator)
+    for precision in ("fp32", "bf16"):
+        found = af.rank_slice(query, catalog, 20, 1_500, 5, precision=precision, backend="triton")
+        q, e = (x.bfloat16().double() if precision == "bf16" else x.double() for x in (query, catalog))
+        scores = q @ e.T
+        ranked = scores.sort(1, descending=True).values
+        inside = (scores < ranked[:, [20]] - 1e-4) & (scores > ranked[:, [1_499]] + 1e-4)
+        outside = (scores > ranked[:, [20]] + 1e-4) | (scores < ranked[:, [1_499]] - 1e-4)
+        mask = found.mask()
+        assert mask[inside].all()
+        assert not mask[outside].any()
+        assert (mask.sum(1) == 1_480).all()
+
+
+def test_the_launches_are_the_same_whatever_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA graph needs: a replay may miss where the captured call did not."""
+    sequences = []
+    for query in (integers(2, 8, 1), torch.zeros(2, 8)):  # with equal scores every row overflows
+        launches: list[object] = []
+
+        def record(
+            kernel: Any, grid: tuple[int, ...], *args: Any, seen: list[object] = launches, **options: Any
+        ) -> None:
+            fixed = [tuple(x.shape) if isinstance(x, Tensor) else x for x in args]
+            seen.append((kernel.fn.__name__, grid, fixed, options))
+            kernel[grid](*args, **options)
+
+        monkeypatch.setattr(tiles, "_launcher", record)
+        same(query, integers(2_500, 8, 2), 20, 1_000, 5, {"slack": 0.3})
+        sequences.append(launches)
+    assert sequences[0] == sequences[1]
+    assert len(sequences[0]) > 5
+
+
+def test_luck_is_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    missed = []
+
+    def record(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        kernel[grid](*args, **options)
+        if kernel is kernels._select_kernel:
+            missed.append(int(args[kernel.arg_names.index("MissedCount")]))
+
+    monkeypatch.setattr(tiles, "_launcher", record)
+    generator = torch.Generator().manual_seed(3)
+    catalog = torch.randn(4_000, 16, generator=generator) + torch.arange(4_000)[:, None] / 2_000  # sorted, in a way
+    query = torch.randn(6, 16, generator=generator)
+    for start, stop in ((20, 2_000), (1_500, 1_600)):
+        af.rank_slice(query, catalog, start, stop, 5, backend="triton")
+    assert len(missed) == 2
+    assert sum(missed) <= 1
+
+
+def test_no_session_and_an_empty_slice() -> None:
+    query, catalog = integers(2, 8, 1), integers(90, 8, 2)
+    for rows in (query, query[:0]):
+        found = af.rank_slice(rows, catalog, 5, 5, backend="triton")
+        want = af.rank_slice(rows, catalog, 5, 5, backend="reference")
+        assert torch.equal(found.indices(), want.indices())
+        assert torch.equal(found.thresholds, want.thresholds)
+
+
+def test_bad_values_are_named() -> None:
+    query, catalog = integers(3, 8, 1).abs() + 1, integers(300, 8, 2)
+    broken = catalog.clone()
+    broken[40, 3] = float("inf")
+    with pytest.raises(ValueError, match=r"scores: row 0 has a score of inf, expected a finite one"):
+        af.rank_slice(query, broken, 3, 50, backend="triton")
+    same(query, broken, 3, 50, 2, {}, first_item=41)  # padding may hold anything
+    af.rank_slice(query, broken * float("nan"), 3, 50, 4, check=False, backend="triton")  # no promise but to return
+    with pytest.raises(ValueError, match="exclude: row 2 holds 300, expected an id below 300"):
+        af.rank_slice(query, catalog, 3, 50, exclude=torch.tensor([1, 2, 300]), backend="triton")
+
+
+def test_masked_items_may_score_minus_infinity_unchecked() -> None:
+    query, catalog, bias = integers(2, 8, 1), integers(900, 8, 2), torch.zeros(900)
+    bias[::3] = -float("inf")
+    found = af.rank_slice(query, catalog, 20, 800, 5, bias=bias, check=False, backend="triton")
+    want = af.rank_slice(query, catalog, 20, 800, 5, bias=bias, check=False, backend="reference")
+    assert torch.equal(found.mask(), want.mask())
+    assert torch.equal(found.thresholds, want.thresholds)
