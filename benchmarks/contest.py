@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from alterrec_fast.benchmarks.contestants import Contestant, Op
 from alterrec_fast.benchmarks.machine import measure_bandwidth, version_of
-from alterrec_fast.benchmarks.records import Record, conclude
+from alterrec_fast.benchmarks.records import ENOUGH, FLOOR, Record, conclude
 from alterrec_fast.benchmarks.worker import Shape, Tensors, describe, limit_memory, serve
 
 PRELOAD = ["alterrec_fast.benchmarks.contestants"]
@@ -37,7 +37,8 @@ class Budget:
     """How long a contest may take."""
 
     rounds: int  # turns of a contestant, at most
-    seconds: float  # of a contestant's turns together, more or less; two turns are the least
+    least: int  # turns of a slow one; ours and the floor have ENOUGH of them in any case
+    seconds: float  # of a contestant's turns together, more or less
     turn: float  # seconds of one turn, in which short calls are repeated
     first: float  # seconds that making ready and the first call may take
     memory: int  # bytes of a process, 0 for any
@@ -149,8 +150,7 @@ class Arena:
         for i in range(self.budget.rounds):
             first = i % len(runners)
             for runner in runners[first:] + runners[:first]:
-                wanted = self.budget.seconds / max(runner.expected, self.budget.turn)
-                if runner.record.failed is None and i < max(2.0, wanted):
+                if runner.record.failed is None and i < runner.wanted(self.budget):
                     runner.take_turn(i, self.budget)
 
     def _fork(self, target: Callable[..., None], arguments: tuple[Any, ...]) -> Process:
@@ -212,6 +212,11 @@ class _Runner:
         self.record.failed = why
         if self.process is not None:
             self.process.end(kill=True)
+
+    def wanted(self, budget: Budget) -> float:
+        """How many turns it is to have."""
+        least = ENOUGH if self.contestant.ours or self.contestant.name == FLOOR else budget.least
+        return max(least, budget.seconds / max(self.expected, budget.turn))
 
     def take_turn(self, number: int, budget: Budget) -> None:
         assert self.process is not None

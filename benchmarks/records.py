@@ -14,6 +14,8 @@ from alterrec_fast.benchmarks.machine import Machine
 from alterrec_fast.benchmarks.worker import Shape
 
 FLOOR = "torch.mm"  # the contestant that every ratio refers to
+ENOUGH = 3  # turns that tell something of the noise
+STUDENT = (63.7, 9.92, 5.84, 4.60, 4.03, 3.71, 3.50, 3.36, 3.25)  # quantile 0.995 for 1, 2, ... degrees of freedom
 LEAST_NOISE = 0.05  # what runs differ by beyond the rounds of one: where memory lies, the clock
 BUSY = 0.1  # cores that other work may take before a run counts as one on a busy machine
 
@@ -100,12 +102,13 @@ def conclude(records: Sequence[Record], products: int, streaming: float) -> None
 
 
 def noise_of(ratios: Sequence[float]) -> float | None:
-    """The relative half-width of an interval in which another run's median ratio is expected, or None of one ratio.
+    """The relative half-width of an interval in which another run's median ratio is expected, or None of too few.
 
-    Three standard deviations of the difference of two medians: that of a median of n is 1.25 / sqrt(n) times that of
-    one of the numbers. What differs between runs but not within one (where memory lies, the clock) is LEAST_NOISE.
+    Ninety-nine of a hundred, by Student's t of the logarithms: the standard deviation of the difference of two medians
+    of n is 1.25 sqrt(2 / n) times that of one number. LEAST_NOISE is what differs between runs but not within one.
     """
-    if len(ratios) < 2:
+    if len(ratios) < ENOUGH:
         return None
     spread = statistics.stdev(math.log(ratio) for ratio in ratios)
-    return max(LEAST_NOISE, 3.0 * 1.25 * math.sqrt(2.0 / len(ratios)) * spread)
+    quantile = STUDENT[min(len(ratios) - 2, len(STUDENT) - 1)]
+    return max(LEAST_NOISE, quantile * 1.25 * math.sqrt(2.0 / len(ratios)) * spread)

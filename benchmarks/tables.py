@@ -53,7 +53,7 @@ def _line(record: Record, columns: Sequence[str]) -> str:
         f"**{record.contestant}**" if record.ours else record.contestant,
         f"{1e3 * record.seconds:.1f}" if record.seconds < 1.0 else f"{1e3 * record.seconds:.0f}",
         _number(record.ratio),
-        f"{_number(interval[0])} to {_number(interval[1])}" if interval else "one turn",
+        f"{_number(interval[0])} to {_number(interval[1])}" if interval else "few turns",
         "" if record.share is None else f"{100 * record.share:.0f}%",
         _number(record.bandwidth_ratio),
         _mebibytes(record.peak_bytes),
