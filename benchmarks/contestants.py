@@ -84,8 +84,8 @@ def _step_traffic(shape: Shape) -> float:
 
 
 def _sampled_traffic(shape: Shape) -> float:
-    """The vectors of each negative are read in the forward pass; the gradient of the whole catalog is written."""
-    vectors = shape.negatives * (1 if shape.shared else shape.sessions)
+    """The vectors of the negatives are read, each once; the gradient of the whole catalog is written."""
+    vectors = min(shape.items, shape.negatives * (1 if shape.shared else shape.sessions))
     return float(_matrices(shape) + vectors * shape.width * (2 if shape.precision == "bf16" else 4))
 
 

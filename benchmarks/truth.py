@@ -151,22 +151,26 @@ def _gathered(shape: Shape, inputs: Tensors) -> Tensors:
     rows = _rows(shape)
     losses, grad_query = [], []
     grad_catalog = torch.zeros(len(columns), shape.width, dtype=torch.float64)
-    for row in range(shape.sessions):
-        ids = torch.cat([target[row : row + 1], negatives[row]])
-        vectors = catalog[ids].double()
-        logits = vectors @ query[row]
-        logits[1:][ids[1:] == target[row]] = -torch.inf
-        losses.append(logits.logsumexp(0) - logits[0])
-        pull = logits.softmax(0)
-        pull[0] -= 1.0
-        grad_catalog += torch.outer(pull @ (ids[:, None] == columns).double(), query[row])
-        if row in rows:
-            grad_query.append(pull @ vectors)
+    block = max(1, BLOCK // ((negatives.shape[1] + 1) * shape.width))
+    for begin in range(0, shape.sessions, block):
+        end = min(begin + block, shape.sessions)
+        own = target[begin:end, None]
+        ids = torch.cat([own, negatives[begin:end]], 1)
+        vectors = catalog[ids].double()  # (b, n + 1, d)
+        logits = (vectors @ query[begin:end, :, None]).squeeze(2)
+        logits[:, 1:].masked_fill_(ids[:, 1:] == own, -torch.inf)
+        losses.append(logits.logsumexp(1) - logits[:, 0])
+        pull = logits.softmax(1)
+        pull[:, 0] -= 1.0
+        hits = torch.stack([(pull * (ids == column)).sum(1) for column in columns])  # (columns, b)
+        grad_catalog += hits @ query[begin:end]
+        inside = rows[(rows >= begin) & (rows < end)] - begin
+        grad_query.append((pull[inside, None] @ vectors[inside]).squeeze(1))
     return {
         "rows": rows,
         "columns": columns,
-        "loss": torch.stack(losses).mean(),
-        "grad_query": torch.stack(grad_query) / shape.sessions,
+        "loss": torch.cat(losses).mean(),
+        "grad_query": torch.cat(grad_query) / shape.sessions,
         "grad_catalog": grad_catalog / shape.sessions,
         "product": query[rows] @ catalog[:PRODUCT_ITEMS].double().T,
     }

@@ -50,7 +50,8 @@ class Shape:
         """As the tables call it."""
         parts = [f"V = {self.items:,}", f"d = {self.width}"]
         if self.stop:
-            parts.append(f"ranks {self.start}:{self.stop}" if self.start else f"k = {self.stop}")
+            best = not self.start and self.figure != "form"
+            parts.append(f"k = {self.stop}" if best else f"ranks {self.start}:{self.stop}")
         if self.negatives:
             parts.append(f"{self.negatives:,} negatives{' shared' if self.shared else ''}")
         if self.training:
@@ -141,8 +142,8 @@ def _make_ready(task: Task, shape: Shape, paths: tuple[Path, Path]) -> tuple[Cal
     for tensor in inputs.values():
         tensor.view(torch.uint8).max()  # touches every page, so that it is resident before memory is counted
     before = resident()
-    forget_peak()
     call = task.prepare(shape, inputs)
+    forget_peak()  # what was needed for a while to make ready is not the call's; an index that stays is
     begun = time.perf_counter()
     result = call.run(0)
     seconds = time.perf_counter() - begun
