@@ -316,7 +316,7 @@ OPS = (
         training.sessions_truth,
         _loss_traffic,
         _OF_SASREC,
-        quick=(Shape(5_000, 64, training=True),),
+        quick=(Shape(2_000, 64, training=True),),
         full=(Shape(40_000, 64, training=True),),
     ),
     Op(
