@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import alterrec_fast as af
 
-V, D, L = 20_000, 64, 12  # items, of which 0 is padding; width; session length
-POPULAR, SESSIONS, BATCH, EPOCHS = 400, 1_200, 100, 4
+V, D, L = 10_000, 64, 12  # items, of which 0 is padding; width; session length
+POPULAR, SESSIONS, BATCH, EPOCHS = 200, 1_000, 50, 3
 
 
 class SASRec(nn.Module):
@@ -58,7 +58,7 @@ def ndcg(model: SASRec, test: Tensor) -> float:
 def train(way: str) -> None:
     torch.manual_seed(0)
     data, test, model = sessions(SESSIONS), sessions(300), SASRec()
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3, fused=True)
     full = af.FullSoftmaxLoss(first_item=1, ignore_index=0)
     sampler = af.RankSliceSampler(10, 1000, hard_fraction=0.5, first_item=1, ignore_index=0)
     sliced = af.SliceCrossEntropy(first_item=1, ignore_index=0)
