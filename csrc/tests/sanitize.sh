@@ -10,7 +10,7 @@ flags="-std=c++20 -O1 -g -fno-omit-frame-pointer -Wno-psabi -pthread -I$root/csr
 for name in address,undefined thread; do
     folder=$out/$(echo $name | tr , -)
     mkdir -p "$folder"
-    for test in "$root"/csrc/tests/*_test.cpp; do
+    for test in "$root"/csrc/tests/rank_test.cpp "$root"/csrc/tests/loss_test.cpp; do  # cuda_on_cpu.sh has the others
         binary=$folder/$(basename "$test" .cpp)
         objects=""
         for source in $sources "$root/csrc/tests/plain_blas.cpp" "$test"; do

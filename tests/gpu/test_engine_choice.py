@@ -25,6 +25,7 @@ def test_slices_and_the_dense_loss_are_tritons(op: str, monkeypatch: pytest.Monk
 
 def test_sampled_softmax_is_the_extensions_where_it_was_built_with_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(register, "NO_EXTENSION", "")
+    monkeypatch.setattr(register, "TRITON", True)
     monkeypatch.setattr(register, "CUDA_OPS", {"sampled_softmax"})
     assert register.choose_backend("auto", CUDA, "sampled_softmax") == "native"
     with pytest.raises(BackendError, match="it has no CUDA kernel for slice_cross_entropy; "):
