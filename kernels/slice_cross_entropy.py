@@ -7,7 +7,7 @@ the sessions: nothing is added by atomics, and every sum has one order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -423,11 +423,19 @@ class Sorted:
         return cls(items, order // p.wanted.shape[1], x.pulls.flatten()[order])
 
 
-def _gradient_blocks(precision: str, width: int) -> dict[str, int]:
-    """64 x 64 scores beside up to 128 columns of a gradient, in float32 64: what the registers of 8 warps hold."""
-    most, step = (128, 64) if precision == "bf16" else (64, 32)
-    columns = min(most, max(16, triton.next_power_of_2(width)))
-    return {"BLOCK_B": 64, "BLOCK_V": 64, "BLOCK_D": step, "BLOCK_C": columns, "num_warps": 8, "num_stages": 3}
+def _score_blocks(p: Problem, product: str) -> tiles.Blocks:
+    """Smaller where plain multiply-adds take the registers that a matrix unit leaves free."""
+    blocks = tiles.scoring_blocks(p.precision)
+    return replace(blocks, b=32, v=64) if product == "ieee" else blocks
+
+
+def _gradient_blocks(product: str, width: int) -> dict[str, int]:
+    """Scores beside columns of a gradient, each recomputing the scores: what the registers of 8 warps hold."""
+    rows, most, step = {"bf16": (64, 128, 64), "tf32": (64, 64, 32), "ieee": (32, 64, 64)}[product]
+    columns, stages = min(most, max(16, triton.next_power_of_2(width))), 2 if product == "ieee" else 3
+    return {
+        "BLOCK_B": rows, "BLOCK_V": rows, "BLOCK_D": step, "BLOCK_C": columns, "num_warps": 8, "num_stages": stages
+    }  # fmt: skip
 
 
 def _splits(p: Problem, programs: int, tiles_in_all: int) -> int:
@@ -437,14 +445,15 @@ def _splits(p: Problem, programs: int, tiles_in_all: int) -> int:
 
 def slice_cross_entropy_fwd(p: Problem, columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
     """-> losses (B,), log_partition (B,), logits (B, 1 + P) of the wanted items; all float32."""
-    b, blocks = p.query.shape[0], tiles.scoring_blocks(p.precision)
+    b, arguments = p.query.shape[0], p.arguments()
+    blocks = _score_blocks(p, arguments["PRODUCT"])
     sessions = triton.cdiv(b, blocks.b)
     splits = _splits(p, sessions, triton.cdiv(columns.count, blocks.v))
     tops, sums = p.floats(splits, b), p.floats(splits, b)
     launch(
         _partition_kernel,
         (sessions, splits),
-        **p.arguments(),
+        **arguments,
         **columns.arguments(),
         Tops=tops,
         Sums=sums,
@@ -455,15 +464,15 @@ def slice_cross_entropy_fwd(p: Problem, columns: Columns) -> tuple[Tensor, Tenso
 
 def query_grad(p: Problem, columns: Columns, x: Slopes) -> Tensor:
     """-> (B, d) in the query's dtype."""
-    b, d = p.query.shape
-    blocks = _gradient_blocks(p.precision, d)
+    (b, d), arguments = p.query.shape, p.arguments()
+    blocks = _gradient_blocks(arguments["PRODUCT"], d)
     sessions, widths = triton.cdiv(b, blocks["BLOCK_B"]), triton.cdiv(d, blocks["BLOCK_C"])
     splits = _splits(p, sessions * widths, triton.cdiv(columns.count, blocks["BLOCK_V"]))
     parts = p.floats(splits, b, d)
     launch(
         _query_grad_kernel,
         (sessions, splits, widths),
-        **p.arguments(),
+        **arguments,
         **columns.arguments(),
         Weights=x.weights,
         LogPartition=x.log_partition,
@@ -480,8 +489,8 @@ def column_grads(
 
     pulls: those of the wanted items, where column i is item i.
     """
-    d = p.query.shape[1]
-    blocks = _gradient_blocks(p.precision, d)
+    d, arguments = p.query.shape[1], p.arguments()
+    blocks = _gradient_blocks(arguments["PRODUCT"], d)
     count = triton.cdiv(columns.count, blocks["BLOCK_V"])
     begins = None
     if pulls is not None:
@@ -490,7 +499,7 @@ def column_grads(
     launch(
         _catalog_grad_kernel,
         (count, triton.cdiv(d, blocks["BLOCK_C"]) if out is not None else 1),
-        **p.arguments(),
+        **arguments,
         **columns.arguments(),
         Weights=x.weights,
         LogPartition=x.log_partition,
