@@ -90,7 +90,7 @@ def target() -> tuple[str, int | str]:
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    on = args[0].device
+    on = next(x for x in (*args, *options.values()) if isinstance(x, Tensor)).device
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(on) if on.type == "cuda" else nullcontext():
         kernel[grid](*args, **options)
@@ -100,7 +100,7 @@ _launcher: Callable[..., None] = _launch
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Runs `kernel` over `grid` on the device of its first argument, a tensor. Every launch goes through here, so that
+    """Runs `kernel` over `grid` on the device of its first tensor. Every launch goes through here, so that
     the proofs can compile what is launched."""
     if all(grid):
         _launcher(kernel, grid, *args, **options)
