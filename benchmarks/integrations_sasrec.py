@@ -12,6 +12,7 @@ import json
 import math
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -96,14 +97,20 @@ def contestant(name: str, data: Path, seed: int, epochs: int) -> dict[str, float
     return {"ndcg": 100 * ndcg(model, dataset.test), "seconds": seconds / epochs, "mib": peak}
 
 
-def sections(data: Path, seeds: int, epochs: int) -> list[dict[str, Any]]:
+def sections(data: Path, seeds: int, epochs: int, jobs: int) -> list[dict[str, Any]]:
     dataset = Dataset.load(data)
+
+    def run(job: tuple[str, int]) -> dict[str, float]:
+        options = ("--contestant", job[0], "--seed", str(job[1]), "--data", str(data), "--epochs", str(epochs))
+        answer: dict[str, float] = call("alterrec_fast.benchmarks.integrations_sasrec", *options)
+        return answer
+
+    every = [(name, seed) for seed in range(seeds) for name in CONTESTANTS]
+    with ThreadPoolExecutor(jobs) as pool:  # of threads that wait for their processes
+        found = dict(zip(every, pool.map(run, every), strict=True))
     rows = []
     for name, title in CONTESTANTS.items():
-        options = ("--contestant", name, "--data", str(data), "--epochs", str(epochs))
-        answers = [
-            call("alterrec_fast.benchmarks.integrations_sasrec", *options, "--seed", str(seed)) for seed in range(seeds)
-        ]
+        answers = [found[name, seed] for seed in range(seeds)]
         metric = [answer["ndcg"] for answer in answers]
         spread = f" ± {statistics.stdev(metric):.2f}" if seeds > 1 else ""
         rows.append(
@@ -116,9 +123,9 @@ def sections(data: Path, seeds: int, epochs: int) -> list[dict[str, Any]]:
         )
     text = (
         f"A SASRec of width {WIDTH} in plain PyTorch ([benchmarks/sasrec.py](../benchmarks/sasrec.py)), "
-        f"{len(dataset.train):,} sessions of {dataset.num_items:,} items, {epochs} epochs, {seeds} seeds, one thread. "
-        f"The model ranks by its own scores of the step; uniform sets have as many items in the mean. Every prefix of "
-        f"a test session is a target."
+        f"{len(dataset.train):,} sessions of {dataset.num_items:,} items, {epochs} epochs, {seeds} seeds, one thread, "
+        f"{jobs} at once. The model ranks by its own scores of the step; uniform sets have as many items in the mean. "
+        f"Every prefix of a test session is a target."
     )
     header = ["negatives", f"NDCG@{K} in %", "seconds an epoch", "peak MiB"]
     return [{"heading": "Plain PyTorch: SASRec on Online Retail", "text": text, "header": header, "rows": rows}]
@@ -130,6 +137,7 @@ def main() -> None:
     parser.add_argument("--raw", type=Path, help="Online Retail in the generic layout")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--jobs", type=int, default=2, help="processes at once")
     parser.add_argument("--data", type=Path, default=Path("runs/integrations/data"), help="prepared from --raw if new")
     parser.add_argument("--contestant", choices=list(CONTESTANTS), help="run this one in this process")
     parser.add_argument("--seed", type=int, default=0)
@@ -139,7 +147,7 @@ def main() -> None:
         return
     if not options.data.exists():
         prepare("generic", options.raw, options.data)
-    made = sections(options.data, options.seeds, options.epochs)
+    made = sections(options.data, options.seeds, options.epochs, options.jobs)
     if options.json:
         options.json.write_text(json.dumps(made), encoding="utf-8")
     print(json.dumps(made, indent=1))
