@@ -119,7 +119,7 @@ class Config:
             raise ConfigError(f"demo trains on its own generated shop; leave data out, got {self.data!r}")
 
     def slice_bounds(self, num_items: int) -> tuple[int, int]:
-        """[k1, k2) for a catalog of V items: as set, clipped to V, or by the catalog's size (open-points.md)."""
+        """[k1, k2) for a catalog of V items: as set, clipped to V, or by the catalog's size."""
         if self.k1 is not None and self.k2 is not None:
             if self.k1 >= num_items:
                 raise ConfigError(f"k1 = {self.k1} lies beyond the catalog of {num_items} items")
