@@ -28,10 +28,18 @@ sanitize:
 	csrc/tests/sanitize.sh
 
 # What can be proven of the GPU code without a GPU: docs/gpu.md.
-gpu-proof: .venv/ready
+gpu-proof: .venv/ready .venv/triton-3.6.0/triton
 	csrc/tests/cuda_on_cpu.sh
 	OMP_NUM_THREADS=1 .venv/bin/pytest -m proof tests/gpu/test_cuda_on_cpu.py
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv/bin/pytest tests/gpu/interpreted
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 tests/gpu/interpreted
+	TRITON_3_6=.venv/triton-3.6.0 .venv/bin/pytest -n 2 -m proof tests/gpu/test_compiled.py
+	.venv/bin/python -W ignore -m alterrec_fast.benchmarks.gpu_proof
+
+# Triton comes with torch's builds for GPUs; an older one beside it compiles the kernels, too.
+.venv/triton-3.6.0/triton: .venv/ready
+	.venv/bin/python -c "import triton" 2>/dev/null || $(PIP) triton==3.9.0
+	$(PIP) --no-deps --target .venv/triton-3.6.0 triton==3.6.0
+	touch $@
 
 # The table of docs/results.md from ../shared/data/online_retail; finished runs are kept, so that it can be resumed.
 results: .venv/ready

@@ -192,7 +192,7 @@ def redo(
     int32 that are sought, negative for none. buffer: scores, pairs and redone, with `room` pairs a row.
     """
     b, v = query.shape[0], catalog.shape[0]
-    blocks = replace(tiles.scoring_blocks(precision), v=32)  # its scores need more registers each
+    blocks = replace(tiles.scoring_blocks(precision, query, catalog), v=32)  # its scores need more registers each
     missed, missed_count, bounds, rank = rows
     histogram = torch.zeros(b, TARGETS.value, DIGITS.value, dtype=torch.int32, device=query.device)
     programs = 2 * tiles.processors(query.device)

@@ -58,7 +58,7 @@ def _store_pairs(Scores, Pairs, place, left, right, pair, keep, PTX: tl.constexp
             }
             """,
             "=r,l,l,r,f,f,r,r",
-            [Scores, Pairs, place, left, right, pair, keep.to(tl.int32)],
+            [Scores.to(tl.int64), Pairs.to(tl.int64), place, left, right, pair, keep.to(tl.int32)],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
@@ -157,8 +157,7 @@ def _stream_kernel(
         ranked = (items >= first_item) & (items < V)
         if CHECK:
             wrong = ranked[None, :] & in_b[:, None] & ~(tl.abs(scores) < float("inf"))
-            found = (rows[:, None] << 32) | (scores.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
-            tl.atomic_min(Bad, tl.min(tl.min(tl.where(wrong, found, FIRST), 1), 0))
+            tiles.report(Bad, scores, wrong, rows)
         if (tile * BLOCK_V < first_item) | ((tile + 1) * BLOCK_V > V):
             scores = tl.where(ranked[None, :], scores, float("nan"))
         left, right = tl.split(tl.reshape(scores, [BLOCK_B, BLOCK_V // 2, 2]))
@@ -434,10 +433,18 @@ class Plan:
 
 
 def plan(
-    rows: int, ranked: int, start: int, stop: int, top: int, bits: bool, left_out: int, processors: int, slack: float
+    rows: int,
+    ranked: int,
+    start: int,
+    stop: int,
+    top: int,
+    bits: bool,
+    left_out: int,
+    processors: int,
+    slack: float,
+    blocks: tiles.Blocks,
 ) -> Plan:
     """left_out: about how many items of a row are dropped from the top; slack scales the room for candidates."""
-    blocks = tiles.scoring_blocks("bf16")
     wanted = stop - start
     # Skipped ranks are buffered, too, unless they are many: then they are counted.
     open_start = start <= max(256, wanted // 8)
@@ -503,8 +510,8 @@ def ranks(
     values, offsets = exclude
     ranked = v - first_item
     left_out = triton.cdiv(2 * values.numel(), max(b, 1)) if skip_excluded else 0
-    p = plan(b, ranked, start, stop, top, words is not None, left_out, tiles.processors(device), slack)
-    blocks, product = tiles.scoring_blocks(precision), tiles.arithmetic(precision, query, catalog)
+    blocks, product = tiles.scoring_blocks(precision, query, catalog), tiles.arithmetic(precision, query, catalog)
+    p = plan(b, ranked, start, stop, top, words is not None, left_out, tiles.processors(device), slack, blocks)
     matrices = (tiles.strides(query), tiles.strides(catalog), 0 if bias is None else bias.stride(0))
     has_bias = {"HAS_BIAS": bias is not None}
     row_blocks = triton.cdiv(b, blocks.b)
@@ -562,9 +569,12 @@ def ranks(
     )
     stride_words = 0 if words is None else words.stride(0)
     backend, generation = tiles.target()
-    # From Hopper on one warp group suffices, so that two programs share a processor and the matrix unit serves one
-    # while the other compares. Older matrix units take their operands from registers, of which 4 warps have too few.
-    warps = {"num_warps": 4} if backend == "cuda" and generation >= 90 else {}
+    # From Hopper on the matrix unit takes operands from shared memory. That leaves 4 warps enough registers, and two
+    # programs share a processor: one compares scores while the matrix unit serves the other.
+    lean = (
+        backend == "cuda" and generation >= 90 and blocks.v == 128 and not p.has_start and query.dtype == catalog.dtype
+    )
+    warps = {"num_warps": 4} if lean and not (precision == "bf16" and query.dtype == torch.float32) else {}
     launch(
         _stream_kernel,
         (row_blocks, p.splits),

@@ -426,7 +426,7 @@ class Sorted:
 
 def _score_blocks(p: Problem, product: str) -> tiles.Blocks:
     """Smaller where plain multiply-adds take the registers that a matrix unit leaves free."""
-    blocks = tiles.scoring_blocks(p.precision)
+    blocks = tiles.scoring_blocks(p.precision, p.query, p.catalog)
     return replace(blocks, b=32, v=64) if product == "ieee" else blocks
 
 

@@ -40,22 +40,33 @@ class Blocks:
         }
 
 
-def scoring_blocks(precision: str) -> Blocks:
-    """64 x 128 scores on 8 warps, 32 accumulators a thread; 128 bytes of a row at a time, three buffers of them."""
-    return Blocks(b=64, v=128, d=64 if precision == "bf16" else 32, warps=8, stages=3)
+def product_of(precision: str) -> str:
+    """How products are computed: "bf16", or for "fp32" what torch's setting for matrix products allows, "tf32" or
+    "ieee", which does without the matrix unit."""
+    if precision == "bf16":
+        return "bf16"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def scoring_blocks(precision: str, query: Tensor, catalog: Tensor) -> Blocks:
+    """64 x 128 scores on 8 warps, 32 accumulators a thread; 128 bytes of a row at a time, three buffers of them.
+
+    Without the matrix unit 64 x 64, since operands take more registers then.
+    """
+    narrow = query.dtype == catalog.dtype == torch.bfloat16
+    product = product_of(precision)
+    return Blocks(
+        b=64, v=64 if product == "ieee" else 128, d=64 if narrow and product == "bf16" else 32, warps=8, stages=3
+    )
 
 
 def arithmetic(precision: str, query: Tensor, catalog: Tensor) -> dict[str, Any]:
-    """The constants of `score_tile` for these inputs: width, alignment, and how products are computed.
-
-    precision: "bf16", or "fp32", which uses TF32 where torch's setting for matrix products allows it.
-    """
-    tf32 = precision == "fp32" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    """The constants of `score_tile` for these inputs: width, alignment, and how products are computed."""
     return {
         "D": query.shape[1],
         "UNIT_Q": _unit(query),
         "UNIT_C": _unit(catalog),
-        "PRODUCT": "bf16" if precision == "bf16" else "tf32" if tf32 else "ieee",
+        "PRODUCT": product_of(precision),
         # The interpreter holds bf16 as integers and multiplies those.
         "UPCAST": INTERPRETED,
     }
@@ -110,6 +121,17 @@ def replace_launcher(launcher: Callable[..., None] | None) -> None:
     """For the proofs: `launcher` is called in place of every kernel; None brings the kernels back."""
     global _launcher
     _launcher = launcher or _launch
+
+
+@triton.jit
+def report(Bad, scores, wrong, rows):
+    """Writes the first row of those with a wrong score, and that score's bits, to Bad; rows [BLOCK_B] int64."""
+    row = rows.to(tl.int32)[:, None]
+    first = tl.min(tl.min(tl.where(wrong, row, 0x7FFFFFFF), 1), 0)
+    if first < 0x7FFFFFFF:
+        bits = tl.where(wrong & (row == first), scores.to(tl.int32, bitcast=True), 0x7FFFFFFF)
+        bits = tl.min(tl.min(bits, 1), 0).to(tl.int64) & 0xFFFFFFFF
+        tl.atomic_min(Bad, (first.to(tl.int64) << 32) | bits)
 
 
 @triton.jit

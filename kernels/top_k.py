@@ -74,8 +74,7 @@ def _block_best_kernel(
                 scores += tl.load(Bias + inside * stride_bias).to(tl.float32)[None, :]
             if CHECK:
                 wrong = (offs_v < V)[None, :] & (rows < B)[:, None] & ~(tl.abs(scores) < float("inf"))
-                found = (rows[:, None] << 32) | (scores.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
-                tl.atomic_min(Bad, tl.min(tl.min(tl.where(wrong, found, FIRST), 1), 0))
+                tiles.report(Bad, scores, wrong, rows)
             # Neither NaN nor what stands for no item is taken.
             scores = tl.where((scores == scores) & (offs_v < V)[None, :], scores, float("-inf"))
             score = tl.max(scores, 1)
@@ -195,13 +194,13 @@ def top_k_fwd(
 
 def _blocks(rows: int, ranked: int, k: int) -> tuple[int, int] | None:
     """How many rows to take at a time and the items in a block, or None where blocks do not pay."""
-    size = tile = tiles.scoring_blocks("bf16").v
+    size = 128  # items, whole tiles of any shape
     while rows:
         while rows * triton.cdiv(ranked, size) * 8 > MEMORY:
             size *= 2
         if rows * k * size * 8 <= MEMORY:
-            return (rows, size) if k * size <= max(ranked // 4, 16 * tile) else None
-        rows, size = rows // 2, tile
+            return (rows, size) if k * size <= max(ranked // 4, 2048) else None
+        rows, size = rows // 2, 128
     return None
 
 
@@ -218,7 +217,7 @@ def _best_of_blocks(
 ) -> Tensor:
     """The keys (b, k) int64 of the k best items in order."""
     b, v, device = query.shape[0], catalog.shape[0], query.device
-    shape, product = tiles.scoring_blocks(precision), tiles.arithmetic(precision, query, catalog)
+    shape, product = tiles.scoring_blocks(precision, query, catalog), tiles.arithmetic(precision, query, catalog)
     matrices = (tiles.strides(query), tiles.strides(catalog), 0 if bias is None else bias.stride(0))
     has_bias = {"HAS_BIAS": bias is not None}
     blocks = triton.cdiv(v - first_item, size)

@@ -1,0 +1,337 @@
+"""What can be said of the GPU kernels without a GPU: `python -m alterrec_fast.benchmarks.gpu_proof`.
+
+Runs the launchers themselves on tensors without memory, compiles every kernel that they launch for four GPUs, and reads
+the machine code: no spills, memory and registers within limits, matrix-unit instructions and asynchronous copies where
+there is a product. Says nothing of speed. A new kernel joins by a `Case` in CASES.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from alterrec_fast.kernels import tiles
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from alterrec_fast.ops.slices import bits_width, exclude_lists, uses_bits
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A target and its limits, for one block and for one processor (NVIDIA: an SM, AMD: a compute unit)."""
+
+    name: str
+    target: GPUTarget
+    matrix: str  # how the assembler names the matrix unit's instructions
+    block_shared: int  # bytes
+    shared: int
+    warps: int
+    blocks: int
+
+
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; CDNA3 ISA guide and whitepaper.
+GPUS = (
+    Gpu("sm_80", GPUTarget("cuda", 80, 32), "HMMA", 163 << 10, 164 << 10, 64, 32),
+    Gpu("sm_90", GPUTarget("cuda", 90, 32), "HGMMA", 227 << 10, 228 << 10, 64, 32),
+    Gpu("sm_100", GPUTarget("cuda", 100, 32), "UTC[A-Z]*MMA", 227 << 10, 228 << 10, 64, 32),
+    Gpu("gfx942", GPUTarget("hip", "gfx942", 64), "v_mfma|v_smfmac", 64 << 10, 64 << 10, 32, 32),
+)
+REGISTERS = 65536  # 32-bit registers of an NVIDIA processor
+VECTOR_REGISTERS = 512  # of a lane, on each of the four units of an AMD processor
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launcher and the shapes that it ships for. `run` is called on the meta device."""
+
+    name: str
+    run: Callable[[], object]
+    product: str  # "bf16", "tf32" or "ieee": how the launcher's kernels multiply
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the machine code of one kernel says."""
+
+    case: str
+    kernel: str
+    gpu: str
+    product: str  # "" for kernels without one
+    warps: int
+    registers: int
+    shared: int  # bytes
+    spills: int  # instructions on NVIDIA, bytes of scratch on AMD
+    matrix: int  # instructions of the matrix unit
+    copies: int  # asynchronous copies
+    instructions: int
+    occupancy: float  # resident warps over the most there can be
+
+    def faults(self) -> list[str]:
+        """What is wrong; empty if nothing is."""
+        gpu = next(g for g in GPUS if g.name == self.gpu)
+        found = []
+        if self.spills:
+            found.append(f"{self.spills} spills")
+        if self.shared > gpu.block_shared:
+            found.append(f"{self.shared} bytes of shared memory, {gpu.block_shared} is the limit")
+        if not self.occupancy:
+            found.append("a block does not fit")
+        if self.product in ("bf16", "tf32") and not self.matrix:
+            found.append("no matrix-unit instructions")
+        if self.product in ("bf16", "tf32") and gpu.target.backend == "cuda" and not self.copies:
+            found.append("no asynchronous copies")
+        return found
+
+
+class StubDriver:
+    """A Triton driver that names its target and owns no device."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return [gpu.target for gpu in GPUS].index(self.target)  # Triton keeps compiled kernels by device
+
+    def get_current_stream(self, _device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def set_current_device(self, _device: int) -> None:
+        pass
+
+
+@contextmanager
+def compiling_for(gpu: Gpu) -> Iterator[list[tuple[Any, Any]]]:
+    """Within, launches compile for `gpu` and nothing runs; yields the list of (kernel, compiled) that they fill."""
+    found: list[tuple[Any, Any]] = []
+
+    def compile_only(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        found.append((kernel, kernel.warmup(*args, grid=grid, **options)))
+
+    triton.runtime.driver.set_active(StubDriver(gpu.target))
+    tiles.replace_launcher(compile_only)
+    try:
+        yield found
+    finally:
+        tiles.replace_launcher(None)
+
+
+def compile_case(case: Case, gpu: Gpu, seen: set[str]) -> list[Compiled]:
+    """Every kernel that the case's launcher launches, compiled; without those whose hashes are in `seen` already."""
+    with compiling_for(gpu) as found, _tf32(case.product == "tf32"):
+        case.run()
+    rows = []
+    for kernel, compiled in found:
+        if compiled.hash not in seen:
+            seen.add(compiled.hash)
+            rows.append(read(case, kernel, compiled, gpu))
+    return rows
+
+
+def read(case: Case, kernel: Any, compiled: Any, gpu: Gpu) -> Compiled:
+    """Reads the machine code."""
+    multiplies = "tt.dot" in compiled.asm["ttir"]
+    nvidia = gpu.target.backend == "cuda"
+    facts = _read_cubin(compiled) if nvidia else _read_hsaco(compiled)
+    code = facts.pop("code")
+    warps = compiled.metadata.num_warps
+    shared = compiled.metadata.shared
+    return Compiled(
+        case=case.name,
+        kernel=kernel.fn.__name__,
+        gpu=gpu.name,
+        product=case.product if multiplies else "",
+        warps=warps,
+        shared=shared,
+        matrix=len(re.findall(gpu.matrix, code)),
+        occupancy=occupancy(gpu, warps, facts["registers"], shared),
+        **facts,
+    )
+
+
+def occupancy(gpu: Gpu, warps: int, registers: int, shared: int) -> float:
+    """Resident warps over the most there can be, by registers, shared memory and slots."""
+    blocks = min(gpu.blocks, gpu.warps // warps)
+    if gpu.target.backend == "cuda":
+        by_warp = -(-registers * 32 // 256) * 256  # registers are handed out to warps in units of 256
+        blocks = min(blocks, REGISTERS // by_warp // 4 * 4 // warps)
+        blocks = min(blocks, gpu.shared // (-(-(shared + 1024) // 128) * 128))  # the system takes 1 KiB a block
+    else:
+        a_unit = min(8, VECTOR_REGISTERS // max(8, -(-registers // 8) * 8))  # waves on each of four units
+        blocks = min(blocks, 4 * a_unit // warps)
+        if shared:
+            blocks = min(blocks, gpu.shared // shared)
+    return blocks * warps / gpu.warps
+
+
+def _read_cubin(compiled: Any) -> dict[str, Any]:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _output(tools / "cuobjdump", "--dump-resource-usage", cubin)
+        code = _output(tools / "nvdisasm", "-c", cubin)
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None, usage
+    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/.*$", code, re.MULTILINE)
+    return {
+        "registers": int(registers[1]),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "copies": len(re.findall(r"LDGSTS|UTMALDG", code)),
+        "instructions": len(lines),
+        "code": code,
+    }
+
+
+def _read_hsaco(compiled: Any) -> dict[str, Any]:
+    """The code object's own metadata, which the assembler prints along with the code."""
+    code = compiled.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", code)
+        assert found is not None, name
+        return int(found[1])
+
+    assert number("group_segment_fixed_size") <= compiled.metadata.shared
+    return {
+        "registers": number("vgpr_count"),
+        "spills": number("private_segment_fixed_size") + number("vgpr_spill_count"),
+        "copies": len(re.findall(r"global_load_lds|buffer_load.* lds", code)),
+        "instructions": len(re.findall(r"^\t[vs]_|^\t(?:ds|global|buffer|flat)_", code, re.MULTILINE)),
+        "code": code,
+    }
+
+
+def _output(*command: object) -> str:
+    return subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True).stdout
+
+
+B, V = 512, 40_258  # the paper's shape; sizes do not enter the code, forms do
+
+
+def _inputs(product: str, d: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Query and catalog without memory; `dtype` None for the one that this product is for."""
+    chosen = dtype or (torch.bfloat16 if product == "bf16" else torch.float32)
+    return torch.empty(B, d, dtype=chosen, device="meta"), torch.empty(V, d, dtype=chosen, device="meta")
+
+
+def _extras(extras: bool) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    """Lists of excluded items and a bias, empty and None without `extras`."""
+    exclude = torch.empty(B, 3, dtype=torch.int64, device="meta") if extras else None
+    return exclude_lists(exclude, B, torch.device("meta")), torch.empty(V, device="meta") if extras else None
+
+
+def rank_slice_case(
+    product: str, d: int, start: int, stop: int, top: int, extras: bool = False, dtype: torch.dtype | None = None
+) -> Case:
+    def run() -> None:
+        from alterrec_fast.kernels.rank_slice import rank_slice_fwd
+
+        lists, bias = _extras(extras)
+        form = (uses_bits(V, stop - start), bits_width(V))
+        precision = "bf16" if product == "bf16" else "fp32"
+        rank_slice_fwd(*_inputs(product, d, dtype), start, stop, top, *lists, bias, 1, precision, extras, *form)
+
+    source = "" if dtype is None else f" of {dtype}".replace("torch.", "")
+    return Case(f"rank_slice {start}:{stop} d={d} {product}{source}{' extras' if extras else ''}", run, product)
+
+
+def top_k_case(product: str, d: int, k: int, extras: bool = False) -> Case:
+    def run() -> None:
+        from alterrec_fast.kernels.top_k import top_k_fwd
+
+        lists, bias = _extras(extras)
+        top_k_fwd(*_inputs(product, d, None), k, *lists, bias, 1, "bf16" if product == "bf16" else "fp32", extras)
+
+    return Case(f"top_k {k} d={d} {product}{' extras' if extras else ''}", run, product)
+
+
+# Every kernel in every form that a launcher chooses, on bf16; every kernel with a product in every arithmetic. "extras"
+# are a bias, excluded items, and `check`.
+CASES = [
+    rank_slice_case("bf16", 300, 20, 20_000, 5),
+    rank_slice_case("bf16", 300, 10_000, 20_000, 5),
+    rank_slice_case("bf16", 300, 20, 500, 5),
+    rank_slice_case("bf16", 300, 10_000, 10_500, 5),
+    rank_slice_case("bf16", 300, 20, 20_000, 5, extras=True),
+    rank_slice_case("bf16", 128, 20, 20_000, 5),
+    rank_slice_case("bf16", 300, 20, 20_000, 5, dtype=torch.float32),
+    rank_slice_case("tf32", 300, 20, 20_000, 5),
+    rank_slice_case("ieee", 300, 20, 20_000, 5),
+    top_k_case("bf16", 300, 20, extras=True),
+    top_k_case("tf32", 300, 20),
+    top_k_case("ieee", 300, 20),
+    top_k_case("bf16", 300, 5_000, extras=True),
+]
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def prove(names: str = "", gpus: tuple[Gpu, ...] = GPUS) -> list[Compiled]:
+    """Compiles the cases whose name contains `names` for `gpus`."""
+    seen: set[str] = set()
+    cases = [case for case in CASES if names in case.name]
+    return [row for case in cases for gpu in gpus for row in compile_case(case, gpu, seen)]
+
+
+def table(rows: list[Compiled]) -> str:
+    """Markdown."""
+    lines = [
+        "| case | kernel | gpu | warps | registers | shared | spills | matrix | copies | instructions | occupancy | |",
+        "| --- | --- | --- " + "| ---: " * 8 + "| --- |",
+    ]
+    for row in rows:
+        cells = [
+            row.case,
+            row.kernel,
+            row.gpu,
+            row.warps,
+            row.registers,
+            row.shared,
+            row.spills,
+            row.matrix,
+            row.copies,
+        ]
+        cells += [row.instructions, f"{row.occupancy:.0%}", "; ".join(row.faults()) or "ok"]
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default="", help="only cases whose name contains this")
+    parser.add_argument("--gpus", default="", help="only GPUs whose name contains this")
+    chosen = parser.parse_args()
+    rows = prove(chosen.cases, tuple(gpu for gpu in GPUS if chosen.gpus in gpu.name))
+    print(f"Triton {triton.__version__}\n")
+    print(table(rows))
+    if any(row.faults() for row in rows):
+        sys.exit("some kernels are not as they should be")
+
+
+if __name__ == "__main__":
+    main()

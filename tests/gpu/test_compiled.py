@@ -1,0 +1,67 @@
+"""The GPU kernels' machine code, read without a GPU; `python -m alterrec_fast.benchmarks.gpu_proof` prints it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from alterrec_fast.benchmarks import gpu_proof
+
+from alterrec_fast.ops import register
+
+pytestmark = [
+    pytest.mark.proof,
+    pytest.mark.skipif(register.INTERPRETED, reason="the interpreter has taken the compiler's place"),
+]
+
+
+@pytest.mark.parametrize("gpu", gpu_proof.GPUS, ids=lambda gpu: gpu.name)
+def test_every_kernel_compiles_as_it_should(gpu: gpu_proof.Gpu) -> None:
+    rows = gpu_proof.prove(gpus=(gpu,))
+    print(gpu_proof.table(rows))
+    assert not [row for row in rows if row.faults()], gpu_proof.table([row for row in rows if row.faults()])
+    kernels = {row.kernel for row in rows}
+    assert {
+        "_sample_kernel",
+        "_stream_kernel",
+        "_exact_kernel",
+        "_block_best_kernel",
+        "_score_blocks_kernel",
+    } <= kernels
+    assert {row.product for row in rows} == {"bf16", "tf32", "ieee", ""}
+
+
+def test_faults_are_found() -> None:
+    """The readers are not blind: a kernel with a product, and what each check makes of code that is worse."""
+    gpu = gpu_proof.GPUS[0]
+    (good,) = [row for row in gpu_proof.prove("rank_slice 20:500", (gpu,)) if row.kernel == "_sample_kernel"]
+    assert not good.faults()
+    for worse, word in (
+        (replace(good, spills=1), "spills"),
+        (replace(good, shared=gpu.block_shared + 1), "shared memory"),
+        (replace(good, occupancy=0.0), "does not fit"),
+        (replace(good, matrix=0), "matrix-unit"),
+        (replace(good, copies=0), "asynchronous"),
+    ):
+        assert any(word in fault for fault in worse.faults())
+    assert gpu_proof.occupancy(gpu, 8, 128, 48 << 10) == 2 * 8 / 64  # two blocks by registers, three by shared memory
+    assert gpu_proof.occupancy(gpu, 8, 32, 100 << 10) == 8 / 64
+    assert gpu_proof.occupancy(gpu, 8, 255, 164 << 10) == 0.0
+
+
+@pytest.mark.skipif(not os.environ.get("TRITON_3_6"), reason="TRITON_3_6 names no folder with Triton 3.6.0")
+def test_triton_3_6_compiles_the_kernels_too() -> None:
+    folder = Path(os.environ["TRITON_3_6"])
+    command = [sys.executable, "-m", "alterrec_fast.benchmarks.gpu_proof", "--cases", "d=300 bf16", "--gpus", "sm_90"]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True, check=False
+    )
+    assert "Triton 3.6.0" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
