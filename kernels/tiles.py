@@ -51,13 +51,13 @@ def product_of(precision: str) -> str:
 def scoring_blocks(precision: str, query: Tensor, catalog: Tensor) -> Blocks:
     """64 x 128 scores on 8 warps, 32 accumulators a thread; 128 bytes of a row at a time, three buffers of them.
 
-    Without the matrix unit 64 x 64, since operands take more registers then.
+    Without the matrix unit operands take more registers: half of the scores and half of the bytes.
     """
-    narrow = query.dtype == catalog.dtype == torch.bfloat16
     product = product_of(precision)
-    return Blocks(
-        b=64, v=64 if product == "ieee" else 128, d=64 if narrow and product == "bf16" else 32, warps=8, stages=3
-    )
+    if product == "ieee":
+        return Blocks(b=64, v=64, d=16, warps=8, stages=3)
+    narrow = product == "bf16" and query.dtype == catalog.dtype == torch.bfloat16
+    return Blocks(b=64, v=128, d=64 if narrow else 32, warps=8, stages=3)
 
 
 def arithmetic(precision: str, query: Tensor, catalog: Tensor) -> dict[str, Any]:
