@@ -22,7 +22,7 @@ from alterrec_fast.benchmarks.worker import Shape
 from alterrec_fast.training.checkpoint import write_text
 
 QUICK = Budget(rounds=5, least=1, seconds=0.6, turn=0.1, first=30.0, memory=0)
-FULL = Budget(rounds=9, least=3, seconds=6.0, turn=0.3, first=60.0, memory=0)
+FULL = Budget(rounds=9, least=2, seconds=4.0, turn=0.2, first=60.0, memory=0)
 QUICK_MINUTES, FULL_MINUTES = 4.0, 36.0  # contests that have not begun by then are left out, and listed so
 PEERS = ("recbole", "rectools", "replay")  # names of interpreters
 MEMORY_SHARE = 0.6  # of the memory that is free, for one process
@@ -91,7 +91,7 @@ def comparison(results: Results) -> str:
 
 
 def plan(options: Options, threads: int) -> list[tuple[Op, Shape]]:
-    """All contests, the quick ones of every op before the others."""
+    """All contests: of every op the quick ones first, then others of the tables, and curves, which are longest, last."""
     chosen = [op for op in OPS if not options.ops or op.name in options.ops]
     contests = [(op, shape) for op in chosen for shape in op.quick]
     contests += [
@@ -101,7 +101,8 @@ def plan(options: Options, threads: int) -> list[tuple[Op, Shape]]:
         for count in thread_counts(threads)
     ]
     if not options.quick:
-        contests += [(op, shape) for op in chosen for shape in op.full]
+        more = [(op, shape) for op in chosen for shape in op.full]
+        contests += sorted(more, key=lambda contest: bool(contest[1].figure))
     return contests
 
 

@@ -272,7 +272,7 @@ OPS = (
         _loss_traffic,
         _OF_FULL_SOFTMAX,
         quick=(_FRENCH, *_curve(_QUICK_CURVE)),
-        full=(_SHOP, *_curve(_FULL_CURVE)),
+        full=(_SHOP, *_curve(_FULL_CURVE[:2])),
         scaled=_SCALED,
     ),
     Op(
@@ -317,7 +317,7 @@ OPS = (
         _loss_traffic,
         _OF_SASREC,
         quick=(Shape(2_000, 64, training=True),),
-        full=(Shape(40_000, 64, training=True),),
+        full=(Shape(10_000, 64, training=True),),
     ),
     Op(
         "alterrec",
