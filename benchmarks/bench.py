@@ -91,7 +91,7 @@ def comparison(results: Results) -> str:
 
 
 def plan(options: Options, threads: int) -> list[tuple[Op, Shape]]:
-    """All contests: of every op the quick ones first, then others of the tables, and curves, which are longest, last."""
+    """All contests: the quick ones first, then the others of the tables, and last the curves, which take longest."""
     chosen = [op for op in OPS if not options.ops or op.name in options.ops]
     contests = [(op, shape) for op in chosen for shape in op.quick]
     contests += [
