@@ -16,7 +16,7 @@ from alterrec_fast.benchmarks.worker import BATCHES, Call, Shape, Tensors
 from torch import Tensor
 
 from alterrec_fast.ops import RankSlice, rank_slice, top_k
-from alterrec_fast.ops.register import EXTENSION
+from alterrec_fast.ops.register import EXTENSION, NO_EXTENSION
 
 PHASES = ("bracket", "stream", "settle")
 ITEM_BLOCK = 1 << 16  # items scored at a time by the contestant that goes through the catalog in blocks
@@ -42,21 +42,27 @@ def padded(x: Tensor) -> Tensor:
 
 
 def our_slice(shape: Shape, inputs: Tensors, precision: str | None = None) -> Call:
-    counters = __import__(EXTENSION, fromlist=["counters"]).counters
-    before = counters()
+    before = _phases()
 
     def run(i: int) -> RankSlice:
-        return rank_slice(inputs["query"][i % BATCHES], inputs["catalog"], shape.start, shape.stop, precision=precision)
+        query = inputs["query"][i % BATCHES]
+        return rank_slice(query, inputs["catalog"], shape.start, shape.stop, precision=precision)
 
     def read(found: RankSlice, rows: Tensor) -> Tensors:
-        masks = torch.cat([found.mask_rows(int(row), int(row) + 1) for row in rows])
-        return members_of(masks)
+        return members_of(torch.cat([found.mask_rows(row, row + 1) for row in rows.tolist()]))
 
     def phases() -> dict[str, float]:
-        now = counters()
-        return {name: (now[f"{name}_ns"] - before[f"{name}_ns"]) * 1e-9 for name in PHASES}
+        return {name: now - before[name] for name, now in _phases().items()}
 
     return Call(run, read, phases)
+
+
+def _phases() -> dict[str, float]:
+    """Seconds that the native engine has spent in each phase of streamed catalogs; nothing where it is not built."""
+    if NO_EXTENSION:
+        return {}
+    counters = __import__(EXTENSION, fromlist=["counters"]).counters()
+    return {name: counters[f"{name}_ns"] * 1e-9 for name in PHASES}
 
 
 def our_best(shape: Shape, inputs: Tensors, precision: str | None = None) -> Call:

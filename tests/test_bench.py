@@ -138,6 +138,7 @@ def test_contestants_that_need_no_library_are_right(
         error = contestant.task.compare(call.read(call.run(0), true["rows"]), true)
         assert error <= contestant.allowed(shape), contestant.name
         assert contestant.name == FLOOR or call.run(1) is not None
+        assert all(seconds >= 0.0 for seconds in call.detail().values())
 
 
 def test_wrong_slices_and_rankings_are_found() -> None:
