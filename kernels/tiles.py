@@ -55,7 +55,7 @@ def scoring_blocks(precision: str, query: Tensor, catalog: Tensor) -> Blocks:
     """
     product = product_of(precision)
     if product == "ieee":
-        return Blocks(b=64, v=64, d=16, warps=8, stages=3)
+        return Blocks(b=64, v=64, d=16, warps=8, stages=2)
     narrow = product == "bf16" and query.dtype == catalog.dtype == torch.bfloat16
     return Blocks(b=64, v=128, d=64 if narrow else 32, warps=8, stages=3)
 
