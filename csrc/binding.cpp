@@ -191,7 +191,7 @@ PyObject* set_trouble_of_module(PyObject*, PyObject* name) {
 }
 
 PyMethodDef methods[] = {
-    {"isa", isa_of_module, METH_NOARGS, "The instruction set in use: scalar, avx2, avx512 or amx."},
+    {"isa", isa_of_module, METH_NOARGS, "The instruction set in use: scalar, avx2, avx512, avx512_bf16 or amx."},
     {"counters", counters_of_module, METH_NOARGS,
      "Sessions ranked, missed and overflowed, and nanoseconds of each phase, since the process started."},
     {"set_trouble", set_trouble_of_module, METH_O, "For tests: forces 'miss', 'overflow' or, for 'none', neither."},

@@ -13,7 +13,7 @@ from tests.loss_helpers import needs_native
 
 
 @needs_native
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_losses_match_the_reference(isa: str) -> None:
     here = Path(__file__).parent
     tests = [

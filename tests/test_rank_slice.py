@@ -286,7 +286,7 @@ def test_masked_items_may_score_minus_infinity_unchecked() -> None:
     same(query[:, :4], catalog[:700, :4], 20, 300, 5, bias=bias[:700], check=False)
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_every_instruction_set(isa: str) -> None:
     """In a process of its own, which the variable is read in once."""
     tests = ("streamed_catalogs", "bad_luck", "strides", "form_of_exclude")
@@ -313,5 +313,5 @@ def test_every_instruction_set(isa: str) -> None:
         text=True,
         check=True,
     )
-    order = ["scalar", "avx2", "avx512", "amx"]
+    order = ["scalar", "avx2", "avx512", "avx512_bf16", "amx"]
     assert order.index(unknown.stdout.strip()) <= order.index(isa)

@@ -18,7 +18,7 @@ bool has_packed_product();
 void packed_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                  int64_t ldc);
 
-// Whether bf16_gemm runs on this CPU's matrix units.
+// Whether bf16_gemm has instructions for it on this CPU: matrix units (AMX), or dot products of pairs (AVX512_BF16).
 bool has_bf16_product();
 
 // Row-major C (m x n) = A (m x k) B (+ C), bf16 bits accumulated in float32. B is stored in pairs of rows: element

@@ -197,7 +197,7 @@ Kernels chosen() {
 #ifdef ALTERREC_X86
   Kernels table = isa() >= Isa::kAvx512 ? avx512::kTable : isa() == Isa::kAvx2 ? avx2::kTable : plain::kTable;
   if (isa() >= Isa::kAvx512) table.pack_floats = pack_floats_avx512;
-  if (isa() == Isa::kAmx) table.pack_pairs = pack_pairs_amx;
+  if (isa() >= Isa::kAvx512Bf16) table.pack_pairs = pack_pairs_bf16;
   return table;
 #else
   return plain::kTable;

@@ -6,7 +6,7 @@
 #include <immintrin.h>
 
 #define ALTERREC_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")))
-#define ALTERREC_AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,prefer-vector-width=512")))
+#define ALTERREC_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,prefer-vector-width=512")))
 
 namespace alterrec {
 namespace {
@@ -19,7 +19,7 @@ inline void prefetch_next_panel(const Matrix& x, int64_t row, int64_t c) {
 }
 
 // Elements [c, c + 32) of a row as bfloat16; `left` of them exist, the others are zero.
-ALTERREC_AMX inline __m512i load_pairs(const Matrix& x, int64_t row, int64_t c, int64_t left) {
+ALTERREC_BF16 inline __m512i load_pairs(const Matrix& x, int64_t row, int64_t c, int64_t left) {
   const uint32_t mask = left >= 32 ? 0xffffffffu : (1u << left) - 1u;
   if (x.bf16) return _mm512_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(x.data) + row * x.stride + c);
   const float* p = static_cast<const float*>(x.data) + row * x.stride + c;
@@ -74,7 +74,7 @@ ALTERREC_AVX512 inline void transpose(__m512i r[16]) {
 
 }  // namespace
 
-ALTERREC_AMX void pack_pairs_amx(const Matrix& x, int64_t begin, int64_t count, int64_t width, uint16_t* out) {
+ALTERREC_BF16 void pack_pairs_bf16(const Matrix& x, int64_t begin, int64_t count, int64_t width, uint16_t* out) {
   for (int64_t half = 0; half < kPanel; half += 16) {
     for (int64_t c = 0; c < width; c += 32) {
       __m512i r[16];

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/blas.h"
+#include "cpu/isa.h"
 
 namespace alterrec {
 namespace {
@@ -35,7 +36,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What the product of one session and one item costs, in cycles.
 double product_cost(const RankJob& job) {
-  return static_cast<double>(job.query.cols) / (job.arithmetic == Arithmetic::kBf16 ? 128.0 : 32.0);
+  const bool bf16 = job.arithmetic == Arithmetic::kBf16;
+  return static_cast<double>(job.query.cols) / (!bf16 ? 32.0 : isa() == Isa::kAmx ? 128.0 : 64.0);
 }
 
 // Adds the wall-clock time since the last phase ended to `total`. A few calls for some hundred sessions cost nothing.

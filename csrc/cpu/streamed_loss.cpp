@@ -6,7 +6,7 @@
 
 #include "cpu/blas.h"
 #include "cpu/kernels.h"
-#include "cpu/loss_amx.h"
+#include "cpu/loss_bf16.h"
 
 namespace alterrec {
 namespace {
@@ -41,7 +41,7 @@ struct StreamedLoss::Scratch {
   Buffer<float> gathered, tile_copy;
   const float* tile;  // (count, d) float32
   int64_t tile_stride;
-  AmxTile amx;
+  Bf16Tile bf16;
   Buffer<float> weights, scaled_query, query_product, catalog_sum, bias_sum, row;
 };
 
@@ -105,7 +105,7 @@ void StreamedLoss::load(const Tile& tile, Scratch& scratch) const {
   }
   rows.rows = tile.count;
   if (arithmetic_ == Arithmetic::kBf16) {
-    scratch.amx.load(rows, padded_);
+    scratch.bf16.load(rows, padded_);
   } else {
     scratch.tile = float_rows(rows, 0, tile.count, problem_.bf16, scratch.tile_copy, &scratch.tile_stride);
   }
@@ -154,7 +154,7 @@ void StreamedLoss::logits(const Tile& tile, int64_t begin, int64_t end, float* y
   if (width_ == 0) {
     std::fill(y, y + rows * kTileColumns, 0.0f);
   } else if (arithmetic_ == Arithmetic::kBf16) {
-    scratch.amx.logits(query_bf16_.get() + begin * padded_, rows, y, kTileColumns);
+    scratch.bf16.logits(query_bf16_.get() + begin * padded_, rows, y, kTileColumns);
   } else {
     sgemm(false, true, rows, tile.count, width_, query_ + begin * query_stride_, query_stride_, scratch.tile,
           scratch.tile_stride, y, kTileColumns, false);
@@ -275,11 +275,11 @@ void StreamedLoss::add_products(const Tile& tile, int64_t begin, int64_t end, co
     for (int64_t i = 0; i < rows; ++i) {
       kernel.scale(weights[i], query_ + (begin + i) * query_stride_, width_, scaled + i * width_);
     }
-    scratch.amx.catalog_product(rounded, kTileColumns, rows, scaled, width_, catalog_sum, accumulate);
+    scratch.bf16.catalog_product(rounded, kTileColumns, rows, scaled, width_, catalog_sum, accumulate);
   }
   if (query_sum) {
     float* product = scratch.query_product.reserve(kBlock * padded_);
-    scratch.amx.query_product(rounded, kTileColumns, rows, product);
+    scratch.bf16.query_product(rounded, kTileColumns, rows, product);
     for (int64_t i = 0; i < rows; ++i) {
       kernel.add_scaled(weights[i], product + i * padded_, width_, query_sum + (begin + i) * width_);
     }

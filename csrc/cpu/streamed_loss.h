@@ -73,7 +73,7 @@ class StreamedLoss {
   const Members members_;
   const Arithmetic arithmetic_;
   const int64_t rows_, width_;  // B, d
-  const int64_t padded_;        // d as the products see it: a multiple of 32 on matrix units
+  const int64_t padded_;        // d as the products see it: a multiple of 32 where they are in bfloat16
   const int64_t tiles_;
   Buffer<float> query_copy_;
   int64_t query_stride_ = 0;

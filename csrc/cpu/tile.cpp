@@ -11,7 +11,7 @@ namespace alterrec {
 
 Arithmetic choose_arithmetic(bool bf16) {
   if (!bf16) return Arithmetic::kFp32;
-  return isa() == Isa::kAmx ? Arithmetic::kBf16 : Arithmetic::kBf16InFp32;
+  return isa() >= Isa::kAvx512Bf16 ? Arithmetic::kBf16 : Arithmetic::kBf16InFp32;
 }
 
 const float* float_rows(const Matrix& x, int64_t begin, int64_t count, bool round, Buffer<float>& copy,

@@ -16,8 +16,8 @@ struct Matrix {
   int64_t stride;
 };
 
-// How products are computed: in float32; of bfloat16 values on matrix units; or of bfloat16 values in float32
-// arithmetic, on CPUs without them. The last two differ in rounding only.
+// How products are computed: in float32; of bfloat16 values by instructions for them; or of bfloat16 values in float32
+// arithmetic, on CPUs without such. The last two differ in rounding only.
 enum class Arithmetic { kFp32, kBf16, kBf16InFp32 };
 
 Arithmetic choose_arithmetic(bool bf16);

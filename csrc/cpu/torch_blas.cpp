@@ -30,17 +30,27 @@ void sgemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const fl
   }
 }
 
+namespace {
+
+// Whether torch's brgemm serves such operands on this CPU: it says so by throwing, where torch was built without it.
+template <class Value>
+bool brgemm_serves(const Value* a, const Value* b, float* c) {
+  try {
+    at::native::cpublas::brgemm(1, 16, 2, 2, 16, 16, false, a, b, c);
+    at::native::cpublas::brgemm_release();
+    return true;
+  } catch (const c10::Error&) {
+    return false;
+  }
+}
+
+}  // namespace
+
 bool has_packed_product() {
   static const bool there = [] {
-    if (isa() < Isa::kAvx512) return false;
-    try {
-      const float one = 1.0f;
-      alignas(64) float b[16] = {}, c[16] = {};
-      at::native::cpublas::brgemm(1, 16, 1, 1, 16, 16, false, &one, b, c);
-      return true;
-    } catch (const c10::Error&) {  // torch was built without it
-      return false;
-    }
+    alignas(64) const float a[2] = {}, b[32] = {};
+    alignas(64) float c[16];
+    return isa() >= Isa::kAvx512 && brgemm_serves(a, b, c);
   }();
   return there;
 }
@@ -52,7 +62,14 @@ void packed_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, c
 
 bool has_bf16_product() {
 #if defined(__x86_64__)
-  return __builtin_cpu_supports("amx-bf16") && at::native::cpublas::could_pack(at::kBFloat16);
+  static const bool there = [] {
+    alignas(64) const at::BFloat16 a[2] = {}, b[32] = {};
+    alignas(64) float c[16];
+    // Elsewhere oneDNN would make do with float32 arithmetic.
+    const bool instructions = __builtin_cpu_supports("amx-bf16") || __builtin_cpu_supports("avx512bf16");
+    return instructions && brgemm_serves(a, b, c);
+  }();
+  return there;
 #else
   return false;
 #endif

@@ -21,7 +21,7 @@ for name in address,undefined thread; do
         done
         # shellcheck disable=SC2086
         ${CXX:-c++} $flags -fsanitize=$name $objects -o "$binary"
-        for isa in scalar avx2 avx512 amx; do
+        for isa in scalar avx2 avx512 avx512_bf16 amx; do
             echo "$name, $isa"
             ALTERREC_FAST_ISA=$isa "$binary"
         done

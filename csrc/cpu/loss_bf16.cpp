@@ -1,4 +1,4 @@
-#include "cpu/loss_amx.h"
+#include "cpu/loss_bf16.h"
 
 #include <algorithm>
 
@@ -9,18 +9,18 @@
 namespace alterrec {
 namespace {
 
-constexpr int64_t kDepth = 32;  // what the depth of a product on matrix units is a multiple of
+constexpr int64_t kDepth = 32;  // what the depth of a product in bfloat16 is a multiple of
 
 }  // namespace
 
-void AmxTile::load(const Matrix& rows, int64_t width) {
+void Bf16Tile::load(const Matrix& rows, int64_t width) {
   rows_ = rows;
   count_ = rows.rows;
   width_ = width;
   packed_ = paired_ = false;
 }
 
-void AmxTile::logits(const uint16_t* query, int64_t rows, float* y, int64_t stride) {
+void Bf16Tile::logits(const uint16_t* query, int64_t rows, float* y, int64_t stride) {
   if (!packed_) pack_panels(rows_, 0, count_, width_, panels_.reserve(round_up(count_, kPanel) * width_));
   packed_ = true;
   for (int64_t panel = 0; panel < count_; panel += kPanel) {
@@ -29,8 +29,8 @@ void AmxTile::logits(const uint16_t* query, int64_t rows, float* y, int64_t stri
   bf16_release();
 }
 
-void AmxTile::catalog_product(const uint16_t* p, int64_t stride, int64_t rows, const float* query, int64_t d,
-                              float* sum, bool accumulate) {
+void Bf16Tile::catalog_product(const uint16_t* p, int64_t stride, int64_t rows, const float* query, int64_t d,
+                               float* sum, bool accumulate) {
   const int64_t depth = round_up(rows, kDepth);
   uint16_t* pairs = query_pairs_.reserve(depth * width_);
   uint16_t* narrow = narrow_.reserve(2 * width_);
@@ -45,7 +45,7 @@ void AmxTile::catalog_product(const uint16_t* p, int64_t stride, int64_t rows, c
   bf16_release();
 }
 
-void AmxTile::query_product(const uint16_t* p, int64_t stride, int64_t rows, float* out) {
+void Bf16Tile::query_product(const uint16_t* p, int64_t stride, int64_t rows, float* out) {
   const int64_t depth = round_up(count_, kDepth);
   if (!paired_) {
     uint16_t* pairs = pairs_.reserve(depth * width_);

@@ -1,4 +1,4 @@
-// One catalog tile of the streamed loss on the CPU's bf16 matrix units: its three products.
+// One catalog tile of the streamed loss multiplied in bfloat16 by the CPU: its three products.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 namespace alterrec {
 
 // Products of bfloat16 values, summed in float32. "In pairs" is the layout of bf16_gemm's right operand.
-class AmxTile {
+class Bf16Tile {
  public:
   // The tile's rows, (count, d) of either dtype; width is d rounded up to a multiple of 32.
   void load(const Matrix& rows, int64_t width);
