@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from alterrec_fast.benchmarks import machine
-from alterrec_fast.benchmarks.compare import read_baseline, summary
+from alterrec_fast.benchmarks.compare import read_baselines, summary
 from alterrec_fast.benchmarks.contest import Arena, Budget
 from alterrec_fast.benchmarks.contestants import OPS, Op
 from alterrec_fast.benchmarks.figures import draw
@@ -86,7 +86,7 @@ def run(options: Options, tell: Callable[[str], None] = print) -> Results:
 
 def comparison(results: Results) -> str:
     """What got slower than the stored baseline, in words."""
-    words: str = summary(results, read_baseline())
+    words: str = summary(results, read_baselines())
     return words
 
 

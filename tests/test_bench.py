@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from alterrec_fast.benchmarks import bench, figures, machine, tables, truth, verdicts
-from alterrec_fast.benchmarks.compare import Known, baseline_of, compare, summary
+from alterrec_fast.benchmarks.compare import Known, agreement, baseline_of, compare, kind_of, summary
 from alterrec_fast.benchmarks.contest import Arena, Budget, how_it_ended
 from alterrec_fast.benchmarks.contestants import OPS, Op
 from alterrec_fast.benchmarks.records import FLOOR, LEAST_NOISE, Record, Results, conclude, noise_of
@@ -265,7 +265,9 @@ def test_an_op_that_takes_a_third_longer_is_reported_and_no_other(stored: Result
     again = results_of(slower)
     (worse,) = compare(again, baseline)
     assert worse.name.startswith(f"{op} |") and worse.now == pytest.approx(1.3 * worse.before, rel=1e-3)
-    assert "1 of 3" in summary(again, baseline) and op in summary(again, baseline)
+    told = summary(again, {kind_of(again.machine): baseline, "another": {}})
+    assert "1 of 3" in told and op in told
+    assert "no baseline of this kind" in summary(again, {"another": baseline})
 
 
 def test_noise_and_strangers_are_not_reported(stored: Results) -> None:
@@ -273,7 +275,17 @@ def test_noise_and_strangers_are_not_reported(stored: Results) -> None:
     assert compare(stored, baseline) == []
     assert compare(stored, {}) == []
     stored.records[1].ratio, stored.records[1].failed = None, "wrong: error 1, allowed 1e-05"
-    assert "no ratio any more" in summary(stored, baseline)
+    assert "no ratio any more" in summary(stored, {kind_of(stored.machine): baseline})
+
+
+def test_two_runs_agree_or_do_not(stored: Results) -> None:
+    ours = [record for record in stored.records if record.contestant != FLOOR]
+    assert agreement(stored, stored).startswith(f"{len(ours)} of {len(ours)} ratios agree within 10%")
+    changed = replace(ours[0], ratio=1.3 * (ours[0].ratio or 0.0))
+    other = replace(stored, records=[changed if record is ours[0] else record for record in stored.records])
+    told = agreement(stored, other)
+    assert told.startswith(f"{len(ours) - 1} of {len(ours)} ratios")
+    assert f"{ours[0].op} |" in told and told.count("\n") == 1
 
 
 # --- what a run leaves ---
@@ -297,7 +309,7 @@ def small_run(arena: Arena, good: dict[str, Record], monkeypatch: pytest.MonkeyP
 def test_a_run_leaves_json_a_table_and_figures(small_run: list[Shape], tmp_path: Path) -> None:
     found = CliRunner().invoke(app, ["bench", "--quick", "--op", "rank_slice", "--compare", "--out", str(tmp_path)])
     assert found.exit_code == 0, found.output
-    assert "slower than the baseline" in found.output
+    assert "no baseline of this kind" in found.output or "slower than the baseline" in found.output
     results = Results.read(tmp_path / "results.json")
     assert results.busy and len(results.records) == 3 * len(small_run)
     page = (tmp_path / "table.md").read_text()
