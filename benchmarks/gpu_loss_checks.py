@@ -1,0 +1,205 @@
+"""Both losses on a GPU against float64, with all gradients (`gpu_checks.py` has the rules)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alterrec_fast.ops import RankSlice, sampled_softmax, slice_cross_entropy
+from alterrec_fast.ops.register import why_not_native
+
+from . import gpu_truth as truth
+from .gpu_checks import SIZES, judge, watched
+from .gpu_device import Device, FaultError, NotHereError
+from .gpu_journal import Journal
+from .gpu_truth import ARITHMETICS, Arithmetic, Loss, Source, error_of
+
+
+def call(
+    op: Callable[..., Tensor], query: Tensor, catalog: Tensor, bias: Tensor | None, **options: Any
+) -> list[Tensor]:
+    """Losses of all rows, and the gradients of query, catalog and bias under uneven weights of the rows."""
+    inputs = [x.detach().requires_grad_() for x in (query, catalog, bias) if x is not None]
+    losses = op(inputs[0], inputs[1], bias=None if bias is None else inputs[2], reduction="none", **options)
+    grads = torch.autograd.grad((losses * truth.row_weights(losses)).sum(), inputs)
+    return [losses.detach(), *(g.to_dense() if g.is_sparse else g for g in grads)]
+
+
+def loss_is_no_worse(
+    found: list[Tensor], loss: Loss, query: Tensor, catalog: Tensor, bias: Tensor | None, log_q: Tensor | None,
+    how: Arithmetic,
+) -> str:  # fmt: skip
+    """Raises FaultError where losses or gradients are further from float64 than torch's allow, or where an item that no
+    session meets has a gradient."""
+    exact = loss.with_gradients(query, catalog, bias, log_q, torch.float64)
+    with how.applied():
+        theirs = loss.with_gradients(query, catalog, bias, log_q, truth.BF16 if how.bf16 else truth.FP32)
+    told = []
+    for at, (name, ours) in enumerate(zip(("loss", "grad query", "grad catalog", "grad bias"), found, strict=False)):
+        of_items = at >= 2
+        error = error_of(ours[loss.columns] if of_items else ours, exact[at])
+        least = ARITHMETICS["bf16"].least if ours.dtype == truth.BF16 else how.least  # a gradient has its input's dtype
+        told.append(judge(error, error_of(theirs[at].to(ours.dtype), exact[at]), least, name))
+        if of_items and loss.columns.numel() < ours.shape[0]:
+            untouched = torch.ones(ours.shape[0], dtype=torch.bool, device=ours.device)
+            untouched[loss.columns] = False
+            if bool(((ours != 0).reshape(ours.shape[0], -1).any(1) & untouched).any()):
+                raise FaultError(f"{name}: an item that no session meets has one")
+    return ", ".join(told)
+
+
+def require(engine: str, tensor: Tensor) -> None:
+    """Raises NotHereError where this engine cannot serve sampled_softmax, with the reason."""
+    if engine == "native" and (why := why_not_native(tensor, "sampled_softmax")):
+        raise NotHereError(why)
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Within, torch.use_deterministic_algorithms is as wanted."""
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Targets and positives: an ignored row, positives that repeat, equal the target, or are none."""
+
+    target: Tensor  # (B,), -100 for none
+    positives: Tensor  # (B, 3)
+
+    @classmethod
+    def draw(cls, source: Source, b: int, first: int, v: int) -> Wanted:
+        target, positives = source.ids(first, v, b), source.ids(first, v, b, 3)
+        positives[:, 1] = positives[:, 0]
+        positives[::2, 2] = -1
+        positives[-1, 0] = target[-1]
+        if b > 2:
+            target[1] = -100
+        return cls(target, positives)
+
+
+def slice_of(mask: Tensor, form: str) -> RankSlice:
+    """mask (B, V) as bits or as ids, whichever is smaller."""
+    found = RankSlice.from_mask(mask)
+    if form == "bits":
+        return found
+    return replace(found, bits=None, ids=found.indices().int())
+
+
+def check_slice_cross_entropy(device: Device, journal: Journal, seed: int) -> None:
+    sizes = SIZES[device.kind]
+
+    def case(form: str, arithmetic: str, extras: bool, b: int, v: int, d: int, part: float) -> str:
+        source, how = Source(seed, device.device), ARITHMETICS[arithmetic]
+        query = source.matrix(b, d, how.query, False, extras) / d**0.5
+        catalog = source.matrix(v, d, how.catalog, False, extras)
+        first = 3 if extras else 0
+        wanted = Wanted.draw(source, b, first, v)
+        mask = torch.rand(b, v, generator=source.generator, device=device.device) < part
+        mask[:, :first] = False
+        mask[:, v // 3 : v // 2] = False  # tiles without a member
+        mask[0] = False  # a row without negatives
+        if form == "all":
+            mask[:, first:] = True
+        neg = None if form == "all" else slice_of(mask, form)
+        positives = wanted.positives if extras else None
+        weight, temperature = (0.3, 0.5) if extras else (1.0, 1.0)
+        bias = source.normal(v) if extras else None
+        counted = mask.float() if neg is None else neg.indices()
+        loss = Loss.of(counted, wanted.target, positives, weight, temperature)
+        with how.applied():
+            run = partial(
+                call, slice_cross_entropy, query, catalog, bias, target=wanted.target, neg=neg, positives=positives,
+                positive_weight=weight, temperature=temperature, first_item=first, precision=how.precision,
+                backend="triton",
+            )  # fmt: skip
+            found = watched(device, run)
+        return loss_is_no_worse(found, loss, query, catalog, bias, None, how)
+
+    normal = (sizes.b, sizes.v, sizes.d)
+    for form, arithmetic, extras in (
+        ("bits", "bf16", True),
+        ("bits", "fp32", False),
+        ("all", "bf16", False),
+        ("all", "fp32", True),
+        ("ids", "bf16", True),
+        ("ids", "fp32", False),
+        ("bits", "tf32", True),
+        ("all", "tf32", False),
+        ("bits", "mixed", False),
+        ("all", "rounded", True),
+        ("bits", "widened", False),
+    ):
+        name = f"slice_cross_entropy {form}, {arithmetic}, {'all' if extras else 'no'} extras"
+        part = 0.02 if form == "ids" else 0.4
+        journal.check(device, name, partial(case, form, arithmetic, extras, *normal, part))
+    for form in ("bits", "ids"):
+        if sizes.huge:
+            huge = sizes.huge
+            name = f"slice_cross_entropy {form}, V d > 2^31: {huge}"
+            journal.check(device, name, partial(case, form, "bf16", False, *huge, 0.001))
+
+
+def check_sampled_softmax(device: Device, journal: Journal, seed: int) -> None:
+    sizes = SIZES[device.kind]
+
+    def case(engine: str, shared: bool, arithmetic: str, extras: bool, repeatable: bool, b: int, v: int, d: int) -> str:
+        source, how = Source(seed, device.device), ARITHMETICS[arithmetic]
+        query = source.matrix(b, d, how.query, False, extras) / d**0.5
+        catalog = source.matrix(v, d, how.catalog, False, extras)
+        require(engine, query)
+        wanted = Wanted.draw(source, b, 0, v)
+        n = 1 + v // 40
+        negatives = source.ids(-1, v, n) if shared else source.ids(-1, v, b, n)
+        negatives[..., : n // 2] = (negatives[..., n - n // 2 :] // 9 * 9).clamp(min=-1)  # repeats
+        positives = wanted.positives if extras else None
+        weight, temperature = (0.3, 0.5) if extras else (1.0, 1.0)
+        bias, log_q = (source.normal(v), source.normal(v)) if extras else (None, None)
+        loss = Loss.of(negatives.expand(b, -1), wanted.target, positives, weight, temperature)
+
+        def run() -> list[Tensor]:
+            with deterministic(repeatable):
+                return call(
+                    sampled_softmax, query, catalog, bias, target=wanted.target, negatives=negatives, log_q=log_q,
+                    positives=positives, positive_weight=weight, temperature=temperature, sparse_grad=extras,
+                    precision=how.precision, backend=engine,
+                )  # fmt: skip
+
+        with how.applied():
+            found = watched(device, run, repeatable=repeatable or engine == "triton")
+        return loss_is_no_worse(found, loss, query, catalog, bias, log_q, how)
+
+    normal = (sizes.b, sizes.v, sizes.d)
+    for engine in ("native", "triton"):
+        for shared, arithmetic, extras, repeatable in (
+            (False, "fp32", True, False),
+            (False, "bf16", False, False),
+            (True, "fp32", False, False),
+            (True, "bf16", True, False),
+            (False, "fp32", False, True),
+            (False, "bf16", True, True),
+            (True, "bf16", False, True),
+            (False, "mixed", True, False),
+            (False, "rounded", False, False),
+            (True, "widened", True, False),
+        ):
+            name = (
+                f"sampled_softmax {engine}, {'shared' if shared else 'per session'}, {arithmetic}, "
+                f"{'all, sparse_grad' if extras else 'no'} extras, {'deterministic' if repeatable else 'default'}"
+            )
+            run = (engine, shared, arithmetic, extras, repeatable)
+            journal.check(device, name, partial(case, *run, *normal))
+        if sizes.huge:
+            huge = sizes.huge
+            name = f"sampled_softmax {engine}, V d > 2^31: {huge}"
+            journal.check(device, name, partial(case, engine, False, "bf16", False, False, *huge))
