@@ -167,7 +167,8 @@ def faiss_flat(shape: Shape, inputs: Tensors) -> Call:
 
 
 def usearch_exact(shape: Shape, inputs: Tensors) -> Call:
-    from usearch.index import MetricKind, search
+    from usearch.compiled import MetricKind
+    from usearch.index import search
 
     query, catalog = inputs["query"].numpy(), inputs["catalog"].numpy()
 
