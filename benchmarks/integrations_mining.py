@@ -1,7 +1,8 @@
 """mine_hard_negatives, stock and ours: 100 negatives of ranks 10 to 5,000 for 5,000 queries over 100,000 embeddings.
 
 A stub model hands both the same embeddings. The time is of the whole call, from embeddings to the finished dataset.
-Peak memory is the process's beyond what it held after imports and with embeddings and texts there.
+Peak memory is the process's beyond what it held after imports and with embeddings and texts there. A last round, not
+timed, is over integer-valued embeddings, whose scores are exact in any order of summation.
 """
 
 from __future__ import annotations
@@ -52,14 +53,19 @@ class Stub:
         return WIDTH
 
 
-def embeddings(count: int, seed: int) -> np.ndarray:
-    """(count, WIDTH) float32 of length 1."""
-    drawn = np.random.default_rng(seed).standard_normal((count, WIDTH), dtype=np.float32)
+def embeddings(count: int, seed: int, integers: bool = False) -> np.ndarray:
+    """(count, WIDTH) float32: of length 1, or integers from -4 to 4, whose dot products are exact in float32."""
+    rng = np.random.default_rng(seed)
+    if integers:
+        return rng.integers(-4, 5, (count, WIDTH)).astype(np.float32)
+    drawn = rng.standard_normal((count, WIDTH), dtype=np.float32)
     drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
     return drawn
 
 
-def contestant(name: str, queries: int, documents: int, negatives_file: str) -> dict[str, float]:
+def contestant(
+    name: str, queries: int, documents: int, negatives_file: str, integers: bool = False
+) -> dict[str, float]:
     """One call of one function; leaves the ids that it chose, (queries, NEGATIVES), in the file."""
     from datasets import Dataset
 
@@ -71,7 +77,7 @@ def contestant(name: str, queries: int, documents: int, negatives_file: str) -> 
     library = import_module(
         "alterrec_fast.integrations.sentence_transformers" if name == "ours" else "sentence_transformers.util"
     )
-    model = Stub(embeddings(queries, 0), embeddings(documents, 1))
+    model = Stub(embeddings(queries, 0, integers), embeddings(documents, 1, integers))
     corpus = [f"d{i}" for i in range(documents)]
     pairs = Dataset.from_dict({"query": [f"q{i}" for i in range(queries)], "answer": corpus[:queries]})
     memory, begin, cpu = Memory(), time.perf_counter(), time.process_time()
@@ -92,23 +98,34 @@ def contestant(name: str, queries: int, documents: int, negatives_file: str) -> 
     return took
 
 
-def worst_difference(ours: np.ndarray, theirs: np.ndarray, queries: int, documents: int) -> float:
+def worst_difference(
+    ours: np.ndarray, theirs: np.ndarray, queries: int, documents: int, integers: bool = False
+) -> float:
     """The largest difference of score where the ids (queries, NEGATIVES) differ."""
     row, place = (ours != theirs).nonzero()
-    query, document = embeddings(queries, 0), embeddings(documents, 1)
+    query, document = embeddings(queries, 0, integers), embeddings(documents, 1, integers)
     scores = [(query[row] * document[ids[row, place]]).sum(1, dtype=np.float64) for ids in (ours, theirs)]
     return float(np.abs(scores[0] - scores[1]).max(initial=0.0))
 
 
 def sections(queries: int, documents: int, rounds: int) -> list[dict[str, Any]]:
     took: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
+    sizes = ("--queries", str(queries), "--documents", str(documents))
     with tempfile.TemporaryDirectory() as folder:
         files = {name: str(Path(folder) / f"{name}.npy") for name in CONTESTANTS}
+
+        def run(name: str, kind: str) -> dict[str, float]:
+            options = ("--contestant", name, *sizes, "--negatives", files[name], "--embeddings", kind)
+            answer: dict[str, float] = call("alterrec_fast.benchmarks.integrations_mining", *options)
+            return answer
+
         for _ in range(rounds):
             for name in CONTESTANTS:
-                sizes = ("--queries", str(queries), "--documents", str(documents), "--negatives", files[name])
-                took[name].append(call("alterrec_fast.benchmarks.integrations_mining", "--contestant", name, *sizes))
+                took[name].append(run(name, "real"))
         found = {name: np.load(file) for name, file in files.items()}
+        for name in CONTESTANTS:
+            run(name, "integers")
+        exact = {name: np.load(file) for name, file in files.items()}
     seconds, cpu = (
         {name: statistics.median(one[kind] for one in rounds_) for name, rounds_ in took.items()}
         for kind in ("seconds", "cpu")
@@ -119,6 +136,9 @@ def sections(queries: int, documents: int, rounds: int) -> list[dict[str, Any]]:
         worst = worst_difference(found[name], found["torch"], queries, documents)
         if worst > TIE:
             raise SystemExit(f"{title}: ids differ whose scores are {worst} apart, expected {TIE} at most")
+        apart = worst_difference(exact[name], exact["torch"], queries, documents, integers=True)
+        if apart:
+            raise SystemExit(f"{title}: scores of integer-valued embeddings are {apart} apart, expected to be equal")
         rows.append(
             [
                 title,
@@ -135,7 +155,8 @@ def sections(queries: int, documents: int, rounds: int) -> list[dict[str, Any]]:
         f"{queries:,} queries, {documents:,} embeddings of width {WIDTH} handed over by a stub model, ranks "
         f"{RANGE_MIN} to {min(RANGE_MAX, documents):,}, the {NEGATIVES} top ones, {THREADS} threads; medians of "
         f"{rounds} rounds, a process each. The last columns count the {queries * NEGATIVES:,} negatives whose ids are "
-        f"not those of the torch path, and how far their scores are apart at most."
+        f"not those of the torch path, and how far their scores are apart at most. Over integer-valued embeddings all "
+        f"found the same scores in every row."
     )
     header = ["", "seconds", "times ours", "CPU seconds", "peak MiB", "other ids", "scores apart"]
     return [{"heading": "sentence-transformers: mining", "text": text, "header": header, "rows": rows}]
@@ -150,9 +171,11 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=DOCUMENTS)
     parser.add_argument("--contestant", choices=list(CONTESTANTS), help="run this one in this process")
     parser.add_argument("--negatives", help="where it leaves the ids")
+    parser.add_argument("--embeddings", choices=("real", "integers"), default="real")
     options = parser.parse_args()
     if options.contestant:
-        print(json.dumps(contestant(options.contestant, options.queries, options.documents, options.negatives)))
+        sizes, integers = (options.queries, options.documents), options.embeddings == "integers"
+        print(json.dumps(contestant(options.contestant, *sizes, options.negatives, integers)))
         return
     made = sections(options.queries, options.documents, options.rounds)
     if options.json:

@@ -4,13 +4,13 @@ The same model learns from the same sessions by `F.cross_entropy` over all score
 negatives of its own ranking. Each runs in a process of its own, so that its peak memory is its own.
 """
 
-import resource
 import subprocess
 import sys
 import time
 
 import torch
 import torch.nn.functional as F
+from alterrec_fast.benchmarks.own_process import Memory
 from torch import Tensor, nn
 
 import alterrec_fast as af
@@ -57,12 +57,13 @@ def ndcg(model: SASRec, test: Tensor) -> float:
 
 def train(way: str) -> None:
     torch.manual_seed(0)
-    data, test, model = sessions(SESSIONS), sessions(300), SASRec()
+    data, test = sessions(SESSIONS), sessions(300)
+    memory, begin = Memory(), time.perf_counter()
+    model = SASRec()
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3, fused=True)
     full = af.FullSoftmaxLoss(first_item=1, ignore_index=0)
     sampler = af.RankSliceSampler(10, 1000, hard_fraction=0.5, first_item=1, ignore_index=0)
     sliced = af.SliceCrossEntropy(first_item=1, ignore_index=0)
-    held, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     for _ in range(EPOCHS):
         for batch in data[torch.randperm(SESSIONS)].split(BATCH):
             items, target = batch[:, :-1], batch[:, 1:]
@@ -76,8 +77,7 @@ def train(way: str) -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    seconds = time.perf_counter() - begin
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) / 1024
+    seconds, peak = time.perf_counter() - begin, memory.peak_mib()
     print(f"{way:18s} {seconds:8.1f} s {peak:8.0f} MiB   NDCG@10 {ndcg(model, test):.3f}", flush=True)
 
 

@@ -49,7 +49,8 @@ def test_a_training_step_is_one_graph(name: str, backend: str) -> None:
     compiled = torch.compile(step, fullgraph=True, backend=backend)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.5) for m in (plain, step)]
     for seed in range(3):
-        items = torch.randint(1, V, (B, L), generator=torch.Generator().manual_seed(seed))
+        size = B - seed // 2  # the last batch of an epoch is smaller
+        items = torch.randint(1, V, (size, L), generator=torch.Generator().manual_seed(seed))
         target = items.roll(-1, 1)
         target[:, -1] = target[: seed + 1, 3:] = 0
         losses = []

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
 import alterrec_fast as af
 from tests.conftest import integers
@@ -208,24 +209,26 @@ def test_a_share_of_the_hard_ones_is_traded() -> None:
 def test_a_run_that_goes_on_draws_what_it_would_have_drawn() -> None:
     query, catalog, target, history = batch(5)
 
-    def make() -> af.RankSliceSampler:
+    def make(seed: int) -> af.RankSliceSampler:
         model = torch.nn.Embedding(V, D)
         torch.manual_seed(1)
         teacher = af.TeacherCopy(model, lambda m, items: (m(items), m.weight), decay=0.5)
-        return af.RankSliceSampler(5, 60, hard_fraction=0.5, teacher=teacher, num_sessions=9, seed=4, ignore_index=0)
+        return af.RankSliceSampler(5, 60, hard_fraction=0.5, teacher=teacher, num_sessions=9, seed=seed, ignore_index=0)
 
     def draw(sampler: af.RankSliceSampler) -> Tensor:
         return sampler(query, catalog, target, history, torch.arange(B)).mask()
 
-    one, other = make(), make()
+    one, other = make(4), make(5)
     first, second = draw(one), draw(one)
     assert not torch.equal(first, second)
+    assert other.seed != one.seed
     stored = io.BytesIO()
     torch.save(one.state_dict(), stored)
     stored.seek(0)
-    third = draw(one)
+    third, ids = draw(one), one.sample(query, catalog, target, 9, history, torch.arange(B))
     other.load_state_dict(torch.load(stored, weights_only=True))
     assert torch.equal(draw(other), third)
+    assert torch.equal(other.sample(query, catalog, target, 9, history, torch.arange(B)), ids)
 
 
 def test_thresholds_of_each_session_are_kept_for_the_next_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,12 +288,21 @@ def test_ranks_are_named_once(options: dict[str, int], message: str) -> None:
         ({"teacher": torch.ones(3)}, {}, r"teacher, where a tensor, must be \(V, f\), got \(3,\)"),
         ({"teacher": torch.ones(V, 3)}, {}, "history is needed: a teacher of item vectors"),
         ({"teacher": torch.ones(7, 3)}, {"history": torch.ones(B, L).long()}, "catalog must have 300 items, got 7"),
-        ({"teacher": lambda: (torch.ones(B, 3), 0)}, {"inputs": ()}, r"query must be \(5, 4\) and f, got \(5, 3\)"),
+        (
+            {"teacher": lambda: (torch.ones(B, 3), torch.ones(V, 3))},
+            {"inputs": ()},
+            r"query must be \(5, 4\) and f, got \(5, 3\)",
+        ),
         ({"exclude_history": True}, {}, "history is needed: exclude_history keeps"),
         ({"exclude_history": True}, {"history": torch.full((B, L), V)}, "history holds 300, expected ids below 300"),
         ({"num_sessions": 4}, {}, "session is needed: num_sessions keeps"),
         ({"num_sessions": 4}, {"session": torch.arange(B)}, r"session holds 4, expected a number in \[0, 4\)"),
         ({"num_sessions": 9}, {"session": torch.arange(3)}, r"session must be \(5,\), got \(3,\)"),
+        ({"teacher": torch.ones(V, 3)}, {"history": torch.full((B, L), V)}, "history holds 300, expected ids below"),
+        ({"teacher": torch.ones(V, 3)}, {"history": torch.ones(B).long()}, r"history must be \(5, L\), got \(5,\)"),
+        ({"first_item": -1}, {}, "first_item must be at least 0, got -1"),
+        ({"num_sessions": 0}, {}, "num_sessions must be at least 1, got 0"),
+        ({"seed": -1}, {}, "seed must be at least 0, got -1"),
     ],
 )
 def test_errors_name_the_value_and_what_was_expected(
@@ -303,13 +315,27 @@ def test_errors_name_the_value_and_what_was_expected(
 
 def test_other_errors() -> None:
     query, catalog, target, _ = batch(7)
+    with pytest.raises(TypeError, match=r"teacher, where a tensor, must be float32 or bfloat16, got torch\.float16"):
+        af.RankSliceSampler(0, 5, teacher=torch.ones(V, 3).half())
+    for options, call, name in (
+        ({"exclude_history": True}, {"history": torch.ones(B, L)}, "history"),
+        ({"num_sessions": 9}, {"session": torch.arange(5.0)}, "session"),
+        ({}, {"target": target.float()}, "target"),
+    ):
+        with pytest.raises(TypeError, match=rf"{name} must be int32 or int64, got torch\.float32"):
+            af.RankSliceSampler(0, 5, **options)(query, catalog, **{"target": target, **call})
+    with pytest.raises(ValueError, match="first_item must be below the 300 items, got 300"):
+        af.RankSliceSampler(0, 5, hard_fraction=0, first_item=V).sample(query, catalog, target, 3)
     with pytest.raises(TypeError, match=r"teacher must return a tuple \(query, catalog\), got Tensor"):
         af.RankSliceSampler(0, 5, teacher=lambda: query)(query, catalog, target, inputs=())
+    with pytest.raises(TypeError, match=r"query and catalog must be tensors, got Tensor and int"):
+        af.RankSliceSampler(0, 5, teacher=lambda: (query, 0))(query, catalog, target, inputs=())
     with pytest.raises(ValueError, match=r"log_q is defined for hard_fraction = 0, got 0\.5"):
         af.RankSliceSampler(0, 5, hard_fraction=0.5).log_q(5, V)
     with pytest.raises(ValueError, match="state is of 3 sessions, expected num_sessions=4"):
-        af.RankSliceSampler(0, 5, num_sessions=4).load_state_dict({"draws": 0, "thresholds": torch.zeros(3, 1, 2)})
-    with pytest.raises(ValueError, match=r"state must hold \['draws', 'thresholds'\], got \['draws'\]"):
+        state = {"seed": 0, "draws": 0, "thresholds": torch.zeros(3, 1, 2)}
+        af.RankSliceSampler(0, 5, num_sessions=4).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"state must hold \['draws', 'seed', 'thresholds'\], got \['draws'\]"):
         af.RankSliceSampler(0, 5).load_state_dict({"draws": 0})
     with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\], got 2"):
         af.TeacherCopy(torch.nn.Linear(2, 2), lambda m: (m, m), decay=2)
@@ -375,6 +401,43 @@ def test_two_processes_of_a_distributed_run(tmp_path: Path) -> None:
         optimizer.step()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(ranks[0]["states"][0][name], value, rtol=1e-4, atol=1e-5)
+
+
+def _train_sparsely(rank: int, folder: str) -> None:
+    """One process; its data come from a DataLoader over its share, and its item table has sparse gradients."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = DistributedDataParallel(torch.nn.EmbeddingBag(V, D, mode="mean", sparse=True))
+    sampler = af.RankSliceSampler(5, 100, hard_fraction=0.5, exclude_history=True, num_sessions=2 * B)
+    loss, optimizer = af.SampledSoftmaxLoss(sparse_grad=True), torch.optim.SparseAdam(model.parameters(), lr=0.1)
+    items = torch.randint(V, (2 * B, L), generator=torch.Generator().manual_seed(1))
+    data = TensorDataset(torch.arange(2 * B), items, items.roll(1, 0)[:, 0])
+    share = DistributedSampler(data, num_replicas=2, rank=rank)
+    seen, drawn = [], []
+    for epoch in range(2):
+        share.set_epoch(epoch)
+        for session, history, target in DataLoader(data, batch_size=2, sampler=share):
+            query, catalog = model(history), model.module.weight
+            negatives = sampler.sample(query, catalog, target, 8, history, session)
+            assert not (negatives.unsqueeze(2) == torch.cat([history, target[:, None]], 1).unsqueeze(1)).any()
+            optimizer.zero_grad()
+            loss(query, catalog, target, negatives).backward()
+            assert catalog.grad is not None and catalog.grad.is_sparse
+            optimizer.step()
+            seen.append(session)
+            drawn.append(negatives)
+    told = (sampler.thresholds[:, 0, 0] < math.inf).nonzero().squeeze(1)  # of the sessions that this process had
+    assert torch.equal(told, torch.cat(seen).unique())
+    torch.save({"weight": model.module.weight.detach(), "drawn": torch.cat(drawn)}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_with_sparse_gradients_and_loaders_of_their_own(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_train_sparsely, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert torch.equal(ranks[0]["weight"], ranks[1]["weight"])
+    assert not torch.equal(ranks[0]["drawn"], ranks[1]["drawn"])
 
 
 def test_processes_draw_apart(monkeypatch: pytest.MonkeyPatch) -> None:

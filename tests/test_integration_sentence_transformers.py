@@ -203,6 +203,13 @@ def test_arguments_of_stock_and_its_deprecated_names() -> None:
     assert "scores" in found.column_names
 
 
+def test_positives_among_the_negatives_come_with_stocks_warnings() -> None:
+    dataset, corpus, stub = problem(real=False)
+    with pytest.warns(UserWarning) as found:
+        mine(mine_hard_negatives, dataset, corpus, stub, include_positives=True, max_score=90.0)
+    assert [str(one.message).split()[0] for one in found] == ["ranges,", "include_positives"]
+
+
 def test_a_summary_says_what_was_found(capsys: pytest.CaptureFixture[str]) -> None:
     dataset, corpus, stub = problem(real=False)
     mine(mine_hard_negatives, dataset, corpus, stub, num_negatives=200, max_score=-2.0, range_max=300, verbose=True)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import sys
+from pathlib import Path
 
 import pytest
+
+from alterrec_fast.integrations import need
 
 
 @pytest.mark.parametrize(
@@ -23,3 +26,10 @@ def test_a_missing_library_is_named_with_the_line_that_installs_it(
     monkeypatch.delitem(sys.modules, f"alterrec_fast.integrations.{integration}", raising=False)
     with pytest.raises(ImportError, match=f"needs {library}.*{install}"):
         importlib.import_module(f"alterrec_fast.integrations.{integration}")
+
+
+def test_a_library_that_numpy_2_broke_is_named_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "old_library.py").write_text("raise AttributeError('`np.float_` was removed')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ImportError, match=r"needs old_library, .* \(`np.float_` was removed\): pip install it"):
+        need("old_library", "pip install it")

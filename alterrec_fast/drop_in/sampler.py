@@ -33,6 +33,7 @@ class RankSliceSampler:
     A call gives a `RankSlice` for `SliceCrossEntropy`; `sample` gives ids for `SampledSoftmaxLoss`. No gradient flows.
     Random draws follow from seed, number of the draw and process (and in a DataLoader's worker from its seed), so that
     the processes of a distributed run draw apart and a run that goes on from `state_dict` draws what it would have.
+    Under torch.compile the draws end a graph, so that ``fullgraph=True`` takes hard_fraction 1 only.
 
     Args:
         start, stop: ranks, 0-based and half-open; `range_min` and `range_max` are the same under the names of
@@ -44,9 +45,9 @@ class RankSliceSampler:
             frequency, as in TensorFlow and Transformers4Rec).
         popularity: (V,) counts or weights; raise them to a power, such as 0.75, beforehand.
         teacher: who ranks. None: the model itself, by the query and catalog of the call, so with this step's weights.
-            A `TeacherCopy`: a frozen or slowly moving copy of it. A (V, f) tensor: item vectors of another modality;
-            a session's query is then the mean of those of its items so far. Any other callable: takes the call's
-            inputs, returns (query, catalog).
+            A `TeacherCopy`: a frozen or slowly moving copy of it. A (V, f) float32 or bfloat16 tensor: item vectors of
+            another modality; a session's query is then the mean of those of its items so far. Any other callable: takes
+            the call's inputs, returns (query, catalog).
         exclude_history: whether a session's own items (`history`, and all its targets) are kept out; a row's own target
             always is.
         first_item: rows of the catalog before it are padding.
@@ -93,10 +94,19 @@ class RankSliceSampler:
                 f"popularity goes with random='popularity', got random={random!r} and popularity "
                 f"{'None' if popularity is None else tuple(popularity.shape)}"
             )
+        if first_item < 0:
+            raise ValueError(f"first_item must be at least 0, got {first_item}")
+        if num_sessions is not None and num_sessions < 1:
+            raise ValueError(f"num_sessions must be at least 1, got {num_sessions}")
+        if seed < 0:
+            raise ValueError(f"seed must be at least 0, got {seed}")
         if popularity is not None:
             check_weights("popularity", popularity, popularity.shape[0], first_item)
-        if isinstance(teacher, Tensor) and teacher.ndim != 2:
-            raise ValueError(f"teacher, where a tensor, must be (V, f), got {tuple(teacher.shape)}")
+        if isinstance(teacher, Tensor):
+            if teacher.ndim != 2:
+                raise ValueError(f"teacher, where a tensor, must be (V, f), got {tuple(teacher.shape)}")
+            if teacher.dtype not in register.FLOATS:
+                raise TypeError(f"teacher, where a tensor, must be float32 or bfloat16, got {teacher.dtype}")
         self.hard_fraction = hard_fraction
         self.random = random
         self.popularity = popularity
@@ -124,7 +134,7 @@ class RankSliceSampler:
     ) -> RankSlice:
         """The negatives as sets: T rows, one for each target that is not ignored, in order.
 
-        Under torch.compile, which takes hard_fraction 1 only, a row for every target.
+        Under torch.compile a row for every target.
 
         Args:
             query: (B, d) or (B, L, d), the model's own.
@@ -180,6 +190,8 @@ class RankSliceSampler:
         exclude = self._excluded(target, catalog.shape[0], history, kept)
         hard = round(self.hard_fraction * num_negatives)
         generator = self._generator(query.device)
+        if not self.first_item < catalog.shape[0]:
+            raise ValueError(f"first_item must be below the {catalog.shape[0]} items, got {self.first_item}")
         drawn = self._random_ids(catalog.shape[0], exclude, num_negatives - hard, generator)
         if hard == 0:
             return drawn
@@ -203,20 +215,23 @@ class RankSliceSampler:
         return (num_negatives * weights.clamp(min=ranked[ranked > 0].min()) / ranked.sum()).log().float()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a later run needs in order to go on as this one would: plain numbers and tensors."""
-        state: dict[str, Any] = {"draws": self.draws, "thresholds": self.thresholds}
+        """What a later run needs in order to go on as this one would: plain numbers and tensors.
+
+        The tensors are the sampler's own, as in `nn.Module.state_dict`: store or copy them before it is used again.
+        """
+        state: dict[str, Any] = {"seed": self.seed, "draws": self.draws, "thresholds": self.thresholds}
         if isinstance(self.teacher, TeacherCopy):
             state["teacher"] = self.teacher.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        expected = {"draws", "thresholds"} | ({"teacher"} if isinstance(self.teacher, TeacherCopy) else set())
+        expected = {"seed", "draws", "thresholds"} | ({"teacher"} if isinstance(self.teacher, TeacherCopy) else set())
         if set(state) != expected:
             raise ValueError(f"state must hold {sorted(expected)}, got {sorted(state)}")
         thresholds = state["thresholds"]
         if thresholds is not None and thresholds.shape[0] != self.num_sessions:
             raise ValueError(f"state is of {thresholds.shape[0]} sessions, expected num_sessions={self.num_sessions}")
-        self.draws = state["draws"]
+        self.seed, self.draws = state["seed"], state["draws"]
         self.thresholds = None if thresholds is None else thresholds.clone()
         if isinstance(self.teacher, TeacherCopy):
             self.teacher.load_state_dict(state["teacher"])
@@ -264,42 +279,59 @@ class RankSliceSampler:
         self, teacher: Teacher, target: Tensor, num_items: int, history: Tensor | None, inputs: tuple[Any, ...] | None
     ) -> tuple[Tensor, Tensor]:
         """The teacher's query, of target's shape and a last dimension, and catalog (V, f)."""
+        query: Tensor | None
         if isinstance(teacher, Tensor):
-            history = _needed("history", history, "a teacher of item vectors means the vectors of the session's items")
-            catalog = teacher
-            query = mean_of_items(teacher, history, self.first_item, per_place=target.ndim == 2)
+            query, catalog = None, teacher
         else:
             if inputs is None:
                 inputs = (_needed("history", history, "the teacher is called with it, or with inputs"),)
-            answer = teacher(*inputs)
+            answer: Any = teacher(*inputs)
             if not isinstance(answer, tuple) or len(answer) != 2:
                 raise TypeError(f"the teacher must return a tuple (query, catalog), got {type(answer).__name__}")
             query, catalog = answer
-        if query.shape[:-1] != target.shape:
-            raise ValueError(f"the teacher's query must be {tuple(target.shape)} and f, got {tuple(query.shape)}")
+            if not isinstance(query, Tensor) or not isinstance(catalog, Tensor):
+                kinds = f"{type(query).__name__} and {type(catalog).__name__}"
+                raise TypeError(f"the teacher's query and catalog must be tensors, got {kinds}")
         if catalog.shape[0] != num_items:
             raise ValueError(f"the teacher's catalog must have {num_items} items, got {catalog.shape[0]}")
+        if query is None:
+            why = "a teacher of item vectors means the vectors of the session's items"
+            history = self._checked_history(history, target, num_items, why)
+            query = mean_of_items(catalog, history, self.first_item, per_place=target.ndim == 2)
+        if query.shape[:-1] != target.shape:
+            raise ValueError(f"the teacher's query must be {tuple(target.shape)} and f, got {tuple(query.shape)}")
         return query, catalog
 
     def _excluded(self, target: Tensor, num_items: int, history: Tensor | None, kept: Tensor | None) -> Tensor:
         """(T, m) ids that no row may meet: its target, and the session's own items where asked for; -1 is none."""
+        if target.dtype not in register.INTEGERS:
+            raise TypeError(f"target must be int32 or int64, got {target.dtype}")
         real = torch.where(target == self.ignore_index, -1, target)
         own = take_rows(real, kept, 0).unsqueeze(1)
         if not self.exclude_history:
             return own
-        history = _needed("history", history, "exclude_history keeps the session's own items out")
-        if history.ndim != 2 or history.shape[0] != target.shape[0]:
-            raise ValueError(f"history must be ({target.shape[0]}, L), got {tuple(history.shape)}")
-        if register.choose_check(self.check, history) and (history >= num_items).any():
-            raise ValueError(f"history holds {int(history.max())}, expected ids below {num_items}; negative is padding")
+        history = self._checked_history(history, target, num_items, "exclude_history keeps the session's own items out")
         items = history if target.ndim == 1 else torch.cat([history, real], 1)  # (B, m)
         if target.ndim == 2:
             items = items.unsqueeze(1).expand(-1, target.shape[1], -1)
         return torch.cat([own, take_rows(items, kept, 1)], 1)
 
+    def _checked_history(self, history: Tensor | None, target: Tensor, num_items: int, why: str) -> Tensor:
+        """history (B, L), whose values are checked where `check` says so."""
+        history = _needed("history", history, why)
+        if history.ndim != 2 or history.shape[0] != target.shape[0]:
+            raise ValueError(f"history must be ({target.shape[0]}, L), got {tuple(history.shape)}")
+        if history.dtype not in register.INTEGERS:
+            raise TypeError(f"history must be int32 or int64, got {history.dtype}")
+        if register.choose_check(self.check, history) and (history >= num_items).any():
+            raise ValueError(f"history holds {int(history.max())}, expected ids below {num_items}; negative is padding")
+        return history
+
     def _places(self, num_sessions: int, session: Tensor | None, target: Tensor, kept: Tensor | None) -> Tensor:
         """(T,) where in the table of thresholds each row stands."""
         session = _needed("session", session, "num_sessions keeps thresholds of each session")
+        if session.dtype not in register.INTEGERS:
+            raise TypeError(f"session must be int32 or int64, got {session.dtype}")
         if session.shape != target.shape[:1]:
             raise ValueError(f"session must be ({target.shape[0]},), got {tuple(session.shape)}")
         if register.choose_check(self.check, session) and ((session < 0) | (session >= num_sessions)).any():

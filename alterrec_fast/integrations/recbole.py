@@ -29,7 +29,7 @@ from alterrec_fast.integrations import need
 from alterrec_fast.ops import rank_slice, top_k
 
 INSTALL = 'pip install "recbole==1.2.1" "numpy<2" "setuptools<81"'
-need("recbole", INSTALL)
+need("recbole.trainer", INSTALL)
 
 from recbole import config as recbole_config  # noqa: E402
 from recbole import data as recbole_data  # noqa: E402
@@ -91,8 +91,8 @@ class Options:
 class RankingMixin(_Model):
     """Goes before a RecBole model whose score of an item is ``session_vectors @ item_vectors.T / score_temperature``.
 
-    `Trainer` then ranks by `top_k`. At the first evaluation the scores are compared with the model's own; a model with
-    another score is refused, not ranked wrongly. Override the three hooks for it.
+    `Trainer` then ranks by `top_k`. At the first evaluation the scores of two sessions are compared with the model's
+    own; a model with another score is refused, not ranked wrongly. Override the three hooks for it.
     """
 
     _scores_compared = False
@@ -108,43 +108,69 @@ class RankingMixin(_Model):
 
     def item_vectors(self) -> Tensor:
         """(V, d): the model's item embedding."""
+        if not hasattr(self, "item_embedding"):
+            raise ValueError(f"{type(self).__name__} has no item_embedding: override item_vectors()")
         return self.item_embedding.weight
 
     def compare_scores(self, interaction: Any) -> None:
         """Raises ValueError where the vectors' scores are not those of the model's `full_sort_predict`; once."""
         if not self._scores_compared:
-            with self._one_row(interaction) as one:
-                self._compare("scores", self._scores(one), self.full_sort_predict(one).view(1, -1))
+            with self._two_rows(interaction) as two, torch.no_grad():
+                self._compare("scores", self._scores(two), self.full_sort_predict(two))
             self._scores_compared = True
 
     def _scores(self, interaction: Any) -> Tensor:
-        return self.session_vectors(interaction) @ self.item_vectors().T / self.score_temperature
+        """(B, V); raises ValueError where the hooks do not give one vector for each row, as wide as an item's."""
+        query, catalog = self.session_vectors(interaction), self.item_vectors()
+        wanted = (len(interaction), catalog.shape[1])
+        if not isinstance(query, Tensor) or query.shape != wanted:
+            got = tuple(query.shape) if isinstance(query, Tensor) else type(query).__name__
+            raise ValueError(
+                f"session_vectors of {type(self).__name__} must be {wanted}, got {got}: override it, if the model's "
+                "score is a dot product"
+            )
+        return query @ catalog.T / self.score_temperature
 
-    def _compare(self, what: str, ours: Tensor, theirs: Tensor) -> None:
-        if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4):
+    def _compare(self, what: str, ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
+        close = ours.numel() == theirs.numel() and torch.allclose(ours, theirs.view_as(ours), tolerance, tolerance)
+        if not close:
             raise ValueError(
                 f"the {what} of {type(self).__name__} are not those of session_vectors @ item_vectors.T / "
                 f"score_temperature: override these, or calculate_loss where its loss has further terms"
             )
 
     @contextmanager
-    def _one_row(self, interaction: Any) -> Iterator[Any]:
-        """The first row alone; within, nothing is random and no gradient is recorded."""
+    def _two_rows(self, interaction: Any) -> Iterator[Any]:
+        """The first two rows, without dropout within. Two, since contrastive terms of a loss vanish over one."""
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
-            with torch.no_grad():
-                yield interaction[:1]
+            yield interaction[:2]
         finally:
             for module, training in modes:
                 module.training = training
 
 
+def _trained(loss: Tensor) -> set[Tensor]:
+    """The leaves of the loss's graph: what a backward pass would give gradients."""
+    found, seen, waiting = set(), set(), [loss.grad_fn]
+    while waiting:
+        node: Any = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        waiting += [before for before, _ in node.next_functions]
+    return found
+
+
 class SequentialMixin(RankingMixin):
     """`RankingMixin` for a `SequentialRecommender` with ``loss_type: CE``; its loss becomes that of `Options`.
 
-    At the first step the model's own loss of a session is compared with the full softmax over the scores; a model with
-    another loss is refused, not trained wrongly. Where its loss has further terms override `calculate_loss` as
+    At the first step the model's own loss of two sessions is compared with the full softmax over the scores, in value
+    and in the parameters that it trains (a bias of the items may be zero as yet); a model with another loss is refused,
+    not trained wrongly. Where its loss has further terms override `calculate_loss` as
     ``self.next_item_loss(interaction) + further``.
     """
 
@@ -152,6 +178,8 @@ class SequentialMixin(RankingMixin):
 
     def __init__(self, config: Any, dataset: Any):
         super().__init__(config, dataset)
+        if getattr(self, "loss_type", "CE") != "CE":
+            raise ValueError(f"loss_type must be CE, got {self.loss_type}: alterrec_fast has no other loss")
         self.options = options = Options.of(config)
         temperature, precision = self.score_temperature, options.precision
         self.next_item: torch.nn.Module
@@ -185,9 +213,18 @@ class SequentialMixin(RankingMixin):
     def calculate_loss(self, interaction: Any) -> Tensor:
         """The mean loss of the sessions' next items; ValueError where the model's own loss is another one."""
         if not self._loss_compared:
-            with self._one_row(interaction) as one:
-                full = F.cross_entropy(self._scores(one), one[self.POS_ITEM_ID])
-                self._compare("losses", full, super().calculate_loss(one))
+            with self._two_rows(interaction) as two, torch.enable_grad():
+                full = F.cross_entropy(self._scores(two), two[self.POS_ITEM_ID])
+                own = super().calculate_loss(two)
+            # The weight of a regulariser may be as small as what is rounded off, so that sums must be equal.
+            self._compare("losses", full, own, 0.0 if type(own.grad_fn).__name__.startswith("Add") else 1e-4)
+            left_out = _trained(own) - _trained(full)
+            if left_out:
+                names = [name for name, parameter in self.named_parameters() if parameter in left_out]
+                raise ValueError(
+                    f"the loss of {type(self).__name__} also trains {', '.join(names)}, of which session_vectors, "
+                    "item_vectors and score_temperature know nothing: override them"
+                )
             self._loss_compared = True
         return self.next_item_loss(interaction)
 

@@ -106,7 +106,12 @@ def mine_hard_negatives(
         warnings.warn('"n-tuple-scores" is deprecated: use output_scores', FutureWarning, stacklevel=2)
         output_format, output_scores = "n-tuple", True
     if include_positives:
-        output_format = "n-tuple"  # the only one that keeps the order of the ranking
+        unlike = (range_min, range_max, max_score, min_score, absolute_margin, relative_margin, sampling_strategy)
+        if unlike != (0, None, None, None, None, None, "top"):
+            warnings.warn("ranges, limits and random choice may drop the positives again", stacklevel=2)
+        if output_format != "n-tuple":
+            warnings.warn("include_positives sets output_format to 'n-tuple', which keeps the order", stacklevel=2)
+        output_format = "n-tuple"
     if output_format not in FORMATS:
         raise ValueError(f"output_format must be one of {', '.join(FORMATS)}, got {output_format!r}")
     if sampling_strategy not in ("top", "random"):

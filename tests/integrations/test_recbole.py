@@ -150,10 +150,71 @@ def test_training_with_negatives_learns(options: dict[str, Any]) -> None:
     assert best["ndcg@10"] > before + 0.1
 
 
-def test_a_model_whose_loss_has_further_terms_is_refused() -> None:
-    model, batch = one_batch(fast.NextItNet)
-    with pytest.raises(ValueError, match=r"losses of NextItNet .* calculate_loss where its loss has further terms"):
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("NextItNet", {}),
+        ("GCSAN", {}),  # a regulariser of weight 5e-5
+        ("FEARec", {"contrast": "us", "tau": 1.0, "sim": "dot"}),  # a contrastive term, which is 0 over one session
+    ],
+)
+def test_a_model_whose_loss_has_further_terms_is_refused(name: str, settings: dict[str, Any]) -> None:
+    model, batch = one_batch(getattr(fast, name), **settings)
+    with pytest.raises(ValueError, match=rf"losses of {name} .* calculate_loss where its loss has further terms"):
         model.calculate_loss(batch)
+
+
+@pytest.mark.parametrize("name", ["FEARec", "FOSSIL", "HRM", "LightSANs", "NARM", "SINE", "SRGNN"])
+def test_models_by_their_names_alone(name: str) -> None:
+    model, batch = one_batch(getattr(fast, name))
+    assert model.calculate_loss(batch).item() == pytest.approx(
+        getattr(fast.stock, name).calculate_loss(model, batch).item(), rel=1e-5
+    )
+    model.compare_scores(batch)
+
+
+class Biased(fast.stock.SASRec):
+    """Adds a bias of each item to the scores, which is zero at first."""
+
+    def __init__(self, config: Any, dataset: Any):
+        super().__init__(config, dataset)
+        self.bias = torch.nn.Parameter(torch.zeros(self.n_items))
+
+    def full_sort_predict(self, interaction: Any) -> torch.Tensor:
+        return super().full_sort_predict(interaction) + self.bias
+
+    def calculate_loss(self, interaction: Any) -> torch.Tensor:
+        return self.loss_fct(self.full_sort_predict(interaction), interaction[self.POS_ITEM_ID])
+
+
+def test_a_bias_that_is_zero_as_yet_is_not_left_out() -> None:
+    class SASRec(fast.SequentialMixin, Biased):
+        pass
+
+    model, batch = one_batch(SASRec)
+    with pytest.raises(ValueError, match="the loss of SASRec also trains bias, of which session_vectors, "):
+        model.calculate_loss(batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("BERT4Rec", r"session_vectors of BERT4Rec must be \(2, 16\), got \(2, \d+, 16\): override it"),
+        ("SASRecCPR", r"session_vectors of SASRecCPR must be \(2, 16\), got list: override it"),
+        ("RepeatNet", r"RepeatNet has no item_embedding: override item_vectors\(\)"),
+        ("DIN", r"DIN\.forward takes .*: override session_vectors\(interaction\)"),
+    ],
+)
+def test_models_of_another_kind_are_refused_by_name(name: str, message: str) -> None:
+    model, batch = one_batch(getattr(fast, name))
+    with pytest.raises(ValueError, match=message):
+        model.calculate_loss(batch)
+
+
+def test_pairwise_training_is_refused() -> None:
+    negatives = {"distribution": "uniform", "sample_num": 1, "dynamic": False, "alpha": 1.0, "candidate_num": 0}
+    with pytest.raises(ValueError, match="loss_type must be CE, got BPR"):
+        one_batch(fast.SASRec, loss_type="BPR", train_neg_sample_args=negatives)
 
 
 def test_a_model_with_another_score_is_refused() -> None:
@@ -186,7 +247,7 @@ def test_evaluation_makes_no_score_matrix() -> None:
 
     config, network, _, valid, _ = prepared(SASRec)
     fast.Trainer(config, network).evaluate(valid, load_best_model=False)
-    assert rows == [1]  # the comparison of the first session
+    assert rows == [2]  # the comparison of the first two sessions
 
 
 def test_metrics_that_need_every_score_take_recboles_way() -> None:
