@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import subprocess
 import sys
@@ -24,6 +26,9 @@ class Memory:
     """What this process holds now, and at its peak beyond that: made once imports and data are there (Linux)."""
 
     def __init__(self) -> None:
+        # What imports and data have freed goes back to the system: whoever used it again would seem to need less.
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
         self.held = _resident("VmRSS")
         CLEAR.write_text("5")  # the peak counts from here
 

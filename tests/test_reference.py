@@ -268,6 +268,11 @@ def test_bad_arguments_are_named() -> None:
         (ValueError, "row 0 holds 0", lambda: af.slice_cross_entropy(q, e, t, first_item=1)),
         (ValueError, "positives: row 0 holds -2", lambda: af.slice_cross_entropy(q, e, t, positives=t[:, None] - 2)),
         (ValueError, "2 rows over 5", lambda: af.slice_cross_entropy(q, e, t, af.RankSlice.uniform(2, 6, 3))),
+        (
+            ValueError,
+            "first_item 1 or more, as here, got 0",
+            lambda: af.slice_cross_entropy(q, e, t, af.RankSlice.uniform(2, 5, 3), first_item=1),
+        ),
         (ValueError, "negatives: row 1 holds 9", lambda: af.sampled_softmax(q, e, t, torch.tensor([[0], [9]]))),
         (ValueError, r"log_q must be \(5,\)", lambda: af.sampled_softmax(q, e, t, t, log_q=torch.zeros(4))),
     ]

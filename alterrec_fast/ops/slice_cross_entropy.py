@@ -46,7 +46,7 @@ def slice_cross_entropy(
         positive_weight: what a positive counts against the target (beta in the paper).
         temperature: above 0.
         bias: (V,); gets a gradient.
-        first_item: rows before it are padding: no negatives without `neg`, and no targets.
+        first_item: rows before it are padding: no negatives, which `neg` must have been made for, and no targets.
         reduction: "mean" over the rows whose target is not ignore_index (0 over none), "sum", or "none" for (B,).
         ignore_index: a target that stands for no row.
         keep_bytes: an engine may keep logits of up to this size from forward to backward; it changes the speed only.
@@ -70,6 +70,8 @@ def slice_cross_entropy(
             raise ValueError(f"neg must be of {b} rows over {v} items, got {neg.batch_size} over {neg.num_items}")
         if neg.device != query.device:
             raise ValueError(f"neg must be on {query.device}, got {neg.device}")
+        if neg.first_item < first_item:
+            raise ValueError(f"neg must be made with first_item {first_item} or more, as here, got {neg.first_item}")
     chosen, checked = register.choose_precision(precision, query, catalog), register.choose_check(check, query)
     if engine != "reference":
         members = None if neg is None else neg.ids if neg.bits is None else neg.bits
