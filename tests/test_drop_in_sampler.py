@@ -396,7 +396,7 @@ def test_two_processes_of_a_distributed_run(tmp_path: Path) -> None:
         optimizer.zero_grad()
         for rank in range(2):
             _, _, target, history = batch(2 * step + rank)
-            neg = af.RankSlice.from_mask(ranks[rank]["drawn"][step])
+            neg = af.RankSlice.from_mask(ranks[rank]["drawn"][step], first_item=1)
             (loss(model(history), model.item.weight, target, neg) / 2).backward()
         optimizer.step()
     for name, value in model.state_dict().items():
@@ -409,7 +409,7 @@ def _train_sparsely(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.manual_seed(0)
     model = DistributedDataParallel(torch.nn.EmbeddingBag(V, D, mode="mean", sparse=True))
-    sampler = af.RankSliceSampler(5, 100, hard_fraction=0.5, exclude_history=True, num_sessions=2 * B, first_item=1)
+    sampler = af.RankSliceSampler(5, 100, hard_fraction=0.5, exclude_history=True, num_sessions=2 * B)
     loss, optimizer = af.SampledSoftmaxLoss(sparse_grad=True), torch.optim.SparseAdam(model.parameters(), lr=0.1)
     items = torch.randint(V, (2 * B, L), generator=torch.Generator().manual_seed(1))
     data = TensorDataset(torch.arange(2 * B), items, items.roll(1, 0)[:, 0])
