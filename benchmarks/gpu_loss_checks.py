@@ -88,9 +88,9 @@ class Wanted:
         return cls(target, positives)
 
 
-def slice_of(mask: Tensor, form: str) -> RankSlice:
+def slice_of(mask: Tensor, form: str, first_item: int) -> RankSlice:
     """mask (B, V) as bits or as ids, whichever is smaller."""
-    found = RankSlice.from_mask(mask)
+    found = RankSlice.from_mask(mask, first_item)
     if form == "bits":
         return found
     return replace(found, bits=None, ids=found.indices().int())
@@ -111,7 +111,7 @@ def check_slice_cross_entropy(device: Device, journal: Journal, seed: int) -> No
         mask[0] = False  # a row without negatives
         if form == "all":
             mask[:, first:] = True
-        neg = None if form == "all" else slice_of(mask, form)
+        neg = None if form == "all" else slice_of(mask, form, first)
         positives = wanted.positives if extras else None
         weight, temperature = (0.3, 0.5) if extras else (1.0, 1.0)
         bias = source.normal(v) if extras else None

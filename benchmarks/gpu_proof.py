@@ -68,6 +68,7 @@ class Compiled:
     kernel: str
     gpu: str
     product: str  # "" for kernels without one
+    steps: int  # in which the width is summed; one leaves nothing to copy while the matrix unit is busy
     warps: int
     registers: int
     shared: int  # bytes
@@ -89,7 +90,7 @@ class Compiled:
             found.append("a block does not fit")
         if self.product in ("bf16", "tf32") and not self.matrix:
             found.append("no matrix-unit instructions")
-        if self.product in ("bf16", "tf32") and gpu.target.backend == "cuda" and not self.copies:
+        if self.product in ("bf16", "tf32") and self.steps > 1 and gpu.target.backend == "cuda" and not self.copies:
             found.append("no asynchronous copies")
         return found
 
@@ -116,13 +117,32 @@ class StubDriver:
         pass
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel that was compiled instead."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    options: dict[str, Any]  # constants, and arguments given by their names
+    compiled: Any
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.fn.__name__)
+
+    @property
+    def steps(self) -> int:
+        """In which the width is summed."""
+        return int(triton.cdiv(self.options.get("D", 1), self.options.get("BLOCK_D", 1)))
+
+
 @contextmanager
-def compiling_for(gpu: Gpu) -> Iterator[list[tuple[Any, Any]]]:
-    """Within, launches compile for `gpu` and nothing runs; yields the list of (kernel, compiled) that they fill."""
-    found: list[tuple[Any, Any]] = []
+def compiling_for(gpu: Gpu) -> Iterator[list[Launch]]:
+    """Within, launches compile for `gpu` and nothing runs; yields the list that they fill."""
+    found: list[Launch] = []
 
     def compile_only(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-        found.append((kernel, kernel.warmup(*args, grid=grid, **options)))
+        found.append(Launch(kernel, grid, options, kernel.warmup(*args, grid=grid, **options)))
 
     triton.runtime.driver.set_active(StubDriver(gpu.target))
     tiles.replace_launcher(compile_only)
@@ -134,18 +154,24 @@ def compiling_for(gpu: Gpu) -> Iterator[list[tuple[Any, Any]]]:
 
 def compile_case(case: Case, gpu: Gpu, seen: set[str]) -> list[Compiled]:
     """Every kernel that the case's launcher launches, compiled; without those whose hashes are in `seen` already."""
-    with compiling_for(gpu) as found, _tf32(case.product == "tf32"):
-        case.run()
     rows = []
-    for kernel, compiled in found:
-        if compiled.hash not in seen:
-            seen.add(compiled.hash)
-            rows.append(read(case, kernel, compiled, gpu))
+    for launch in launches(case, gpu):
+        if launch.compiled.hash not in seen:
+            seen.add(launch.compiled.hash)
+            rows.append(read(case, launch, gpu))
     return rows
 
 
-def read(case: Case, kernel: Any, compiled: Any, gpu: Gpu) -> Compiled:
+def launches(case: Case, gpu: Gpu) -> list[Launch]:
+    """What the case's launcher launches, compiled for `gpu`, in order."""
+    with compiling_for(gpu) as found, _tf32(case.product == "tf32"):
+        case.run()
+    return found
+
+
+def read(case: Case, launch: Launch, gpu: Gpu) -> Compiled:
     """Reads the machine code."""
+    compiled = launch.compiled
     multiplies = "tt.dot" in compiled.asm["ttir"]
     nvidia = gpu.target.backend == "cuda"
     facts = _read_cubin(compiled) if nvidia else _read_hsaco(compiled)
@@ -154,9 +180,10 @@ def read(case: Case, kernel: Any, compiled: Any, gpu: Gpu) -> Compiled:
     shared = compiled.metadata.shared
     return Compiled(
         case=case.name,
-        kernel=kernel.fn.__name__,
+        kernel=launch.name,
         gpu=gpu.name,
         product=case.product if multiplies else "",
+        steps=launch.steps,
         warps=warps,
         shared=shared,
         matrix=len(re.findall(gpu.matrix, code)),
@@ -180,7 +207,8 @@ def occupancy(gpu: Gpu, warps: int, registers: int, shared: int) -> float:
     return blocks * warps / gpu.warps
 
 
-def _read_cubin(compiled: Any) -> dict[str, Any]:
+def disassembled(compiled: Any) -> tuple[int, str]:
+    """Registers of a thread, and the machine code for NVIDIA as text."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -189,9 +217,14 @@ def _read_cubin(compiled: Any) -> dict[str, Any]:
         code = _output(tools / "nvdisasm", "-c", cubin)
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None, usage
+    return int(registers[1]), code
+
+
+def _read_cubin(compiled: Any) -> dict[str, Any]:
+    registers, code = disassembled(compiled)
     lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/.*$", code, re.MULTILINE)
     return {
-        "registers": int(registers[1]),
+        "registers": registers,
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "copies": len(re.findall(r"LDGSTS|UTMALDG", code)),
         "instructions": len(lines),
@@ -225,31 +258,39 @@ def _output(*command: object) -> str:
 B, V = 512, 40_258  # the paper's shape; sizes do not enter the code, forms do
 
 
-def _inputs(product: str, d: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+def _inputs(product: str, d: int, dtype: torch.dtype | None, b: int = B) -> tuple[Tensor, Tensor]:
     """Query and catalog without memory; `dtype` None for the one that this product is for."""
     chosen = dtype or (torch.bfloat16 if product == "bf16" else torch.float32)
-    return torch.empty(B, d, dtype=chosen, device="meta"), torch.empty(V, d, dtype=chosen, device="meta")
+    return torch.empty(b, d, dtype=chosen, device="meta"), torch.empty(V, d, dtype=chosen, device="meta")
 
 
-def _extras(extras: bool) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+def _extras(extras: bool, b: int = B) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
     """Lists of excluded items and a bias, empty and None without `extras`."""
-    exclude = torch.empty(B, 3, dtype=torch.int64, device="meta") if extras else None
-    return exclude_lists(exclude, B, torch.device("meta")), torch.empty(V, device="meta") if extras else None
+    exclude = torch.empty(b, 3, dtype=torch.int64, device="meta") if extras else None
+    return exclude_lists(exclude, b, torch.device("meta")), torch.empty(V, device="meta") if extras else None
 
 
 def rank_slice_case(
-    product: str, d: int, start: int, stop: int, top: int, extras: bool = False, dtype: torch.dtype | None = None
+    product: str,
+    d: int,
+    start: int,
+    stop: int,
+    top: int,
+    extras: bool = False,
+    dtype: torch.dtype | None = None,
+    b: int = B,
 ) -> Case:
     def run() -> None:
         from alterrec_fast.kernels.rank_slice import rank_slice_fwd
 
-        lists, bias = _extras(extras)
+        lists, bias = _extras(extras, b)
         form = (uses_bits(V, stop - start), bits_width(V))
         precision = "bf16" if product == "bf16" else "fp32"
-        rank_slice_fwd(*_inputs(product, d, dtype), start, stop, top, *lists, bias, 1, precision, extras, *form)
+        rank_slice_fwd(*_inputs(product, d, dtype, b), start, stop, top, *lists, bias, 1, precision, extras, *form)
 
     source = "" if dtype is None else f" of {dtype}".replace("torch.", "")
-    return Case(f"rank_slice {start}:{stop} d={d} {product}{source}{' extras' if extras else ''}", run, product)
+    few = "" if b == B else f" B={b}"
+    return Case(f"rank_slice {start}:{stop} d={d} {product}{source}{few}{' extras' if extras else ''}", run, product)
 
 
 def top_k_case(product: str, d: int, k: int, extras: bool = False) -> Case:
@@ -262,22 +303,82 @@ def top_k_case(product: str, d: int, k: int, extras: bool = False) -> Case:
     return Case(f"top_k {k} d={d} {product}{' extras' if extras else ''}", run, product)
 
 
-# Every kernel in every form that a launcher chooses, on bf16; every kernel with a product in every arithmetic. "extras"
-# are a bias, excluded items, and `check`.
+def loss_case(
+    form: str,
+    product: str,
+    d: int,
+    extras: bool = False,
+    dtype: torch.dtype | None = None,
+    needs: str = "query catalog",
+) -> Case:
+    """Forward and backward of a loss over "bits", over "all" items, over each session's "own" negatives, or over
+    "shared" ones; `needs` names the gradients. The first two are slice_cross_entropy's, the others sampled_softmax's,
+    which slice_cross_entropy takes for ids."""
+
+    def run() -> None:
+        from alterrec_fast.kernels import sampled_softmax, slice_cross_entropy
+        from alterrec_fast.kernels.losses import Problem, Slopes
+
+        def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        target, positives = meta(B, dtype=torch.int64), meta(B, 3, dtype=torch.int64) if extras else None
+        bias, log_q = (meta(V), meta(V) if form in ("own", "shared") else None) if extras else (None, None)
+        inputs = (*_inputs(product, d, dtype), target, positives, 0.5, 0.07, bias, log_q, -100, product == "bf16")
+        forward, backward = Problem.of(*inputs, extras), Problem.of(*inputs, False)
+        wanted = ["query" in needs, "catalog" in needs, extras or "bias" in needs]
+        if form in ("own", "shared"):
+            own = form == "own"
+            negatives = meta(*((B, 2048) if own else (2048,)), dtype=torch.int64)
+            kept = meta(B, 2048) if own else None
+            _, partition, logits = sampled_softmax.sampled_softmax_fwd(forward, negatives, kept)
+            x = Slopes.of(backward, meta(B), partition, logits)
+            sampled_softmax.sampled_softmax_bwd(backward, negatives, kept, x, False, wanted)
+        else:
+            bits = meta(B, bits_width(V), dtype=torch.uint8) if form == "bits" else None
+            columns = slice_cross_entropy.Columns.of(forward, 1, bits)
+            _, partition, logits = slice_cross_entropy.slice_cross_entropy_fwd(forward, columns)
+            x = Slopes.of(backward, meta(B), partition, logits)
+            slice_cross_entropy.slice_cross_entropy_bwd(backward, columns, x, wanted)
+
+    op = "sampled_softmax" if form in ("own", "shared") else "slice_cross_entropy"
+    source = "" if dtype is None else f" of {dtype}".replace("torch.", "")
+    tail = f"{' extras' if extras else ''}{'' if 'query' in needs else ', ' + needs}"
+    return Case(f"{op} {form} d={d} {product}{source}{tail}", run, product)
+
+
+# Every kernel in every form that a launcher chooses, on bf16; every kernel with a product in every arithmetic, and at
+# widths on either side of what decides its block and whether rows are masked. "extras" are a bias, excluded items or
+# positives and log_q, and `check`.
 CASES = [
     rank_slice_case("bf16", 300, 20, 20_000, 5),
     rank_slice_case("bf16", 300, 10_000, 20_000, 5),
     rank_slice_case("bf16", 300, 20, 500, 5),
     rank_slice_case("bf16", 300, 10_000, 10_500, 5),
     rank_slice_case("bf16", 300, 20, 20_000, 5, extras=True),
-    rank_slice_case("bf16", 128, 20, 20_000, 5),
+    *(rank_slice_case("bf16", d, 20, 20_000, 5) for d in (16, 64, 128, 320, 1024)),
+    *(rank_slice_case("bf16", d, 20, 500, 5) for d in (64, 100, 128, 320)),
+    rank_slice_case("bf16", 128, 20, 500, 5, b=64),
+    rank_slice_case("bf16", 128, 20, 500, 5, extras=True),
     rank_slice_case("bf16", 300, 20, 20_000, 5, dtype=torch.float32),
-    rank_slice_case("tf32", 300, 20, 20_000, 5),
-    rank_slice_case("ieee", 300, 20, 20_000, 5),
+    *(rank_slice_case(product, d, 20, 20_000, 5) for product in ("tf32", "ieee") for d in (64, 300, 1024)),
     top_k_case("bf16", 300, 20, extras=True),
+    *(top_k_case("bf16", d, 20) for d in (64, 1024)),
     top_k_case("tf32", 300, 20),
     top_k_case("ieee", 300, 20),
     top_k_case("bf16", 300, 5_000, extras=True),
+    *(loss_case("bits", "bf16", d) for d in (16, 64, 128, 300, 320, 1024)),
+    *(loss_case("bits", product, d) for product in ("tf32", "ieee") for d in (16, 64, 300, 1024)),
+    loss_case("bits", "bf16", 300, extras=True),
+    loss_case("bits", "bf16", 300, dtype=torch.float32),
+    *(loss_case("all", product, 300) for product in ("bf16", "tf32", "ieee")),
+    *(loss_case("shared", product, 300) for product in ("bf16", "tf32", "ieee")),
+    loss_case("shared", "bf16", 300, extras=True),
+    loss_case("bits", "bf16", 300, needs="bias"),
+    *(loss_case("own", "bf16", d) for d in (64, 128, 300, 1024)),
+    loss_case("own", "bf16", 300, extras=True),
+    loss_case("own", "ieee", 300),
+    loss_case("own", "bf16", 300, needs="bias"),
 ]
 
 

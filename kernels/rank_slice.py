@@ -7,7 +7,7 @@ asks to), so that a call can be captured in a CUDA graph. docs/gpu.md explains t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -36,37 +36,91 @@ NO_ITEM = 2**31 - 1  # in the place of an id, which sorts it behind all others
 
 
 @triton.jit
-def _store_pairs(Scores, Pairs, place, left, right, pair, keep, PTX: tl.constexpr):
-    """Stores both scores and the number of each pair with `keep` at its place; Scores and Pairs [BLOCK_B, 1] point to
-    the beginning of each row's part of the buffer.
+def _words(yes, bit):
+    """Packs [B, 16, W] booleans, `bit` of the second axis each, into words [B, W]."""
+    return tl.sum(tl.where(yes, bit, 0), 1)
+
+
+@triton.jit
+def _of_warp(words, PTX: tl.constexpr):
+    """The bits that any thread of a warp has in its word."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "redux.sync.or.b32 $0, $1, 0xffffffff;", "=r,r", [words], dtype=tl.int32, is_pure=False, pack=1
+        )
+    else:
+        return words
+
+
+@triton.jit
+def _store_pairs(Scores, Pairs, before, hits, any_hits, bit, left, right, first, pair, PTX: tl.constexpr):
+    """Appends the pairs whose `bit` is set in `hits`, a word of a row's pairs: `before` places after Scores and Pairs,
+    and as many more as the word has lower bits. first + pair is a pair's number.
 
     A scattered tl.store first brings addresses, values and mask into a layout of its own, through shared memory. The
-    PTX stores from where values are, and has no addresses to keep.
+    PTX stores from where values are, and a warp without a hit, the rule in a large catalog, jumps over it: `any_hits`
+    are those of the warp.
     """
     if PTX:
         tl.inline_asm_elementwise(
             """
             {
-                .reg .pred %keep;
+                .reg .pred %hit;
+                .reg .b32 %t;
                 .reg .b64 %at;
-                setp.ne.s32 %keep, $7, 0;
-                mad.wide.s32 %at, $3, 8, $1;
-                @%keep st.global.v2.f32 [%at], {$4, $5};
-                mad.wide.s32 %at, $3, 4, $2;
-                @%keep st.global.b32 [%at], $6;
+                and.b32 %t, $5, $6;
+                setp.eq.s32 %hit, %t, 0;
+                @%hit bra NONE;
+                and.b32 %t, $4, $6;
+                setp.ne.s32 %hit, %t, 0;
+                sub.s32 %t, $6, 1;
+                and.b32 %t, %t, $4;
+                popc.b32 %t, %t;
+                add.s32 %t, %t, $3;
+                mad.wide.s32 %at, %t, 8, $1;
+                @%hit st.global.v2.f32 [%at], {$7, $8};
+                mad.wide.s32 %at, %t, 4, $2;
+                add.s32 %t, $9, $10;
+                @%hit st.global.b32 [%at], %t;
+            NONE:
                 mov.b32 $0, 0;
             }
             """,
-            "=r,l,l,r,f,f,r,r",
-            [Scores.to(tl.int64), Pairs.to(tl.int64), place, left, right, pair, keep.to(tl.int32)],
+            "=r,l,l,r,r,r,r,f,f,r,r",
+            [Scores.to(tl.int64), Pairs.to(tl.int64), before, hits, any_hits, bit, left, right, first, pair],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
         )
     else:
-        tl.store(Pairs + place, tl.broadcast_to(pair, place.shape), mask=keep)
+        place = before + popcount(hits & (bit - 1))
+        keep = (hits & bit) != 0
+        tl.store(Pairs + place, tl.broadcast_to(first + pair, place.shape), mask=keep)
         tl.store(Scores + 2 * place, left, mask=keep)
         tl.store(Scores + 2 * place + 1, right, mask=keep)
+
+
+@triton.jit
+def _store_words(Words, words, keep, PTX: tl.constexpr):
+    """Stores each word from the thread that made it, for the same reason."""
+    if PTX:
+        tl.inline_asm_elementwise(
+            """
+            {
+                .reg .pred %keep;
+                setp.ne.s32 %keep, $3, 0;
+                @%keep st.global.b32 [$1], $2;
+                mov.b32 $0, 0;
+            }
+            """,
+            "=r,l,r,r",
+            [Words.to(tl.int64), words, keep.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(Words, words, mask=keep)
 
 
 @triton.jit(
@@ -119,39 +173,48 @@ def _stream_kernel(
     split, splits = tl.program_id(1), tl.num_programs(1)
     # Nothing compares with NaN, so that rows beyond B have no members and no candidates.
     row_limits = Limits + rows * LIMITS
-    open_low = tl.load(row_limits + OPEN, mask=in_b, other=float("nan"))[:, None]
-    start_high = tl.load(row_limits + START_HIGH, mask=in_b, other=float("nan"))[:, None]
-    start_low = tl.load(row_limits + START_LOW, mask=in_b, other=float("nan"))[:, None]
-    stop_high = tl.load(row_limits + STOP_HIGH, mask=in_b, other=float("nan"))[:, None]
-    stop_low = tl.load(row_limits + STOP_LOW, mask=in_b, other=float("nan"))[:, None]
+    open_low = tl.load(row_limits + OPEN, mask=in_b, other=float("nan"))[:, None, None]
+    start_high = tl.load(row_limits + START_HIGH, mask=in_b, other=float("nan"))[:, None, None]
+    start_low = tl.load(row_limits + START_LOW, mask=in_b, other=float("nan"))[:, None, None]
+    stop_high = tl.load(row_limits + STOP_HIGH, mask=in_b, other=float("nan"))[:, None, None]
+    stop_low = tl.load(row_limits + STOP_LOW, mask=in_b, other=float("nan"))[:, None, None]
 
-    pair = tl.arange(0, BLOCK_V // 2)
-    bit = 1 << (pair % 32)
-    member_bit = 1 << (2 * (pair % 16))
-    words = tl.arange(0, BLOCK_V // 32)
-    buffer = ((rows * splits + split) * capacity)[:, None]
+    WHOLE: tl.constexpr = D <= BLOCK_D  # the queries are read once and stay
+    # A thread of the matrix unit holds columns 2 q and 2 q + 1 of every 2 WORDS of a row. Items are dealt to columns so
+    # that these are the 32 items of word q: no word is put together from several threads.
+    WORDS: tl.constexpr = BLOCK_V // 32
+    tl.static_assert(WORDS <= 4, "the pairs of a row are counted in the bytes of one number")
+    column = tl.arange(0, BLOCK_V)
+    offs_v = column // 2 % WORDS * 32 + column // (2 * WORDS) * 2 + column % 2
+    word = tl.arange(0, WORDS)[None, :]
+    left_bit = (1 << (2 * tl.arange(0, 16)))[None, :, None]
+    buffer = ((rows * splits + split) * capacity)[:, None, None]
     filled = tl.zeros([BLOCK_B], tl.int32)  # pairs buffered
-    certain = tl.zeros([BLOCK_B], tl.int32)  # members by their score alone
-    above = tl.zeros([BLOCK_B], tl.int32)  # items above all that is wanted
+    certain = tl.zeros([BLOCK_B, WORDS], tl.int32)  # members by their score alone
+    above = tl.zeros([BLOCK_B, WORDS], tl.int32)  # items above all that is wanted
+    query = tiles.load_rows(Query, tl.minimum(rows, B - 1), stride_qb, D, UNIT_Q, BLOCK_D) if WHOLE else 0.0
     for tile in range(first_item // BLOCK_V + split, tl.cdiv(V, BLOCK_V), splits):
-        items = (tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
+        items = (tile * BLOCK_V + offs_v).to(tl.int64)
         inside = tl.minimum(items, V - 1)
-        scores = tiles.score_tile(
-            Query,
-            Catalog,
-            tl.minimum(rows, B - 1),
-            inside,
-            stride_qb,
-            stride_cv,
-            D,
-            UNIT_Q,
-            UNIT_C,
-            PRODUCT,
-            UPCAST,
-            BLOCK_B,
-            BLOCK_V,
-            BLOCK_D,
-        )
+        if WHOLE:
+            scores = tiles.score_rows(query, Catalog, inside, stride_cv, D, UNIT_C, PRODUCT, UPCAST, BLOCK_D)
+        else:
+            scores = tiles.score_tile(
+                Query,
+                Catalog,
+                tl.minimum(rows, B - 1),
+                inside,
+                stride_qb,
+                stride_cv,
+                D,
+                UNIT_Q,
+                UNIT_C,
+                PRODUCT,
+                UPCAST,
+                BLOCK_B,
+                BLOCK_V,
+                BLOCK_D,
+            )
         if HAS_BIAS:
             scores += tl.load(Bias + inside * stride_bias).to(tl.float32)[None, :]
         ranked = (items >= first_item) & (items < V)
@@ -160,41 +223,52 @@ def _stream_kernel(
             tiles.report(Bad, scores, wrong, rows)
         if (tile * BLOCK_V < first_item) | ((tile + 1) * BLOCK_V > V):
             scores = tl.where(ranked[None, :], scores, float("nan"))
-        left, right = tl.split(tl.reshape(scores, [BLOCK_B, BLOCK_V // 2, 2]))
-
-        if BITS:
-            left_in, right_in = left >= stop_high, right >= stop_high
-            if HAS_START:
-                left_in, right_in = left_in & (left < start_high), right_in & (right < start_high)
-            halves = tl.where(left_in, member_bit, 0) + tl.where(right_in, 2 * member_bit, 0)
-            members = tl.sum(tl.reshape(halves, [BLOCK_B, BLOCK_V // 32, 16]), 2)
-            word = tile * (BLOCK_V // 32) + words[None, :]
-            tl.store(Words + rows[:, None] * stride_words + word, members, mask=in_b[:, None] & (word < stride_words))
-            certain += tl.sum(popcount(members), 1)
-        if HAS_START:
-            over = (left >= start_high).to(tl.int32) + (right >= start_high).to(tl.int32)
-            above += tl.sum(over, 1)
-
-        hit = tl.zeros([BLOCK_B, BLOCK_V // 2], tl.int1)
-        if HAS_OPEN:
-            hit = tl.maximum(left, right, propagate_nan=tl.PropagateNan.NONE) >= open_low
+        left, right = tl.split(tl.reshape(scores, [BLOCK_B, 16, WORDS, 2]))
+        # A bit for each item, first of all: a limit then costs five instructions for two scores, and what follows from
+        # several limits is worked out for 32 items at once. A pair's bit is that of its left item.
+        hits = tl.zeros([BLOCK_B, WORDS], tl.int32)
         if HAS_STOP:
-            hit |= ((left >= stop_low) & (left < stop_high)) | ((right >= stop_low) & (right < stop_high))
-        if HAS_START and BITS:
-            hit |= ((left >= start_low) & (left < start_high)) | ((right >= start_low) & (right < start_high))
-        hits = tl.sum(tl.reshape(tl.where(hit, bit, 0), [BLOCK_B, BLOCK_V // 64, 32]), 2)  # [BLOCK_B, words of pairs]
+            over_stop = _words(left >= stop_high, left_bit) | _words(right >= stop_high, 2 * left_bit)
+            hits = (_words(left >= stop_low, left_bit) | _words(right >= stop_low, 2 * left_bit)) & ~over_stop
+        if HAS_START:
+            over_start = _words(left >= start_high, left_bit) | _words(right >= start_high, 2 * left_bit)
+            above += popcount(over_start)
+            if BITS:
+                near_start = _words(left >= start_low, left_bit) | _words(right >= start_low, 2 * left_bit)
+                hits |= near_start & ~over_start
+        hits |= hits >> 1
+        if HAS_OPEN:
+            hits |= _words(tl.maximum(left, right, propagate_nan=tl.PropagateNan.NONE) >= open_low, left_bit)
+        hits &= 0x55555555
+        if BITS:
+            members = over_stop & ~over_start if HAS_START else over_stop
+            at = Words + rows[:, None] * stride_words + tile * WORDS + word
+            _store_words(at, members, in_b[:, None] & (tile * WORDS + word < stride_words), PTX)
+            certain += popcount(members)
+
         count = popcount(hits)
-        before = filled[:, None] + tl.cumsum(count, 1) - count
-        lower = popcount(hits[:, :, None] & (tl.reshape(bit, [1, BLOCK_V // 64, 32]) - 1))
-        place = tl.reshape(before[:, :, None] + lower, [BLOCK_B, BLOCK_V // 2])
-        keep = hit & (place < capacity)
-        number = tile * (BLOCK_V // 2) + pair[None, :]
-        _store_pairs(Scores + 2 * buffer, Pairs + buffer, place, left, right, number, keep, PTX)
-        filled += tl.sum(count, 1)
+        # A byte for the pairs of each word; the product adds up those of the words before.
+        counts = tl.sum(count << (8 * word), 1)
+        before = filled[:, None] + ((counts[:, None] * 0x01010100) >> (8 * word) & 0xFF)
+        hits = tl.where(before + count <= capacity, hits, 0)  # a row that runs out of room is redone as a whole
+        _store_pairs(
+            Scores + 2 * buffer,
+            Pairs + buffer,
+            before[:, None, :],
+            hits[:, None, :],
+            _of_warp(hits, PTX)[:, None, :],
+            left_bit,
+            left,
+            right,
+            ((tile * WORDS + word) * 16)[:, None, :],
+            tl.arange(0, 16)[None, :, None],
+            PTX,
+        )
+        filled += (counts * 0x01010101) >> 24
     own = rows * splits + split
     tl.store(Counts + own, filled, mask=in_b)
-    tl.store(Certain + own, certain, mask=in_b)
-    tl.store(Above + own, above, mask=in_b)
+    tl.store(Certain + own, tl.sum(certain, 1), mask=in_b)
+    tl.store(Above + own, tl.sum(above, 1), mask=in_b)
 
 
 @triton.jit(do_not_specialize=["splits", "capacity", "V", "start", "stop", "top"])
@@ -451,7 +525,7 @@ def plan(
     has_start = wanted > 0 and not open_start
     has_stop = wanted > 0 and (bits or has_start)
     open_ranks = max(top + left_out, 0 if has_start or not wanted else start + 1 if bits else stop)
-    room = 32 << 20  # bytes for the sample
+    room = 56 << 20  # bytes for the sample, which the buffer for candidates takes over
     sampled = min(ranked, max(2048, min(ranked // 64, (room + 12 * wanted * rows) // (4 * rows))))
 
     def reach(rank: int) -> float:
@@ -481,6 +555,29 @@ def plan(
     return Plan(sampled, splits, capacity, bits, open_ranks > 0, has_start, has_stop)
 
 
+def stream_blocks(
+    p: Plan, rows: int, precision: str, query: Tensor, catalog: Tensor, blocks: tiles.Blocks
+) -> tiles.Blocks:
+    """The stream kernel's shape on this target.
+
+    From Hopper on the matrix unit takes operands from shared memory. That leaves 4 warps enough registers, and two
+    programs share a processor: one compares scores while the matrix unit serves the other. Narrow queries then stay in
+    shared memory; where only the open zone is looked for, registers suffice for twice the sessions, which halves what
+    the catalog takes of the L2 cache's bandwidth.
+    """
+    backend, generation = tiles.target()
+    width, narrow = query.shape[1], tiles.narrow(precision, query, catalog)
+    same = query.dtype == catalog.dtype and (narrow or precision != "bf16")
+    if backend != "cuda" or generation < 90 or blocks.v < 128 or p.has_start or not same:
+        return blocks
+    if not narrow or width > 128:
+        return replace(blocks, warps=4)
+    whole = max(16, triton.next_power_of_2(width))
+    if p.has_stop or rows <= 64:
+        return replace(blocks, warps=4, d=whole)
+    return replace(blocks, b=128, d=whole, stages=2)
+
+
 def ranks(
     query: Tensor,
     catalog: Tensor,
@@ -493,25 +590,29 @@ def ranks(
     precision: str,
     bad: Tensor | None,
     words: Tensor | None,
+    ids: Tensor | None,
     skip_excluded: bool = False,
     spread: float = SPREAD,
     slack: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Bracket, stream, settle and redo for up to ROWS sessions.
 
-    words: (B, W) int32 zeros to set the members' bits in, or None for a list of ids. skip_excluded: excluded items are
+    words: (B, W) int32 zeros to set the members' bits in, or None for a list of ids. ids: (B, stop - start) int32 that
+    the list is written to, ascending and filled up with -1. skip_excluded: excluded items are
     no items at all (top_k) rather than members that leave the slice. spread and slack decide how often a row must be
     redone, never what is returned.
 
-    Returns ids (B, stop - start) int32 ascending and filled up with -1 (without words), the keys (B, top) int64 of the
-    first ranks in order, and the keys (B, 4) int64 of the items at rank start, stop - 1 and top - 1.
+    Returns the keys (B, top) int64 of the first ranks in order, and the keys (B, 4) int64 of the items at rank start,
+    stop - 1 and top - 1.
     """
     (b, _), v, device = query.shape, catalog.shape[0], query.device
     values, offsets = exclude
     ranked = v - first_item
     left_out = triton.cdiv(2 * values.numel(), max(b, 1)) if skip_excluded else 0
     blocks, product = tiles.scoring_blocks(precision, query, catalog), tiles.arithmetic(precision, query, catalog)
-    p = plan(b, ranked, start, stop, top, words is not None, left_out, tiles.processors(device), slack, blocks)
+    call = (b, ranked, start, stop, top, words is not None, left_out, tiles.processors(device), slack)
+    stream = stream_blocks(plan(*call, blocks), b, precision, query, catalog, blocks)
+    p = plan(*call, stream)
     matrices = (tiles.strides(query), tiles.strides(catalog), 0 if bias is None else bias.stride(0))
     has_bias = {"HAS_BIAS": bias is not None}
     row_blocks = triton.cdiv(b, blocks.b)
@@ -569,15 +670,11 @@ def ranks(
     )
     stride_words = 0 if words is None else words.stride(0)
     backend, generation = tiles.target()
-    # From Hopper on the matrix unit takes operands from shared memory. That leaves 4 warps enough registers, and two
-    # programs share a processor: one compares scores while the matrix unit serves the other.
-    lean = (
-        backend == "cuda" and generation >= 90 and blocks.v == 128 and not p.has_start and query.dtype == catalog.dtype
-    )
-    warps = {"num_warps": 4} if lean and not (precision == "bf16" and query.dtype == torch.float32) else {}
+    # To have two programs on a processor, NVIDIA's assembler would spill a few of the loop's registers.
+    roomy = {"maxnreg": 168} if backend == "cuda" and generation >= 100 and p.has_start else {}
     launch(
         _stream_kernel,
-        (row_blocks, p.splits),
+        (triton.cdiv(b, stream.b), p.splits),
         query,
         catalog,
         bias,
@@ -603,7 +700,8 @@ def ranks(
         CHECK=bad is not None,
         PTX=backend == "cuda",
         **product,
-        **(blocks.options() | warps),
+        **stream.options(),
+        **roomy,
     )
     sizes = (p.splits, p.capacity, v)
     skip = skip_excluded and values.numel() > 0
@@ -630,7 +728,7 @@ def ranks(
         HAS_START=p.has_start,
         HAS_STOP=p.has_stop,
         SKIP_EXCLUDED=skip,
-        BLOCK=1024 if skip else 2048,
+        BLOCK=1024 if skip or p.splits > 128 else 2048,  # of registers, beside what each split needs
         EXCLUDED=4,
         PARTS=triton.next_power_of_2(p.splits),
         num_warps=8,
@@ -649,9 +747,10 @@ def ranks(
         product | has_bias | {"BITS": p.bits, "SKIP_EXCLUDED": skip},
         precision,
     )
-    ids = None if words is not None else torch.full((b, stop - start), NO_ITEM, **int32)
-    best = torch.full((b, top), LAST.value, dtype=torch.int64, device=device)
     has_ids = ids is not None and stop > start
+    if has_ids:
+        ids.fill_(NO_ITEM)
+    best = torch.full((b, top), LAST.value, dtype=torch.int64, device=device)
     launch(
         _place_kernel,
         (b,),
@@ -678,9 +777,8 @@ def ranks(
     if words is not None and values.numel():
         launch(_clear_excluded_kernel, (b,), words, values, offsets, v, stride_words, EXCLUDED=128, num_warps=4)
     if has_ids:
-        ids = ids.sort(dim=1).values
-        ids = torch.where(ids == NO_ITEM, -1, ids)
-    return ids, best.sort(dim=1, descending=True).values, bounds
+        ids.copy_(ids.sort(dim=1).values).masked_fill_(ids == NO_ITEM, -1)
+    return best.sort(dim=1, descending=True).values, bounds
 
 
 def rank_slice_fwd(
@@ -718,7 +816,7 @@ def rank_slice_fwd(
         some = slice(begin, min(begin + ROWS, b))
         words = members[some].view(torch.int32) if as_bits else None
         offsets = exclude_offsets[some.start : some.stop + 1]
-        ids, keys, bounds = ranks(
+        keys, bounds = ranks(
             query[some],
             catalog,
             start,
@@ -730,10 +828,9 @@ def rank_slice_fwd(
             precision,
             bad,
             words,
+            None if as_bits else members[some],
             **luck,
         )
-        if not as_bits:
-            members[some] = ids
         best[some] = scores_and_items(keys, v)[1]
         thresholds[some] = scores_and_items(bounds[:, :2], v)[0]
     if start == stop:

@@ -424,18 +424,34 @@ class Sorted:
         return cls(items, order // p.wanted.shape[1], x.pulls.flatten()[order])
 
 
+def _score_options(p: Problem, blocks: tiles.Blocks, product: str) -> dict[str, int]:
+    """The options of a launch. To have two programs on a processor, NVIDIA's assembler spills a few of the loop's
+    registers where it is short or does without the matrix unit; it is told not to."""
+    tight = product == "ieee" or triton.cdiv(p.query.shape[1], blocks.d) == 2
+    return blocks.options() | ({"maxnreg": 168} if tight and tiles.target()[0] == "cuda" else {})
+
+
 def _score_blocks(p: Problem, product: str) -> tiles.Blocks:
     """Smaller where plain multiply-adds take the registers that a matrix unit leaves free."""
     blocks = tiles.scoring_blocks(p.precision, p.query, p.catalog)
     return replace(blocks, b=32, v=64) if product == "ieee" else blocks
 
 
-def _gradient_blocks(product: str, width: int) -> dict[str, int]:
-    """Scores beside columns of a gradient, each recomputing the scores: what the registers of 8 warps hold."""
+def _gradient_blocks(p: Problem, product: str, columns: Columns) -> dict[str, int]:
+    """Scores beside columns of a gradient, each recomputing the scores: what the registers of 8 warps hold. Lists of
+    ids take some of them."""
+    width = p.query.shape[1]
     rows, most, step = {"bf16": (64, 128, 64), "tf32": (64, 64, 32), "ieee": (32, 64, 64)}[product]
-    columns, stages = min(most, max(16, triton.next_power_of_2(width))), 2 if product == "ieee" else 3
-    return {
-        "BLOCK_B": rows, "BLOCK_V": rows, "BLOCK_D": step, "BLOCK_C": columns, "num_warps": 8, "num_stages": stages
+    if product == "bf16" and columns.ids is not None:
+        most, step = 64, 32
+    if product != "ieee":
+        step = tiles.step(width, step if product == "tf32" or tiles.narrow(p.precision, p.query, p.catalog) else 32)
+    block, stages = min(most, max(16, triton.next_power_of_2(width))), 2 if product == "ieee" else 3
+    backend, generation = tiles.target()
+    # As in _score_options.
+    roomy = {"maxnreg": 255} if backend == "cuda" and generation >= 100 else {}
+    return roomy | {
+        "BLOCK_B": rows, "BLOCK_V": rows, "BLOCK_D": step, "BLOCK_C": block, "num_warps": 8, "num_stages": stages
     }  # fmt: skip
 
 
@@ -458,7 +474,7 @@ def slice_cross_entropy_fwd(p: Problem, columns: Columns) -> tuple[Tensor, Tenso
         **columns.arguments(),
         Tops=tops,
         Sums=sums,
-        **blocks.options(),
+        **_score_options(p, blocks, arguments["PRODUCT"]),
     )
     return losses_fwd(p, tops, sums)
 
@@ -466,7 +482,7 @@ def slice_cross_entropy_fwd(p: Problem, columns: Columns) -> tuple[Tensor, Tenso
 def query_grad(p: Problem, columns: Columns, x: Slopes) -> Tensor:
     """-> (B, d) in the query's dtype."""
     (b, d), arguments = p.query.shape, p.arguments()
-    blocks = _gradient_blocks(arguments["PRODUCT"], d)
+    blocks = _gradient_blocks(p, arguments["PRODUCT"], columns)
     sessions, widths = triton.cdiv(b, blocks["BLOCK_B"]), triton.cdiv(d, blocks["BLOCK_C"])
     splits = _splits(p, sessions * widths, triton.cdiv(columns.count, blocks["BLOCK_V"]))
     parts = p.floats(splits, b, d)
@@ -491,7 +507,7 @@ def column_grads(
     pulls: those of the wanted items, where column i is item i.
     """
     d, arguments = p.query.shape[1], p.arguments()
-    blocks = _gradient_blocks(arguments["PRODUCT"], d)
+    blocks = _gradient_blocks(p, arguments["PRODUCT"], columns)
     count = triton.cdiv(columns.count, blocks["BLOCK_V"])
     begins = None
     if pulls is not None:

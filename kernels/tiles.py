@@ -53,11 +53,21 @@ def scoring_blocks(precision: str, query: Tensor, catalog: Tensor) -> Blocks:
 
     Without the matrix unit operands take more registers: half of the scores and half of the bytes.
     """
-    product = product_of(precision)
+    product, width = product_of(precision), query.shape[1]
     if product == "ieee":
         return Blocks(b=64, v=64, d=16, warps=8, stages=2)
-    narrow = product == "bf16" and query.dtype == catalog.dtype == torch.bfloat16
-    return Blocks(b=64, v=128, d=64 if narrow else 32, warps=8, stages=3)
+    return Blocks(b=64, v=128, d=step(width, 64 if narrow(precision, query, catalog) else 32), warps=8, stages=3)
+
+
+def narrow(precision: str, query: Tensor, catalog: Tensor) -> bool:
+    """Whether rows are read as bfloat16."""
+    return product_of(precision) == "bf16" and query.dtype == catalog.dtype == torch.bfloat16
+
+
+def step(width: int, most: int) -> int:
+    """How much of the width is summed at a time: at least two steps, so that one is copied while another is multiplied,
+    if the matrix unit, which takes 16 at a time, can have them."""
+    return min(most, max(16, triton.next_power_of_2(width) // 2))
 
 
 def arithmetic(precision: str, query: Tensor, catalog: Tensor) -> dict[str, Any]:
@@ -154,6 +164,18 @@ def round_bf16(x):
 
 
 @triton.jit
+def row_offsets(rows, stride, UNIT: tl.constexpr):
+    """Where rows >= 0 begin, in elements, int64; stride as `strides` gives it.
+
+    Rows fit 32 bits and so do strides but for the oddest: their product is one instruction, one of 64 bits is six.
+    """
+    if stride.dtype == tl.int64:
+        return rows.to(tl.int64) * stride * UNIT
+    else:
+        return rows.to(tl.uint32).to(tl.int64) * stride.to(tl.uint32).to(tl.int64) * UNIT
+
+
+@triton.jit
 def score_tile(
     Query,
     Catalog,
@@ -191,3 +213,33 @@ def score_tile(
         q, c = operand(q, PRODUCT, UPCAST), operand(c, PRODUCT, UPCAST)
         scores = tl.dot(q, c, scores, input_precision=precision)
     return scores
+
+
+@triton.jit
+def load_rows(X, rows, stride, D: tl.constexpr, UNIT: tl.constexpr, BLOCK_D: tl.constexpr):
+    """X[rows] -> [rows, BLOCK_D], zero beyond D; rows int64 within X, stride as `strides` gives it."""
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    at = X + row_offsets(rows, stride, UNIT)[:, None] + offs_d
+    if D == BLOCK_D:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=offs_d < D, other=0.0)
+
+
+@triton.jit
+def score_rows(
+    query,
+    Catalog,
+    items,
+    stride_cv,
+    D: tl.constexpr,
+    UNIT_C: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """query [BLOCK_B, BLOCK_D] @ Catalog[items].T, as `score_tile` does it, for a width that is one step."""
+    rows = load_rows(Catalog, items, stride_cv, D, UNIT_C, BLOCK_D)
+    precision: tl.constexpr = "tf32" if PRODUCT == "tf32" else "ieee"
+    left, right = operand(query, PRODUCT, UPCAST), operand(rows, PRODUCT, UPCAST)
+    return tl.dot(left, tl.trans(right), input_precision=precision)

@@ -187,8 +187,21 @@ def top_k_fwd(
             keys[some] = _best_of_blocks(query[some], catalog, k, lists, bias, first_item, precision, bad, size)
         else:
             keys[some] = ranks(
-                query[some], catalog, 0, 0, k, lists, bias, first_item, precision, bad, None, skip_excluded=True, **luck
-            )[1]
+                query[some],
+                catalog,
+                0,
+                0,
+                k,
+                lists,
+                bias,
+                first_item,
+                precision,
+                bad,
+                None,
+                None,
+                skip_excluded=True,
+                **luck,
+            )[0]
     return *scores_and_items(keys, v), bad
 
 

@@ -30,15 +30,15 @@ def problem(b: int, v: int, d: int, first: int, form: str) -> tuple[Tensor, Tens
     mask[:, :first] = False
     mask[:, : v - 70] = False
     mask[2:3] = False
-    neg = slice_of(mask, form)
+    neg = slice_of(mask, form, first)
     return query, catalog, {"target": target, "neg": neg, "positives": positives, "first_item": first}
 
 
-def slice_of(mask: Tensor, form: str) -> RankSlice | None:
+def slice_of(mask: Tensor, form: str, first: int = 0) -> RankSlice | None:
     """mask (B, V) as the form asked for, whichever is smaller; None for all items."""
     if form == "all":
         return None
-    found = RankSlice.from_mask(mask)
+    found = RankSlice.from_mask(mask, first)
     if form == "bits":
         return replace(found, bits=pack_bits(mask), ids=None)
     return replace(found, bits=None, ids=found.indices().int())

@@ -1,0 +1,504 @@
+"""What the GPU kernels should take on an H100, on paper: `python -m alterrec_fast.benchmarks.gpu_model`.
+
+A prediction: no GPU has run them. Three things are put together. Formulas count each kernel's operations and bytes. The
+roof is the larger of their times at what was measured on an H100 (`cost_model.H100`). And the machine code for sm_90
+says how many instructions a tile takes, which decides how near to the roof its loop can come.
+
+Issue slots. A processor has four schedulers, each of which issues one instruction of one warp in a cycle. A tile of BB
+sessions x BV items with a width of d takes 2 BB BV d / 4,096 cycles of the matrix unit, which is 989.4 TFLOP/s of dense
+bfloat16 (H100 SXM data sheet) over 132 processors at 1.83 GHz; in that time there are four times as many issue slots. A
+loop whose instructions take fewer slots can keep the matrix unit busy, while two blocks share a processor and one
+compares as the other multiplies; one that takes more is bound by issue.
+
+Assumed, not measured: a scheduler issues in every cycle (no stall that the other block does not cover); the clock under
+load is the one at which 132 x 4,096 operations a cycle make the measured 798 TFLOP/s; the blocks of sessions that read
+the same tile of the catalog read it from the L2 cache all but once. The L2 cache's own bandwidth was not measured:
+its traffic is printed, and what it would have to deliver.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from alterrec_fast.benchmarks.cost_model import H100, Chip
+
+PROCESSORS = 132  # of an H100 SXM
+SCHEDULERS = 4  # of a processor, an instruction of a warp each in a cycle
+LANES = 32
+TENSOR = 4096  # operations of a processor's matrix unit in a cycle, dense bfloat16
+CLOCK = H100.products / (PROCESSORS * TENSOR)  # cycles a second
+MARKS = ("<!-- gpu_model: begin -->", "<!-- gpu_model: end -->")
+
+
+# --- operations and bytes ---
+
+
+@dataclass(frozen=True)
+class Call:
+    """B sessions against V items of width d. size: the slice's ranks, k2 - k1; wanted: target and positives."""
+
+    sessions: int
+    items: int
+    width: int
+    size: int = 19_980
+    wanted: int = 1
+    element: int = 2  # bytes of an embedding's element
+
+    @property
+    def product(self) -> float:
+        """Operations of all scores."""
+        return 2.0 * self.sessions * self.items * self.width
+
+    @property
+    def matrices(self) -> float:
+        """Bytes of queries and catalog, each read once."""
+        return float(self.element * self.width * (self.sessions + self.items))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a kernel does, as a lower bound: products once, and each byte of device memory once for each pass."""
+
+    kernel: str
+    operations: float  # of the matrix unit, or multiply-adds where there is no product
+    bytes: float  # to and from device memory
+
+    def roof(self, chip: Chip = H100) -> float:
+        """Seconds: the larger of both times."""
+        return float(max(self.operations / chip.products, self.bytes / chip.memory))
+
+
+def rank_slice_work(call: Call, sampled: int, pairs: int, bits: bool) -> list[Work]:
+    """sampled: items scored for the bracket; pairs: what a row's buffer holds, 12 bytes each; bits: form of the result.
+
+    Limits are found in 24 passes over a sample that lies in the L2 cache, of which device memory sees one; the same
+    holds for the bisection over candidates. A result of ids is sorted by torch, which reads and writes it about twice.
+    """
+    b, d = call.sessions, call.width
+    buffer = 12.0 * b * pairs
+    words = b * call.items / 8.0 if bits else 0.0
+    ids = 0.0 if bits else 4.0 * b * call.size
+    return [
+        Work("_sample_kernel", 2.0 * b * sampled * d, call.element * d * (b + sampled) + 4.0 * b * sampled),
+        Work("_limits_kernel", 0.0, 4.0 * b * sampled),
+        Work("_stream_kernel", call.product, call.matrices + words + buffer),
+        Work("_select_kernel", 0.0, 1.5 * buffer),  # reads all of it, writes the scores
+        Work("_place_kernel", 0.0, buffer + ids),
+        Work("sort of the ids", 0.0, 4.0 * ids),
+    ]
+
+
+def top_k_work(call: Call, k: int, block: int) -> list[Work]:
+    """block: neighbours of which the best is kept; the k best blocks are scored again, for one session at a time."""
+    b, d = call.sessions, call.width
+    blocks = math.ceil(call.items / block)
+    chosen = min(k, blocks) * block
+    return [
+        Work("_block_best_kernel", call.product, call.matrices + 8.0 * b * blocks),
+        Work("topk of the blocks", 0.0, 2 * 8.0 * b * blocks),
+        Work("_score_blocks_kernel", 2.0 * b * chosen * d, b * chosen * (call.element * d + 8.0)),
+        Work("topk of the keys", 0.0, 2 * 8.0 * b * chosen),
+    ]
+
+
+def slice_loss_work(call: Call, splits: int, columns: int) -> list[Work]:
+    """Over bits. splits: programs that share the catalog; columns: of a gradient that one program holds, each of which
+    recomputes the scores: backward is 1 + ceil(d / columns) products for each gradient."""
+    b, v, d = call.sessions, call.items, call.width
+    bits = b * v / 8.0
+    again = math.ceil(d / columns)
+    backward = call.product * (again + 1)
+    return [
+        Work("_partition_kernel", call.product, call.matrices + bits + 8.0 * splits * b),
+        Work("_loss_kernel", 2.0 * b * call.wanted * d, 8.0 * splits * b + call.element * d * b * (1 + call.wanted)),
+        Work("_query_grad_kernel", backward, call.matrices + bits + 4.0 * splits * b * d),
+        Work("_query_sum_kernel", 0.0, 4.0 * splits * b * d + call.element * b * d * (1 + call.wanted)),
+        Work("_catalog_grad_kernel", backward, call.matrices + bits + float(call.element) * v * d),
+    ]
+
+
+def sampled_softmax_work(call: Call, negatives: int) -> list[Work]:
+    """Each session's own negatives, whose rows are read wherever they lie, forward and backward. The catalog's gradient
+    is written whole, and reads a session's query, which the L2 cache holds, for each of its negatives."""
+    b, n, d = call.sessions, negatives, call.width
+    rows = float(b * n) * (call.element * d + 8.0 + 4.0)  # a row, its id, and its logit
+    entries = float(b * (n + call.wanted)) * (8.0 + 8.0 + 4.0)  # item, order, and logit or pull
+    return [
+        Work("_gather_kernel", 2.0 * b * n * d, rows + call.element * b * d),
+        Work("_gather_query_grad_kernel", 2.0 * b * n * d, rows + 4.0 * b * d),
+        Work("_segment_kernel", 2.0 * b * n * d, entries + call.element * d * (b + float(call.items))),
+    ]
+
+
+# --- machine code ---
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    text: str  # without a predicate
+    target: str  # the label that it jumps to, or ""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Instructions of one warp for one tile, on the way around the loop over tiles."""
+
+    product: int  # up to the end of the last product: copies, their addresses, barriers, matrix-unit instructions
+    rest: int  # behind it, in every trip
+    guarded: list[int] = field(default_factory=list)  # stores of candidates that a warp without any jumps over
+    matrix: int = 0  # matrix-unit instructions among `product`
+
+    def issued(self, chance: float = 1.0) -> float:
+        """What is not product, if each guarded part runs with this chance."""
+        return self.rest + chance * sum(self.guarded)
+
+
+_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;")
+_LABEL = re.compile(r"^(\.L\w+):")
+_TARGET = re.compile(r"`\((\.L\w+)\)")
+
+
+def parse(code: str) -> tuple[list[Instruction], dict[str, int]]:
+    """nvdisasm's text -> instructions in order, and where each label stands among them."""
+    found: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for line in code.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(found)
+        elif match := _LINE.match(line):
+            target = _TARGET.search(match[2]) if match[2].startswith("BRA") else None
+            found.append(Instruction(int(match[1], 16), match[2], target[1] if target else ""))
+    return found, labels
+
+
+def tile_of(code: str, matrix_instructions: int, matrix: str = "HGMMA") -> Tile:
+    """Counts a trip around the outermost loop that multiplies.
+
+    matrix_instructions: of a warp and a tile, by its shape. A loop within, over parts of the width, counts as many
+    times as makes up that number. Forward jumps within the loop guard what they jump over: parts that store to device
+    memory are `guarded`, others, the edges of the catalog, run in two tiles of thousands and are not counted. Nothing
+    behind the last wait for the matrix unit is product, but copies for the next tile behind the last guarded part, and
+    what comes with them. Addresses that the compiler computes elsewhere count against us.
+    """
+    listing, labels = parse(code)
+
+    def multiplies(begin: int, end: int) -> int:
+        return sum(one.text.startswith(matrix) for one in listing[begin:end])
+
+    back = [(labels[one.target], i + 1) for i, one in enumerate(listing) if one.target and labels[one.target] <= i]
+    loops = [(begin, end) for begin, end in back if multiplies(begin, end)]
+    if not loops:
+        raise ValueError(f"expected a loop with {matrix}, found none")
+    first, last = max(loops, key=lambda loop: loop[1] - loop[0])
+    times = [1.0] * len(listing)
+    inner = [loop for loop in loops if loop != (first, last) and first <= loop[0] and loop[1] <= last]
+    if inner:
+        begin, end = min(inner, key=lambda loop: loop[1] - loop[0])
+        outside = multiplies(first, last) - multiplies(begin, end)
+        trips = (matrix_instructions - outside) / multiplies(begin, end)
+        times[begin:end] = [trips] * (end - begin)
+    guarded, stored = [], last
+    for i in range(first, last):
+        target = labels.get(listing[i].target, -1)
+        if i < target < last and times[i] == 1.0:
+            part = listing[i + 1 : target]
+            if any(one.text.startswith("STG") for one in part):
+                guarded.append(len(part))
+                stored = target
+            times[i + 1 : target] = [0.0] * len(part)
+    counted = sum(times[i] for i in range(first, last) if listing[i].text.startswith(matrix))
+    if counted != matrix_instructions:
+        raise ValueError(f"expected {matrix_instructions} {matrix} for a tile, found {counted:g}")
+    ends = [i for i in range(first, last) if listing[i].text.startswith((matrix, "WARPGROUP.DEPBAR"))]
+    behind = max(ends) + 1
+    if not any(one.text.startswith(("LDGSTS", "UTMALDG")) for one in listing[stored:last]):
+        stored = last
+    product = sum(times[first:behind]) + sum(times[stored:last])
+    return Tile(round(product), round(sum(times[behind:stored])), guarded, round(counted))
+
+
+# --- both together ---
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The loop over tiles of a compiled kernel."""
+
+    name: str
+    block_b: int
+    block_v: int
+    width: int  # padded to whole steps
+    warps: int
+    tile: Tile
+    chance: float  # that a warp has a candidate in a guarded part
+    resident: bool = False  # queries stay in shared memory
+
+    @property
+    def cycles(self) -> float:
+        """Of the matrix unit for a tile."""
+        return 2.0 * self.block_b * self.block_v * self.width / TENSOR
+
+    @property
+    def slots(self) -> float:
+        """Issue slots while the matrix unit is busy with a tile."""
+        return SCHEDULERS * self.cycles
+
+    @property
+    def product_share(self) -> float:
+        return self.warps * self.tile.product / self.slots
+
+    @property
+    def rest_share(self) -> float:
+        return self.warps * self.tile.issued(self.chance) / self.slots
+
+    @property
+    def times(self) -> float:
+        """Time of the loop over that of its product alone."""
+        return max(1.0, self.product_share + self.rest_share)
+
+    def cache_bytes(self, element: int = 2) -> float:
+        """From the L2 cache for a tile: its rows of the catalog, and of queries if they do not stay."""
+        return float(element * (self.block_v + (0 if self.resident else self.block_b)) * self.width)
+
+
+def chance_of(share: float) -> float:
+    """That one of a warp's threads has a candidate, where this share of pairs are."""
+    return 1.0 - (1.0 - min(1.0, share)) ** LANES
+
+
+def stream_loop(width: int, start: int, stop: int, share: float, top: int = 5) -> Loop:
+    """The stream kernel's, compiled for sm_90 in the form that [start, stop) of the paper's catalog has; share: of all
+    pairs that are candidates."""
+    from alterrec_fast.benchmarks import gpu_proof
+
+    gpu = next(gpu for gpu in gpu_proof.GPUS if gpu.name == "sm_90")
+    case = gpu_proof.rank_slice_case("bf16", width, start, stop, top)
+    (launch,) = [one for one in gpu_proof.launches(case, gpu) if one.name == "_stream_kernel"]
+    return loop_of(launch, chance_of(share))
+
+
+def loop_of(launch: Any, chance: float = 0.0) -> Loop:
+    from alterrec_fast.benchmarks import gpu_proof
+
+    blocks, warps = launch.options, launch.compiled.metadata.num_warps
+    width = launch.steps * blocks["BLOCK_D"]
+    # HGMMA multiplies 64 rows by up to 256 columns, 16 of the width at a time, for 4 warps.
+    columns = re.search(r"HGMMA\.64x(\d+)x16", code := gpu_proof.disassembled(launch.compiled)[1])
+    if columns is None:
+        raise ValueError(f"expected HGMMA.64xNx16 in {launch.name}")
+    scores = blocks["BLOCK_B"] * blocks["BLOCK_V"]
+    expected = scores * width * 4 // (warps * 64 * int(columns[1]) * 16)
+    shape = blocks["BLOCK_B"], blocks["BLOCK_V"], width, warps
+    resident = launch.name == "_stream_kernel" and launch.steps == 1
+    return Loop(launch.name, *shape, tile_of(code, expected), chance, resident)
+
+
+def plan_of(call: Call, start: int, top: int = 5) -> Any:
+    """How the launcher cuts this call for sm_90."""
+    import torch
+    from alterrec_fast.benchmarks import gpu_proof
+    from alterrec_fast.kernels import rank_slice, tiles
+
+    from alterrec_fast.ops.slices import uses_bits
+
+    query = torch.empty(call.sessions, call.width, dtype=torch.bfloat16, device="meta")
+    rows, bits = min(call.sessions, rank_slice.ROWS), uses_bits(call.items, call.size)
+    blocks = tiles.scoring_blocks("bf16", query, query)
+    shape = (rows, call.items, start, start + call.size, top, bits, 0, PROCESSORS, 1.0)
+    with gpu_proof.compiling_for(next(gpu for gpu in gpu_proof.GPUS if gpu.name == "sm_90")):
+        stream = rank_slice.stream_blocks(rank_slice.plan(*shape, blocks), rows, "bf16", query, query, blocks)
+    return rank_slice.plan(*shape, stream)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A call of rank_slice."""
+
+    call: Call
+    works: list[Work]
+    loop: Loop
+    extra: int  # bytes beside the result
+
+    @property
+    def bar(self) -> float:
+        """Seconds: the larger of product time and memory time."""
+        return next(work for work in self.works if work.kernel == "_stream_kernel").roof()
+
+    @property
+    def seconds(self) -> float:
+        """The stream at the pace of its loop, everything else at its roof."""
+        rest = sum(work.roof() for work in self.works if work.kernel != "_stream_kernel")
+        stream = self.call.product * self.loop.width / self.call.width * self.loop.times / H100.products
+        return float(rest + max(stream, self.bar))
+
+    @property
+    def cache(self) -> float:
+        """Bytes a second that the L2 cache must deliver to the stream for that."""
+        tiles = math.ceil(self.call.sessions / self.loop.block_b) * math.ceil(self.call.items / self.loop.block_v)
+        stream = self.seconds - sum(work.roof() for work in self.works if work.kernel != "_stream_kernel")
+        return tiles * self.loop.cache_bytes() / stream
+
+    @property
+    def allowed(self) -> float:
+        """Bytes of extra memory: 2 B (k2 - k1) pairs of 8 bytes and 64 MiB."""
+        return 2.0 * self.call.sessions * self.call.size * 8 + (64 << 20)
+
+
+def predict(call: Call, start: int = 20) -> Prediction:
+    cut = plan_of(call, start)
+    works = rank_slice_work(call, cut.sampled, cut.pairs, cut.bits)
+    # The code depends on the form of the call, so a call of the same form on the paper's catalog stands for it. The
+    # buffer's room, which has its deviations' worth of slack, stands for the candidates.
+    share = cut.pairs / (call.items / 2)
+    loop = stream_loop(call.width, start, 20_000 if cut.bits else 500, share)
+    return Prediction(call, works, loop, extra_memory(call, start))
+
+
+def extra_memory(call: Call, start: int, top: int = 5) -> int:
+    """Bytes that the launcher has allocated at its peak, beside its results: it runs on tensors without memory, and
+    storages are counted as they come and go. Work space within torch's sorts is not seen."""
+    import torch
+    from alterrec_fast.benchmarks import gpu_proof
+    from alterrec_fast.kernels.rank_slice import rank_slice_fwd
+
+    from alterrec_fast.ops.slices import bits_width, exclude_lists, uses_bits
+
+    v, stop = call.items, start + call.size
+    meta = torch.device("meta")
+    query, catalog = (torch.empty(n, call.width, dtype=torch.bfloat16, device=meta) for n in (call.sessions, v))
+    lists = exclude_lists(None, call.sessions, meta)
+    form = (uses_bits(v, call.size), bits_width(v))
+    gpu = next(gpu for gpu in gpu_proof.GPUS if gpu.name == "sm_90")
+    with gpu_proof.compiling_for(gpu), allocations() as peak:
+        results = rank_slice_fwd(query, catalog, start, stop, top, *lists, None, 0, "bf16", False, *form)
+    return int(peak() - sum(x.untyped_storage().nbytes() for x in results if x is not None))
+
+
+def allocations() -> Any:
+    """A context in which bytes of new storages are counted; gives a function that tells the most there were at once."""
+    import weakref
+    from contextlib import contextmanager
+
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    users: dict[int, int] = {}
+    now = most = 0
+
+    def drop(storage: int, size: int) -> None:
+        nonlocal now
+        users[storage] -= 1
+        if users[storage] == 0:
+            del users[storage]
+            now -= size
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal now, most
+            before = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+            out = func(*args, **(kwargs or {}))
+            for x in tree_leaves(out):
+                if isinstance(x, torch.Tensor):
+                    storage, size = x.untyped_storage()._cdata, x.untyped_storage().nbytes()
+                    if storage in before and storage not in users:
+                        continue  # of a tensor that was there before
+                    now += 0 if storage in users else size
+                    users[storage] = users.get(storage, 0) + 1
+                    weakref.finalize(x, drop, storage, size)
+            most = max(most, now)
+            return out
+
+    @contextmanager
+    def counting() -> Any:
+        with Count():
+            yield lambda: most
+
+    return counting()
+
+
+# --- tables ---
+
+
+def works_table(works: Sequence[Work]) -> str:
+    lines = ["| kernel | GFLOP | MB | ms at the roof | bound by |", "| --- |" + " ---: |" * 3 + " --- |"]
+    for work in works:
+        bound = "product" if work.operations / H100.products > work.bytes / H100.memory else "memory"
+        cells = f"{work.operations / 1e9:,.1f} | {work.bytes / 1e6:,.1f} | {1e3 * work.roof():.3f} | {bound}"
+        lines.append(f"| `{work.kernel}` | {cells} |")
+    return "\n".join(lines)
+
+
+def loops_table(loops: Sequence[tuple[str, Loop]]) -> str:
+    lines = [
+        "| loop | tile, warps | product | rest | stores | chance | slots | product's share | rest's share | times |",
+        "| --- | --- |" + " ---: |" * 8,
+    ]
+    for name, loop in loops:
+        tile = loop.tile
+        stores = f"{len(tile.guarded)} x {sum(tile.guarded) / max(1, len(tile.guarded)):.0f}"
+        cells = [f"{loop.block_b} x {loop.block_v} x {loop.width}, {loop.warps}", tile.product, tile.rest, stores]
+        cells += [f"{loop.chance:.0%}", f"{loop.slots:,.0f}", f"{loop.product_share:.0%}", f"{loop.rest_share:.0%}"]
+        lines.append(f"| {name} | " + " | ".join(str(cell) for cell in cells) + f" | {loop.times:.2f} |")
+    return "\n".join(lines)
+
+
+def predictions_table(found: Sequence[Prediction]) -> str:
+    lines = [
+        "| B | V | d | bar, ms | predicted, ms | times | L2 must give, TB/s | extra MiB | allowed MiB |",
+        "| ---: |" * 9,
+    ]
+    lines[1] = "|" + " ---: |" * 9
+    for one in found:
+        call = one.call
+        cells = [f"{call.sessions}", f"{call.items:,}", f"{call.width}", f"{1e3 * one.bar:.2f}"]
+        cells += [f"{1e3 * one.seconds:.2f}", f"{one.seconds / one.bar:.2f}", f"{one.cache / 1e12:.1f}"]
+        cells += [f"{one.extra / 2**20:.0f}", f"{one.allowed / 2**20:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+CALLS = [Call(512, 10_000_000, 128), Call(512, 10_000_000, 320), Call(512, 1_000_000, 128), Call(512, 40_258, 300)]
+
+
+def report() -> str:
+    """Markdown."""
+    big, paper = CALLS[0], CALLS[-1]
+    found = [predict(call) for call in CALLS]
+    loops = [(f"V={one.call.items:,} d={one.call.width}", one.loop) for one in found]
+    paper_cut = plan_of(paper, 20)
+    share = paper_cut.pairs / (paper.items / 2)
+    loops.append(("V=40,258 d=320", stream_loop(320, 20, 20_000, share)))
+    parts: list[tuple[str, Callable[[], str]]] = [
+        ("`rank_slice`, ranks 20 to 20,000:", lambda: predictions_table(found)),
+        ("The stream kernel's loop, instructions of a warp for a tile:", lambda: loops_table(loops)),
+        (f"`rank_slice`, B=512, V={big.items:,}, d=128:", lambda: works_table(found[0].works)),
+        ("`top_k`, 20 of the same:", lambda: works_table(top_k_work(big, 20, 1024))),
+        ("`slice_cross_entropy`, B=512, V=40,258, d=300:", lambda: works_table(slice_loss_work(paper, 33, 128))),
+        ("`sampled_softmax`, 2,048 negatives of each session:", lambda: works_table(sampled_softmax_work(paper, 2048))),
+    ]
+    return "\n\n".join(f"{title}\n\n{make()}" for title, make in parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", type=Path, help="Markdown page between whose marks the tables are put")
+    chosen = parser.parse_args()
+    text = report()
+    print(text)
+    if chosen.page:
+        page = chosen.page.read_text()
+        before, rest = page.split(MARKS[0])
+        after = rest.split(MARKS[1])[1]
+        chosen.page.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}")
+
+
+if __name__ == "__main__":
+    main()
