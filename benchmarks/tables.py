@@ -24,7 +24,7 @@ TARGETS = "targets/s"
 
 def markdown(results: Results) -> str:
     """The whole page."""
-    parts = [_heading(results)]
+    parts = [_heading(results), "## In short\n\n" + in_short(results)]
     for op in OPS:
         records = [record for record in results.records if record.op == op.name]
         tables = [
@@ -34,6 +34,26 @@ def markdown(results: Results) -> str:
         if tables:
             parts.append(f"## {op.name}\n\n{op.title}.\n\n" + "\n\n".join(tables))
     return "\n\n".join(parts) + "\n"
+
+
+def in_short(results: Results) -> str:
+    """Ours beside the fastest of the others that are right, at the shapes of the tables; MiB beyond inputs."""
+    lines = [
+        "| op | shape | ours, ms | to mm | fastest of the others | its ms | times as long | MiB, ours | MiB, its |",
+        "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
+    ]
+    timed = [r for r in results.records if r.seconds is not None and not r.shape.figure]
+    for (op, shape), group in groupby(timed, key=lambda record: (record.op, record.shape)):
+        records = list(group)
+        ours = next((r for r in records if r.contestant == "alterrec-fast"), None)
+        others = [r for r in records if not r.ours and r.contestant != FLOOR]
+        if ours is None or not others:
+            continue
+        best = min(others, key=lambda record: record.seconds or 0.0)
+        cells = [f"`{op}`", shape.label, _milliseconds(ours), _number(ours.ratio), best.contestant, _milliseconds(best)]
+        cells += [_number((best.seconds or 0.0) / (ours.seconds or 1.0)), _mebibytes(ours.extra_bytes)]
+        lines.append("| " + " | ".join([*cells, _mebibytes(best.extra_bytes)]) + " |")
+    return "\n".join(lines)
 
 
 def table(records: Sequence[Record]) -> str:
@@ -51,7 +71,7 @@ def _line(record: Record, columns: Sequence[str]) -> str:
     interval = record.interval
     cells = [
         f"**{record.contestant}**" if record.ours else record.contestant,
-        f"{1e3 * record.seconds:.1f}" if record.seconds < 1.0 else f"{1e3 * record.seconds:.0f}",
+        _milliseconds(record),
         _number(record.ratio),
         f"{_number(interval[0])} to {_number(interval[1])}" if interval else "few turns",
         "" if record.share is None else f"{100 * record.share:.0f}%",
@@ -80,6 +100,11 @@ def _heading(results: Results) -> str:
     if results.busy:
         lines.append("**The machine was busy with other work: take the figures of this run as provisional.**")
     return "\n\n".join(lines)
+
+
+def _milliseconds(record: Record) -> str:
+    seconds = record.seconds or 0.0
+    return f"{1e3 * seconds:.1f}" if seconds < 1.0 else f"{1e3 * seconds:.0f}"
 
 
 def _number(value: float | None) -> str:

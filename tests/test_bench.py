@@ -251,6 +251,16 @@ def test_training_is_also_told_in_targets_a_second() -> None:
     assert len({line.count("|") for line in page.splitlines()}) == 1
 
 
+def test_in_short_ours_stands_beside_the_fastest_of_the_others(stored: Results) -> None:
+    stored.records.append(replace(stored.records[2], contestant="slower", seconds=9.0))
+    stored.records.append(replace(stored.records[2], contestant="wrong", seconds=None, failed="wrong: error 1"))
+    _, _, first, *rest = tables.in_short(stored).splitlines()
+    assert first.startswith(
+        "| `rank_slice` | V = 40,258, d = 300, fp32, 2 threads | 13.0 | 1.30 | mm, topk | 52.0 | 4.00 |"
+    )
+    assert len(rest) == 2 and tables.in_short(stored) in tables.markdown(stored)
+
+
 # --- comparison ---
 
 

@@ -45,8 +45,17 @@ def compare(query: Tensor, catalog: Tensor, options: dict[str, Any], **more: Any
     exact = reference(query.double(), catalog.double(), **widened(options | more | {"precision": None}))
     theirs = reference(query, catalog, **options, **more)
     ours = native(query, catalog, **options, **more)
-    fp32_least = 2e-6 / min(1.0, more.get("temperature", 1.0))  # the rounding of a logit, which is that much larger
-    assert_no_worse(ours, theirs, exact, 2.0, BF16_LEAST if bf16 else fp32_least)
+    sharp = 1.0 / min(1.0, more.get("temperature", 1.0))
+    fp32_least = 2e-6 * sharp  # the rounding of a logit, which is that much larger
+    term = sharp * max(float(x.abs().max()) for x in (query, catalog))
+    assert_no_worse(ours, theirs, exact, 2.0, BF16_LEAST if bf16 else fp32_least, term)
+
+
+@needs_native
+def test_terms_that_cancel() -> None:
+    """Found by hypothesis: the only negative is the positive as well, and the query's gradient is zero."""
+    query, catalog, options = problem(1, 2, 75, 2, False, 22)
+    compare(query / math.sqrt(75), catalog, options, temperature=0.07)
 
 
 @needs_native
