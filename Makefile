@@ -32,7 +32,7 @@ gpu-proof: .venv/ready .venv/triton-3.6.0/triton
 	csrc/tests/cuda_on_cpu.sh
 	OMP_NUM_THREADS=1 .venv/bin/pytest -m proof tests/gpu/test_cuda_on_cpu.py
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 tests/gpu/interpreted
-	TRITON_3_6=.venv/triton-3.6.0 .venv/bin/pytest -n 2 -m proof tests/gpu/test_compiled.py
+	TRITON_3_6=.venv/triton-3.6.0 .venv/bin/pytest -n 2 -m proof tests/gpu/test_compiled.py tests/gpu/test_model_bars.py
 	.venv/bin/python -W ignore -m alterrec_fast.benchmarks.gpu_proof
 
 # Triton comes with torch's builds for GPUs; an older one beside it compiles the kernels, too.
