@@ -4,16 +4,24 @@ A prediction: no GPU has run them. Three things are put together. Formulas count
 roof is the larger of their times at what was measured on an H100 (`cost_model.H100`). And the machine code for sm_90
 says how many instructions a tile takes, which decides how near to the roof its loop can come.
 
+Passes. A kernel that reads its memory several times reads it from device memory each time where all rows together are
+larger than what is assumed of the L2 cache. Every kernel also takes the time of its instructions, which are counted in
+its loops; and a launch takes a gap.
+
 Issue slots. A processor has four schedulers, each of which issues one instruction of one warp in a cycle. A tile of BB
 sessions x BV items with a width of d takes 2 BB BV d / 4,096 cycles of the matrix unit, which is 989.4 TFLOP/s of dense
 bfloat16 (H100 SXM data sheet) over 132 processors at 1.83 GHz; in that time there are four times as many issue slots. A
-loop whose instructions take fewer slots can keep the matrix unit busy, while two blocks share a processor and one
-compares as the other multiplies; one that takes more is bound by issue.
+loop whose instructions take fewer slots can keep the matrix unit busy, if two blocks share a processor and one compares
+as the other multiplies; one that takes more is bound by issue. Where registers and shared memory have room for one
+block only, comparing comes on top of the product.
 
-Assumed, not measured: a scheduler issues in every cycle (no stall that the other block does not cover); the clock under
-load is the one at which 132 x 4,096 operations a cycle make the measured 798 TFLOP/s; the blocks of sessions that read
-the same tile of the catalog read it from the L2 cache all but once. The L2 cache's own bandwidth was not measured:
-its traffic is printed, and what it would have to deliver.
+Assumed, not measured: 0.7 of an L2 cache of 50 MB is ours; a launch waits 3 us for the one before, which a CUDA graph
+would shorten; torch's sort is cub's segmented radix sort, six bits of a key at a time, and none of its instructions
+count; a search of a few scores reads the cache alone, and how long its steps wait for each other is not counted; a
+scheduler issues in every cycle (no stall that the other block does not cover); the clock under load is the one at which
+132 x 4,096 operations a cycle make the measured 798 TFLOP/s; the blocks of sessions that read the same tile of the
+catalog read it from the L2 cache all but once. The L2 cache's own bandwidth was not measured: its traffic is printed,
+and what it would have to deliver.
 """
 
 from __future__ import annotations
@@ -22,7 +30,7 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +41,13 @@ SCHEDULERS = 4  # of a processor, an instruction of a warp each in a cycle
 LANES = 32
 TENSOR = 4096  # operations of a processor's matrix unit in a cycle, dense bfloat16
 CLOCK = H100.products / (PROCESSORS * TENSOR)  # cycles a second
+CACHE = 0.7 * 50e6  # bytes of the L2 cache that a kernel's rows are assumed to find place in
+SECTOR = 32  # bytes that device memory gives at least
+GAP = 3e-6  # seconds between two launches
+SORT_BITS = 6  # of a key in a pass of cub's segmented sort
+SORT_LAUNCHES = 2 + math.ceil(32 / SORT_BITS)  # of one sort by torch: indices, values, and each pass
+SORT_BYTES = 48  # of an id, what a sort by torch holds at most: keys and int64 indices twice, and what they start from
+SEARCHED = 24  # bits of a score, and steps of a search
 MARKS = ("<!-- gpu_model: begin -->", "<!-- gpu_model: end -->")
 
 
@@ -68,29 +83,47 @@ class Work:
     kernel: str
     operations: float  # of the matrix unit, or multiply-adds where there is no product
     bytes: float  # to and from device memory
+    slots: float = 0.0  # instructions of warps, where they were counted
 
     def roof(self, chip: Chip = H100) -> float:
         """Seconds: the larger of both times."""
         return float(max(self.operations / chip.products, self.bytes / chip.memory))
 
+    def seconds(self, chip: Chip = H100) -> float:
+        """The roof, or the time of the instructions where that is more."""
+        return float(max(self.roof(chip), self.slots / (PROCESSORS * SCHEDULERS * CLOCK)))
 
-def rank_slice_work(call: Call, sampled: int, pairs: int, bits: bool) -> list[Work]:
-    """sampled: items scored for the bracket; pairs: what a row's buffer holds, 12 bytes each; bits: form of the result.
 
-    Limits are found in 24 passes over a sample that lies in the L2 cache, of which device memory sees one; the same
-    holds for the bisection over candidates. A result of ids is sorted by torch, which reads and writes it about twice.
+def passes(size: float, times: int) -> float:
+    """Bytes of device memory that so many passes over `size` bytes take: all of them where the cache has no place."""
+    return size * (times if size > CACHE else 1)
+
+
+def rank_slice_work(
+    call: Call, sampled: int, pairs: int, bits: bool, narrow: tuple[bool, bool] = (False, False)
+) -> list[Work]:
+    """sampled: items scored for the bracket; pairs: what a row's buffer holds, 12 bytes each; bits: form of the
+    result; narrow: whether the sample, and the buffer, are searched after a few of their scores; else in 24 passes.
+
+    A few are up to 2,048 for each row, each in a sector of its own; then there is one pass. The buffer is read, and
+    what holds no candidate overwritten: a quarter of it, or less. A result of ids is sorted by torch.
     """
     b, d = call.sessions, call.width
-    buffer = 12.0 * b * pairs
+    few = 2048.0 * SECTOR * b
+    sample, scores, buffer = 4.0 * b * sampled, 8.0 * b * pairs, 12.0 * b * pairs
     words = b * call.items / 8.0 if bits else 0.0
     ids = 0.0 if bits else 4.0 * b * call.size
+    # Each pass counts keys, and moves keys and int64 indices; before and after, indices are made and values copied.
+    sort = math.ceil(32 / SORT_BITS) * (4 + 2 * 12) + 8 + 8
     return [
-        Work("_sample_kernel", 2.0 * b * sampled * d, call.element * d * (b + sampled) + 4.0 * b * sampled),
-        Work("_limits_kernel", 0.0, 4.0 * b * sampled),
+        Work("_sample_kernel", 2.0 * b * sampled * d, call.element * d * (b + sampled) + sample),
+        Work("_limits_kernel", 0.0, few + sample if narrow[0] else passes(sample, SEARCHED)),
         Work("_stream_kernel", call.product, call.matrices + words + buffer),
-        Work("_select_kernel", 0.0, 1.5 * buffer),  # reads all of it, writes the scores
+        Work(
+            "_select_kernel", 0.0, scores / 4 + (few + scores if narrow[1] else passes(scores, SEARCHED)) + buffer / 12
+        ),
         Work("_place_kernel", 0.0, buffer + ids),
-        Work("sort of the ids", 0.0, 4.0 * ids),
+        Work("sort of the ids", 0.0, sort * ids / 4),
     ]
 
 
@@ -224,6 +257,43 @@ def tile_of(code: str, matrix_instructions: int, matrix: str = "HGMMA") -> Tile:
     return Tile(round(product), round(sum(times[behind:stored])), guarded, round(counted))
 
 
+@dataclass(frozen=True)
+class Scan:
+    """Instructions of a warp in a trip of each loop of a kernel that passes over a row's entries."""
+
+    few: int  # a step of the search among a few, which registers hold
+    once: int  # of the pass over all entries
+    step: int  # of a search's step over what is near
+    after: int  # of passes over what is near
+    warps: int
+    block: int  # entries of a trip
+
+    def slots(self, rows: int, entries: int, near: int) -> float:
+        """Of all rows: one pass over their entries, and searches of SEARCHED steps; near: entries that they read."""
+        passed, read = math.ceil(entries / self.block), math.ceil(near / self.block)
+        return float(
+            rows * self.warps * (SEARCHED * (self.few + read * self.step) + passed * self.once + read * self.after)
+        )
+
+
+def scan_of(code: str, warps: int, block: int) -> Scan:
+    """The pass is the largest outermost loop that stores to device memory, if there is one; what loops there are in it
+    is for excluded items, of which none are assumed. Behind it a loop with another in it is a search, the first one by
+    scores; those that follow are for ties, which are not counted."""
+    listing, labels = parse(code)
+    loops = {(labels[one.target], i + 1) for i, one in enumerate(listing) if one.target and labels[one.target] <= i}
+    loops = {(begin, end) for begin, end in loops if end - begin > 1}  # the last jump of a kernel is to itself
+    inner = {(a, b) for a, b in loops if any(c <= a and b <= d and (a, b) != (c, d) for c, d in loops)}
+    outer = sorted(loops - inner)
+    storing = [(a, b) for a, b in outer if any(one.text.startswith("STG") for one in listing[a:b])]
+    first, last = max(storing, key=lambda loop: loop[1] - loop[0], default=(0, 0))
+    searches = [b - a for a, b in outer if a >= last and any(a <= c and d <= b for c, d in inner)]
+    flat = [b - a for a, b in outer if a >= last and not any(a <= c and d <= b for c, d in inner)]
+    within = sum(b - a for a, b in inner if first <= a and b <= last)
+    few = sum(b - a for a, b in outer if b <= first)
+    return Scan(few, last - first - within, searches[0] if searches else 0, sum(flat), warps, block)
+
+
 # --- both together ---
 
 
@@ -239,6 +309,7 @@ class Loop:
     tile: Tile
     chance: float  # that a warp has a candidate in a guarded part
     resident: bool = False  # queries stay in shared memory
+    programs: int = 2  # that share a processor
 
     @property
     def cycles(self) -> float:
@@ -261,6 +332,8 @@ class Loop:
     @property
     def times(self) -> float:
         """Time of the loop over that of its product alone."""
+        if self.programs < 2:
+            return max(1.0, self.product_share) + self.rest_share  # nobody multiplies meanwhile
         return max(1.0, self.product_share + self.rest_share)
 
     def cache_bytes(self, element: int = 2) -> float:
@@ -290,14 +363,18 @@ def loop_of(launch: Any, chance: float = 0.0) -> Loop:
     blocks, warps = launch.options, launch.compiled.metadata.num_warps
     width = launch.steps * blocks["BLOCK_D"]
     # HGMMA multiplies 64 rows by up to 256 columns, 16 of the width at a time, for 4 warps.
-    columns = re.search(r"HGMMA\.64x(\d+)x16", code := gpu_proof.disassembled(launch.compiled)[1])
+    registers, code = gpu_proof.disassembled(launch.compiled)
+    columns = re.search(r"HGMMA\.64x(\d+)x16", code)
     if columns is None:
         raise ValueError(f"expected HGMMA.64xNx16 in {launch.name}")
     scores = blocks["BLOCK_B"] * blocks["BLOCK_V"]
     expected = scores * width * 4 // (warps * 64 * int(columns[1]) * 16)
     shape = blocks["BLOCK_B"], blocks["BLOCK_V"], width, warps
     resident = launch.name == "_stream_kernel" and launch.steps == 1
-    return Loop(launch.name, *shape, tile_of(code, expected), chance, resident)
+    gpu = next(gpu for gpu in gpu_proof.GPUS if gpu.name == "sm_90")
+    fits = gpu_proof.occupancy(gpu, warps, registers, launch.compiled.metadata.shared)
+    programs = round(fits * gpu.warps / warps)
+    return Loop(launch.name, *shape, tile_of(code, expected), chance, resident, programs)
 
 
 def plan_of(call: Call, start: int, top: int = 5) -> Any:
@@ -325,6 +402,7 @@ class Prediction:
     works: list[Work]
     loop: Loop
     extra: int  # bytes beside the result
+    launches: int
 
     @property
     def bar(self) -> float:
@@ -332,18 +410,22 @@ class Prediction:
         return next(work for work in self.works if work.kernel == "_stream_kernel").roof()
 
     @property
+    def stream(self) -> float:
+        """Seconds of the stream at the pace of its loop."""
+        paced = self.call.product * self.loop.width / self.call.width * self.loop.times / H100.products
+        return float(max(paced, self.bar))
+
+    @property
     def seconds(self) -> float:
-        """The stream at the pace of its loop, everything else at its roof."""
-        rest = sum(work.roof() for work in self.works if work.kernel != "_stream_kernel")
-        stream = self.call.product * self.loop.width / self.call.width * self.loop.times / H100.products
-        return float(rest + max(stream, self.bar))
+        """The stream, everything else at its roof or its instructions' pace, and the gaps."""
+        rest = sum(work.seconds() for work in self.works if work.kernel != "_stream_kernel")
+        return float(rest + self.stream + self.launches * GAP)
 
     @property
     def cache(self) -> float:
         """Bytes a second that the L2 cache must deliver to the stream for that."""
         tiles = math.ceil(self.call.sessions / self.loop.block_b) * math.ceil(self.call.items / self.loop.block_v)
-        stream = self.seconds - sum(work.roof() for work in self.works if work.kernel != "_stream_kernel")
-        return tiles * self.loop.cache_bytes() / stream
+        return tiles * self.loop.cache_bytes() / self.stream
 
     @property
     def allowed(self) -> float:
@@ -352,18 +434,58 @@ class Prediction:
 
 
 def predict(call: Call, start: int = 20) -> Prediction:
+    from alterrec_fast.benchmarks import gpu_proof
+
     cut = plan_of(call, start)
-    works = rank_slice_work(call, cut.sampled, cut.pairs, cut.bits)
     # The code depends on the form of the call, so a call of the same form on the paper's catalog stands for it. The
     # buffer's room, which has its deviations' worth of slack, stands for the candidates.
     share = cut.pairs / (call.items / 2)
     loop = stream_loop(call.width, start, 20_000 if cut.bits else 500, share)
-    return Prediction(call, works, loop, extra_memory(call, start))
+    extra, found = dry_run(call, start)
+    by_name = {launch.name: launch for launch in found if launch.name in SCANS}
+    narrow = by_name["_limits_kernel"].options["NARROW"], by_name["_select_kernel"].options["NARROW"]
+    entries = {"_limits_kernel": cut.sampled, "_select_kernel": 2 * cut.pairs, "_place_kernel": 2 * cut.pairs}
+    works = []
+    for work in rank_slice_work(call, cut.sampled, cut.pairs, cut.bits, narrow):
+        slots = 0.0
+        if launch := by_name.get(work.kernel):
+            options, code = launch.options, gpu_proof.disassembled(launch.compiled)[1]
+            scan = scan_of(code, launch.compiled.metadata.num_warps, options[SCANS[work.kernel]])
+            near = NEAR[work.kernel] if options.get("NARROW", True) else 1.0
+            slots = scan.slots(call.sessions, entries[work.kernel], math.ceil(near * entries[work.kernel]))
+        works.append(replace(work, slots=slots))
+    sorts = 0 if cut.bits else math.ceil(call.sessions / sorted_rows(call.sessions))
+    return Prediction(call, works, loop, extra, len(found) + (sorts + 1) * SORT_LAUNCHES + TORCH_LAUNCHES)
+
+
+# What is near the scores sought: of a sample's far end little, of the buffer's entries what Plan.zone has room for.
+NEAR = {"_limits_kernel": 1 / 32, "_select_kernel": 1 / 8, "_place_kernel": 0.0}
+SCANS = {"_limits_kernel": "CHUNK", "_select_kernel": "BLOCK", "_place_kernel": "BLOCK"}  # and a trip's entries
+TORCH_LAUNCHES = 20  # filling, copying, and reading scores and items off keys, about
+
+
+def sorted_rows(rows: int) -> int:
+    from alterrec_fast.kernels import rank_slice
+
+    return int(rank_slice.sorted_rows(rows))
+
+
+def sort_memory(call: Call) -> int:
+    """Bytes, an estimate: what torch and cub hold while they sort the ids of as many rows as are sorted at a time."""
+    from alterrec_fast.ops.slices import uses_bits
+
+    return 0 if uses_bits(call.items, call.size) else SORT_BYTES * sorted_rows(call.sessions) * call.size
 
 
 def extra_memory(call: Call, start: int, top: int = 5) -> int:
-    """Bytes that the launcher has allocated at its peak, beside its results: it runs on tensors without memory, and
-    storages are counted as they come and go. Work space within torch's sorts is not seen."""
+    """Bytes at the peak, beside the results: what the launcher allocates, or what is estimated of torch's sort, if that
+    is more: the launcher's own memory has been freed by then, but for a little."""
+    return dry_run(call, start, top)[0]
+
+
+def dry_run(call: Call, start: int, top: int = 5) -> tuple[int, list[Any]]:
+    """`extra_memory`, and what was launched: the launcher runs on tensors without memory, and storages are counted as
+    they come and go."""
     import torch
     from alterrec_fast.benchmarks import gpu_proof
     from alterrec_fast.kernels.rank_slice import rank_slice_fwd
@@ -376,9 +498,10 @@ def extra_memory(call: Call, start: int, top: int = 5) -> int:
     lists = exclude_lists(None, call.sessions, meta)
     form = (uses_bits(v, call.size), bits_width(v))
     gpu = next(gpu for gpu in gpu_proof.GPUS if gpu.name == "sm_90")
-    with gpu_proof.compiling_for(gpu), allocations() as peak:
+    with gpu_proof.compiling_for(gpu) as found, allocations() as peak:
         results = rank_slice_fwd(query, catalog, start, stop, top, *lists, None, 0, "bf16", False, *form)
-    return int(peak() - sum(x.untyped_storage().nbytes() for x in results if x is not None))
+    launcher = int(peak() - sum(x.untyped_storage().nbytes() for x in results if x is not None))
+    return max(launcher, sort_memory(call)), found
 
 
 def allocations() -> Any:
@@ -428,23 +551,28 @@ def allocations() -> Any:
 
 
 def works_table(works: Sequence[Work]) -> str:
-    lines = ["| kernel | GFLOP | MB | ms at the roof | bound by |", "| --- |" + " ---: |" * 3 + " --- |"]
+    lines = ["| kernel | GFLOP | MB | ms at the roof | ms of instructions | bound by |"]
+    lines.append("| --- |" + " ---: |" * 4 + " --- |")
     for work in works:
         bound = "product" if work.operations / H100.products > work.bytes / H100.memory else "memory"
-        cells = f"{work.operations / 1e9:,.1f} | {work.bytes / 1e6:,.1f} | {1e3 * work.roof():.3f} | {bound}"
+        bound = "issue" if work.seconds() > work.roof() else bound
+        issue = f"{1e3 * work.slots / (PROCESSORS * SCHEDULERS * CLOCK):.3f}" if work.slots else ""
+        cells = f"{work.operations / 1e9:,.1f} | {work.bytes / 1e6:,.1f} | {1e3 * work.roof():.3f} | {issue} | {bound}"
         lines.append(f"| `{work.kernel}` | {cells} |")
     return "\n".join(lines)
 
 
 def loops_table(loops: Sequence[tuple[str, Loop]]) -> str:
     lines = [
-        "| loop | tile, warps | product | rest | stores | chance | slots | product's share | rest's share | times |",
-        "| --- | --- |" + " ---: |" * 8,
+        "| loop | tile, warps | programs | product | rest | stores | chance | slots | product's share | rest's share "
+        "| times |",
+        "| --- | --- |" + " ---: |" * 9,
     ]
     for name, loop in loops:
         tile = loop.tile
         stores = f"{len(tile.guarded)} x {sum(tile.guarded) / max(1, len(tile.guarded)):.0f}"
-        cells = [f"{loop.block_b} x {loop.block_v} x {loop.width}, {loop.warps}", tile.product, tile.rest, stores]
+        cells = [f"{loop.block_b} x {loop.block_v} x {loop.width}, {loop.warps}", loop.programs]
+        cells += [tile.product, tile.rest, stores]
         cells += [f"{loop.chance:.0%}", f"{loop.slots:,.0f}", f"{loop.product_share:.0%}", f"{loop.rest_share:.0%}"]
         lines.append(f"| {name} | " + " | ".join(str(cell) for cell in cells) + f" | {loop.times:.2f} |")
     return "\n".join(lines)
@@ -452,14 +580,20 @@ def loops_table(loops: Sequence[tuple[str, Loop]]) -> str:
 
 def predictions_table(found: Sequence[Prediction]) -> str:
     lines = [
-        "| B | V | d | bar, ms | predicted, ms | times | L2 must give, TB/s | extra MiB | allowed MiB |",
-        "| ---: |" * 9,
+        "| B | V | d | bar, ms | stream, ms | launches | predicted, ms | times | L2 must give, TB/s | extra MiB "
+        "| allowed MiB |",
+        "|" + " ---: |" * 11,
     ]
-    lines[1] = "|" + " ---: |" * 9
     for one in found:
         call = one.call
         cells = [f"{call.sessions}", f"{call.items:,}", f"{call.width}", f"{1e3 * one.bar:.2f}"]
-        cells += [f"{1e3 * one.seconds:.2f}", f"{one.seconds / one.bar:.2f}", f"{one.cache / 1e12:.1f}"]
+        cells += [
+            f"{1e3 * one.stream:.2f}",
+            f"{one.launches}",
+            f"{1e3 * one.seconds:.2f}",
+            f"{one.seconds / one.bar:.2f}",
+            f"{one.cache / 1e12:.1f}",
+        ]
         cells += [f"{one.extra / 2**20:.0f}", f"{one.allowed / 2**20:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -484,7 +618,10 @@ def report() -> str:
         ("`slice_cross_entropy`, B=512, V=40,258, d=300:", lambda: works_table(slice_loss_work(paper, 33, 128))),
         ("`sampled_softmax`, 2,048 negatives of each session:", lambda: works_table(sampled_softmax_work(paper, 2048))),
     ]
-    return "\n\n".join(f"{title}\n\n{make()}" for title, make in parts)
+    import triton
+
+    version = f"Triton {triton.__version__}, sm_90."
+    return "\n\n".join([version, *(f"{title}\n\n{make()}" for title, make in parts)])
 
 
 def main() -> None:

@@ -393,9 +393,9 @@ def _tf32(allowed: bool) -> Iterator[None]:
 
 
 def prove(names: str = "", gpus: tuple[Gpu, ...] = GPUS) -> list[Compiled]:
-    """Compiles the cases whose name contains `names` for `gpus`."""
+    """Compiles the cases in whose name the regular expression `names` is found, for `gpus`."""
     seen: set[str] = set()
-    cases = [case for case in CASES if names in case.name]
+    cases = [case for case in CASES if re.search(names, case.name)]
     return [row for case in cases for gpu in gpus for row in compile_case(case, gpu, seen)]
 
 
@@ -424,7 +424,7 @@ def table(rows: list[Compiled]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="", help="only cases whose name contains this")
+    parser.add_argument("--cases", default="", help="only cases in whose name this regular expression is found")
     parser.add_argument("--gpus", default="", help="only GPUs whose name contains this")
     chosen = parser.parse_args()
     rows = prove(chosen.cases, tuple(gpu for gpu in GPUS if chosen.gpus in gpu.name))

@@ -181,7 +181,7 @@ def rank_case(
 
 
 def check_rank_slice_edges(device: Device, journal: Journal, seed: int) -> None:
-    """More sessions than are taken at a time, adversarial scores, bad values, addresses beyond 32 bits."""
+    """More sessions than are taken at a time, adversarial scores, bad values."""
     sizes = SIZES[device.kind]
     for form in ("bits", "ids"):
         name = f"rank_slice {form}, {sizes.many[0]} sessions"
@@ -190,10 +190,16 @@ def check_rank_slice_edges(device: Device, journal: Journal, seed: int) -> None:
         r = Ranking(query, catalog, ARITHMETICS["fp32"], {})
         journal.check(device, f"rank_slice, scores: {name}", partial(adversary, device, r, sizes.v))
     journal.check(device, "rank_slice names a bad value", partial(bad_value_is_named, device, rank_slice, 3, 50))
-    for form in ("bits", "ids"):
-        if sizes.huge:
-            name = f"rank_slice {form}, V d > 2^31: {sizes.huge}"
-            journal.check(device, name, partial(rank_case, device, seed, form, "bf16", "none", sizes.huge, 1))
+
+
+def check_huge_ranks(device: Device, journal: Journal, seed: int) -> None:
+    """Addresses beyond 32 bits."""
+    if huge := SIZES[device.kind].huge:
+        for form in ("bits", "ids"):
+            name = f"rank_slice {form}, V d > 2^31: {huge}"
+            journal.check(device, name, partial(rank_case, device, seed, form, "bf16", "none", huge, 1))
+        name = f"top_k 20, V d > 2^31: {huge}"
+        journal.check(device, name, partial(top_case, device, seed, 20, "bf16", "none", huge, 1))
 
 
 def adversary(device: Device, r: Ranking, v: int) -> str:
@@ -230,19 +236,23 @@ def bad_value_is_named(device: Device, op: Callable[..., Any], *ranks: int) -> s
     raise FaultError("a NaN went unnoticed under check=True")
 
 
+def top_case(
+    device: Device, seed: int, k: int, arithmetic: str, extras: str, shape: tuple[int, int, int], inputs: int
+) -> str:
+    """As `rank_case`."""
+    told = ""
+    for i in range(2 * inputs):
+        exact = i % 2 == 0
+        r = Ranking.draw(Source(seed + i, device.device), arithmetic, extras, exact, *shape)
+        with r.arithmetic.applied():
+            found = watched(device, partial(top_k, r.query, r.catalog, k, **r.keywords))
+        told = top_is_right(found, r, k, exact)
+    return told
+
+
 def check_top_k(device: Device, journal: Journal, seed: int) -> None:
     sizes = SIZES[device.kind]
-
-    def case(k: int, arithmetic: str, extras: str, b: int, v: int, d: int, inputs: int) -> str:
-        told = ""
-        for i in range(2 * inputs):
-            exact = i % 2 == 0
-            r = Ranking.draw(Source(seed + i, device.device), arithmetic, extras, exact, b, v, d)
-            with r.arithmetic.applied():
-                found = watched(device, partial(top_k, r.query, r.catalog, k, **r.keywords))
-            told = top_is_right(found, r, k, exact)
-        return told
-
+    case = partial(top_case, device, seed)
     normal = (sizes.b, sizes.v, sizes.d)
     large = sizes.v // 8
     for k, arithmetic, extras in (
@@ -258,14 +268,10 @@ def check_top_k(device: Device, journal: Journal, seed: int) -> None:
         (large, "tf32", "none"),
     ):
         name = f"top_k {k}, {arithmetic}, extras: {extras}"
-        journal.check(device, name, partial(case, k, arithmetic, extras, *normal, sizes.inputs))
-    b, v, d = sizes.many
-    journal.check(device, f"top_k 5, {b} sessions", partial(case, 5, "bf16", "lists", b, v, d, 1))
+        journal.check(device, name, partial(case, k, arithmetic, extras, normal, sizes.inputs))
+    journal.check(device, f"top_k 5, {sizes.many[0]} sessions", partial(case, 5, "bf16", "lists", sizes.many, 1))
     journal.check(device, "top_k, everything excluded", partial(all_excluded, device))
     journal.check(device, "top_k names a bad value", partial(bad_value_is_named, device, top_k, 2))
-    if sizes.huge:
-        huge = sizes.huge
-        journal.check(device, f"top_k 20, V d > 2^31: {huge}", partial(case, 20, "bf16", "none", *huge, 1))
 
 
 def top_is_right(found: tuple[Tensor, Tensor], r: Ranking, k: int, exact: bool) -> str:

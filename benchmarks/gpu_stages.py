@@ -65,7 +65,10 @@ def _is_on_path(home: Path) -> str:
 
 
 def sanitize(device: Device, journal: Journal, seed: int, tool: str) -> None:
-    """compute-sanitizer over a small run of every kernel, without torch's cache, so that it sees each tensor's ends."""
+    """compute-sanitizer over a small run of every kernel, without torch's cache, so that it sees each tensor's ends.
+
+    The stage "small" is the same run without it, and has left compiled kernels behind.
+    """
 
     def run() -> str:
         if device.kind != "cuda":
@@ -73,7 +76,9 @@ def sanitize(device: Device, journal: Journal, seed: int, tool: str) -> None:
         program = find_sanitizer()
         log = journal.path.with_suffix(".log")
         command = [program, "--tool", tool, "--error-exitcode", str(FOUND), "--target-processes", "application-only"]
-        command += ["--log-file", str(log), sys.executable, "-m", "alterrec_fast.benchmarks.gpu_stages", "small"]
+        # Looking for what is not there (a kernel's attribute, a pool) is how the runtime works, and no error.
+        command += ["--report-api-errors", "no", "--log-file", str(log)]
+        command += [sys.executable, "-m", "alterrec_fast.benchmarks.gpu_stages", "small"]
         command += ["--device", device.kind, "--seed", str(seed), "--out", os.devnull]
         environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         outcome, said = run_limited(command, environment, Path.cwd(), journal.deadline - time.monotonic())
@@ -96,6 +101,12 @@ def find_sanitizer() -> str:
     raise NotHereError(f"compute-sanitizer is not present on PATH or under {home}")
 
 
+def check_huge(device: Device, journal: Journal, seed: int) -> None:
+    """Every op where addresses need more than 32 bits; one process, since each takes tens of gigabytes."""
+    gpu_rank_checks.check_huge_ranks(device, journal, seed)
+    gpu_loss_checks.check_huge_losses(device, journal, seed)
+
+
 STAGES: dict[str, Callable[[Device, Journal, int], None]] = {
     "environment": look,
     "rank_slice bits": functools.partial(gpu_rank_checks.check_rank_slice, form="bits"),
@@ -107,6 +118,7 @@ STAGES: dict[str, Callable[[Device, Journal, int], None]] = {
     "determinism": gpu_behaviour.check_determinism,
     "graphs": gpu_behaviour.check_graphs,
     "small": lambda device, _journal, seed: gpu_behaviour.run_small(device, seed),
+    "huge": check_huge,
     **{tool: functools.partial(sanitize, tool=tool) for tool in SANITIZERS},
     "ceilings": gpu_times.measure_ceilings,
     **{f"times, {name}": functools.partial(gpu_times.measure, name=name) for name in ("paper", "1M", "10M")},

@@ -103,10 +103,11 @@ def scores_of(query: Tensor, catalog: Tensor, bias: Tensor | None, bf16: bool) -
 
 
 def torch_scores(query: Tensor, catalog: Tensor, bias: Tensor | None, bf16: bool) -> Tensor:
-    """(B, V) by plain torch in the op's own arithmetic."""
+    """(B, V) float32 by plain torch in the op's own arithmetic: inputs are rounded, sums and scores are not."""
     dtype = BF16 if bf16 else FP32
-    scores = query.to(dtype) @ catalog.to(dtype).T
-    return scores if bias is None else scores + bias.to(dtype)
+    step = max(1, BLOCK // catalog.shape[1])
+    scores = torch.cat([query.to(dtype).float() @ part.to(dtype).float().T for part in catalog.split(step)], 1)
+    return scores if bias is None else scores + bias.float()
 
 
 def order_of(scores: Tensor, first_item: int) -> Tensor:

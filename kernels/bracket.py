@@ -13,6 +13,7 @@ LIMITS = tl.constexpr(8)  # columns of the limits: 5 are used, a power of two fo
 OPEN, START_HIGH, START_LOW, STOP_HIGH, STOP_LOW = (tl.constexpr(i) for i in range(5))
 _BITS = tl.constexpr(24)  # of a limit's 32 that are found, the rest are not worth it
 _STEP = tl.constexpr(256)  # the weight of the last one
+_INFINITE = tl.constexpr(0x7F800000)  # infinity's key
 
 
 @triton.jit(do_not_specialize=["B", "V", "S", "first_item", "stride_qb", "stride_cv", "stride_bias"])
@@ -70,6 +71,32 @@ def _sample_kernel(
     tl.store(Sample + rows[:, None] * S + place[None, :], scores, mask=(rows[:, None] < B) & (place[None, :] < S))
 
 
+@triton.jit
+def around(few, middle, some, spread, COLUMNS: tl.constexpr):
+    """Keys [COLUMNS] that probably enclose the scores at places `middle` of a population in which `few` were drawn.
+
+    middle [COLUMNS] float32, in places of the few, of which `some` are in question; with luck the score sought lies in
+    [low, high).
+    """
+    middle = tl.minimum(tl.maximum(middle, 0.0), some.to(tl.float32))
+    width = spread * tl.sqrt(tl.maximum(middle * (1.0 - middle / some), 0.0)) + 3.0
+    low = tl.full([COLUMNS], -(2**31), tl.int32)
+    high = tl.full([COLUMNS], -(2**31), tl.int32)
+    low_wanted = tl.ceil(middle + width).to(tl.int32)
+    high_wanted = tl.floor(middle - width).to(tl.int32)
+    for step in range(_BITS):
+        bit = tl.full([COLUMNS], 1, tl.int32) << (31 - step)
+        pivot = key_score(low + bit)
+        reached = tl.sum((few[None, :] >= pivot[:, None]).to(tl.int32), 1)
+        low = tl.where(reached >= low_wanted, low + bit, low)
+        pivot = key_score(high + bit)
+        reached = tl.sum((few[None, :] >= pivot[:, None]).to(tl.int32), 1)
+        high = tl.where(reached >= high_wanted, high + bit, high)
+    negative = score_key(tl.full([COLUMNS], float("-inf"), tl.float32))
+    low = tl.where(low_wanted > some, negative, tl.maximum(low, negative))
+    return low, tl.where(high_wanted < 1, 0x7FFFFFFF, high + _STEP)
+
+
 @triton.jit(do_not_specialize=["S", "ranked", "start", "stop", "top"])
 def _limits_kernel(
     Sample,
@@ -86,15 +113,19 @@ def _limits_kernel(
     OPEN_STOP: tl.constexpr,
     WIDE_STOP: tl.constexpr,
     SKIP_EXCLUDED: tl.constexpr,
+    NARROW: tl.constexpr,
+    COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One program for each row finds five order statistics of its sample, all bit by bit at once.
+    """One program for each row finds five order statistics of its sample, or the first alone, all bit by bit at once.
 
     Limits[row]: the open zone's lower limit, then upper and lower limits around the ranks start and stop - 1. With
-    WIDE_STOP the second zone reaches up to the first one's upper limit.
+    WIDE_STOP the second zone reaches up to the first one's upper limit. With NARROW, for samples larger than the cache,
+    a few scores say where the statistics probably lie, and one pass moves what lies there to the beginning of the
+    sample; where they misled it a limit does not hold, and the row is redone.
     """
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, LIMITS)
+    column = tl.arange(0, COLUMNS)
     last = top - 1  # the last rank that the open zone must hold
     if SKIP_EXCLUDED:
         last += (tl.load(Offsets + row + 1) - tl.load(Offsets + row)).to(tl.int32)
@@ -113,20 +144,43 @@ def _limits_kernel(
     width = spread * tl.sqrt(tl.maximum(middle * (1.0 - middle / S) * left, 0.0)) + 2.0
     # The limit is the largest key that `wanted` sampled scores reach.
     wanted = tl.where(upper, tl.floor(middle - width), tl.ceil(middle + width) + 1.0).to(tl.int32)
-    key = tl.full([LIMITS], -(2**31), tl.int32)
+    sample = Sample + row * S
     offs = tl.arange(0, CHUNK)
-    for step in range(_BITS):
-        higher = key + (tl.full([LIMITS], 1, tl.int32) << (31 - step))
-        pivot = key_score(higher)
-        reached = tl.zeros([LIMITS], tl.int32)
+    size = S
+    low, high = tl.full([COLUMNS], -(2**31), tl.int32), tl.full([COLUMNS], 0x7FFFFFFF, tl.int32)
+    hidden = tl.zeros([COLUMNS], tl.int32)  # scores above a zone that were not moved
+    if NARROW:
+        few = tl.load(sample + offs * (S // CHUNK))
+        there = tl.full([COLUMNS], CHUNK, tl.int32)
+        low, high = around(few, wanted.to(tl.float32) * (CHUNK / S), there, spread, COLUMNS)
+        low_pivot, high_pivot = key_score(low), key_score(high)
+        size = tl.zeros([], tl.int32)
         for begin in range(0, S, CHUNK):
-            score = tl.load(Sample + row * S + begin + offs, mask=begin + offs < S, other=float("nan"))
+            score = tl.load(sample + begin + offs, mask=begin + offs < S, other=float("nan"))
+            reach_high = score[None, :] >= high_pivot[:, None]
+            hidden += tl.sum(reach_high.to(tl.int32), 1)
+            keep = tl.sum(((score[None, :] >= low_pivot[:, None]) & ~reach_high).to(tl.int32), 0) > 0
+            # Behind what is read next, and all of this chunk has been read: the sum asks every thread.
+            place = size + tl.cumsum(keep.to(tl.int32), 0) - 1
+            tl.store(sample + place, score, mask=keep)
+            size += tl.sum(keep.to(tl.int32), 0)
+        tl.debug_barrier()  # other threads' scores are read below
+        for begin in range(0, size, CHUNK):
+            score = tl.load(sample + begin + offs, mask=begin + offs < size, other=float("nan"))
+            hidden -= tl.sum((score[None, :] >= high_pivot[:, None]).to(tl.int32), 1)
+    key = tl.full([COLUMNS], -(2**31), tl.int32)
+    for step in range(_BITS):
+        higher = key + (tl.full([COLUMNS], 1, tl.int32) << (31 - step))
+        pivot = key_score(higher)
+        reached = hidden
+        for begin in range(0, size, CHUNK):
+            score = tl.load(sample + begin + offs, mask=begin + offs < size, other=float("nan"))
             reached += tl.sum((score[None, :] >= pivot[:, None]).to(tl.int32), 1)
-        key = tl.where(reached >= wanted, higher, key)
+        key = tl.where((higher <= low) | ((higher < high) & (reached >= wanted)), higher, key)
     key = tl.where(upper, key + _STEP, key)
     none = tl.where(upper, wanted < 1, wanted > S)
     infinite = tl.where(upper, float("inf"), float("-inf"))
-    key = tl.minimum(tl.maximum(key, score_key(tl.full([LIMITS], float("-inf"), tl.float32))), 0x7F800000)
+    key = tl.minimum(tl.maximum(key, score_key(tl.full([COLUMNS], float("-inf"), tl.float32))), _INFINITE)
     limit = tl.where(none, infinite, key_score(key))
     if not HAS_OPEN:
         limit = tl.where(column == OPEN, float("inf"), limit)

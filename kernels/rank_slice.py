@@ -25,6 +25,7 @@ from .bracket import (
     STOP_LOW,
     _limits_kernel,
     _sample_kernel,
+    around,
 )
 from .exact import redo
 from .order import FIRST, LAST, item_key, key_score, popcount, score_key, scores_and_items
@@ -32,6 +33,9 @@ from .tiles import launch
 
 TARGETS = tl.constexpr(4)  # the items of rank start, stop - 1 and top - 1, which bound what is wanted; one place unused
 ROWS = 1024  # sessions at a time, which bounds the memory beside the result
+SORTED = 128  # rows that are sorted at a time; from as many on torch sorts each by itself, not all as one list
+FEW = 2048  # scores that are looked at first, of which a thread holds a handful
+NARROWED = 4  # times as many or more are not searched before the few have narrowed the search
 NO_ITEM = 2**31 - 1  # in the place of an id, which sorts it behind all others
 
 
@@ -271,7 +275,19 @@ def _stream_kernel(
     tl.store(Above + own, tl.sum(above, 1), mask=in_b)
 
 
-@triton.jit(do_not_specialize=["splits", "capacity", "V", "start", "stop", "top"])
+@triton.jit
+def _candidates(Scores, Zone, row, place, entries, size, room, narrow):
+    """Scores at `place` of a row's zone if it is `narrow`, else of its buffer, and where they stand in the buffer; NaN
+    from `size` on."""
+    in_zone, in_buffer = place < tl.where(narrow, size, 0), place < tl.where(narrow, 0, size)
+    zone = Zone + row * 2 * room + place
+    found = tl.load(zone, mask=in_zone, other=0).to(tl.float32, bitcast=True)
+    entry = tl.where(in_zone, tl.load(zone + room, mask=in_zone, other=0), place)
+    score = tl.load(Scores + row * entries + place, mask=in_buffer, other=float("nan"))
+    return tl.where(in_zone, found, score), entry
+
+
+@triton.jit(do_not_specialize=["splits", "capacity", "room", "V", "start", "stop", "top"])
 def _select_kernel(
     Limits,
     Scores,
@@ -279,6 +295,7 @@ def _select_kernel(
     Counts,
     Certain,
     Above,
+    Zone,
     Values,
     Offsets,
     Bounds,
@@ -289,11 +306,14 @@ def _select_kernel(
     splits,
     capacity,
     V,
+    room,
     start,
     stop,
     top,
+    spread,
     HAS_START: tl.constexpr,
     HAS_STOP: tl.constexpr,
+    NARROW: tl.constexpr,
     SKIP_EXCLUDED: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
@@ -302,7 +322,10 @@ def _select_kernel(
     """One program for each row finds the keys of rank start, stop - 1 and top - 1 among its candidates.
 
     Writes them to Bounds; where counts show that a limit did not hold or a part was full, the row goes to Missed.
-    Places of the buffer that hold no candidate get NaN, in missed rows all of them.
+    Places of the buffer that hold no candidate get NaN, in missed rows all of them. With NARROW a few of the candidates
+    say where the scores sought probably lie, and the first pass over the buffer, which is larger than the cache, copies
+    what lies there to Zone, (2, room) for each row: scores and their places. The search then needs no other pass,
+    unless the few have misled it.
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS)
@@ -328,13 +351,32 @@ def _select_kernel(
         highest = tl.where(column == 1, tl.load(limits + STOP_HIGH), highest)
         over = tl.where(column == 1, above + certain, over)
 
-    buffer = Scores + 2 * row * splits * capacity
-    first_pair = Pairs + row * splits * capacity
     entries = 2 * splits * capacity
+    buffer = Scores + row * entries
+    first_pair = Pairs + row * splits * capacity
+    zone = Zone + row * 2 * room
     offs = tl.arange(0, BLOCK)
     begin_excluded, end_excluded = tl.load(Offsets + row), tl.load(Offsets + row + 1)
+    near_low, near_high = score_key(lowest), tl.full([TARGETS], 0x7FFFFFFF, tl.int32)
+    if NARROW:
+        stride = (entries // BLOCK - 1) | 1  # odd, so that left and right items are drawn
+        pair = offs * stride // 2
+        of_part = tl.minimum(pair // capacity, splits - 1)
+        there = pair - of_part * capacity < tl.minimum(tl.load(Counts + row * splits + of_part), capacity)
+        few = tl.load(buffer + offs * stride, mask=there, other=float("nan"))
+        some = tl.sum((few[None, :] >= lowest[:, None]).to(tl.int32), 1)
+        beyond = tl.sum((few[None, :] >= highest[:, None]).to(tl.int32), 1)
+        expected = beyond + (wanted - over + 0.5) * (BLOCK / entries)
+        low, high = around(few, expected, tl.maximum(some, 1), spread, TARGETS)
+        near_low = tl.maximum(near_low, low)
+        near_high = tl.where(highest == highest, tl.minimum(high, score_key(highest)), high)
+    low_pivot, high_pivot = key_score(near_low), key_score(near_high)
+
     at_low = tl.zeros([TARGETS], tl.int32)  # candidates that reach the lower limit, and the upper one
     at_high = tl.zeros([TARGETS], tl.int32)
+    over_low = tl.zeros([TARGETS], tl.int32)  # the same for what is near
+    over_high = tl.zeros([TARGETS], tl.int32)
+    near = tl.zeros([], tl.int32)  # entries near any target
     best = tl.full([], float("-inf"), tl.float32)
     for begin in range(0, entries, BLOCK):
         pair = (begin + offs) // 2
@@ -348,11 +390,20 @@ def _select_kernel(
                 value = tl.load(Values + offs_e, mask=offs_e < end_excluded, other=-1)
                 drop = tl.sum((item[:, None] == value[None, :]).to(tl.int32), 1) > 0
                 score = tl.where(drop, float("nan"), score)
-        tl.store(buffer + begin + offs, score, mask=begin + offs < entries)
+        tl.store(buffer + begin + offs, score, mask=(begin + offs < entries) & (score != score))
         at_low += tl.sum((score[None, :] >= lowest[:, None]).to(tl.int32), 1)
         at_high += tl.sum((score[None, :] >= highest[:, None]).to(tl.int32), 1)
         best = tl.maximum(best, tl.max(tl.where(score == score, score, float("-inf")), 0))
-    tl.debug_barrier()  # other threads' NaN are read below
+        if NARROW:
+            reach_low, reach_high = score[None, :] >= low_pivot[:, None], score[None, :] >= high_pivot[:, None]
+            over_low += tl.sum(reach_low.to(tl.int32), 1)
+            over_high += tl.sum(reach_high.to(tl.int32), 1)
+            keep = tl.sum((reach_low & ~reach_high & ~unused[:, None]).to(tl.int32), 0) > 0
+            at = near + tl.cumsum(keep.to(tl.int32), 0) - 1
+            tl.store(zone + at, score.to(tl.int32, bitcast=True), mask=keep & (at < room))
+            tl.store(zone + room + at, begin + offs, mask=keep & (at < room))
+            near += tl.sum(keep.to(tl.int32), 0)
+    tl.debug_barrier()  # what other threads have written is read below
     rank = wanted - over + at_high  # among all candidates
     held = (rank >= at_high) & (rank < at_low)
     missed = (tl.sum((~held & ~unused).to(tl.int32), 0) > 0) | (tl.max(filled, 0) > capacity)
@@ -361,13 +412,28 @@ def _select_kernel(
     low = score_key(lowest)
     high = tl.where(highest == highest, score_key(highest), score_key(best) + 1)
     searched = held & ~unused & ~missed
+    narrow = tl.zeros([], tl.int32) > 0
+    size = entries
+    hidden = tl.zeros([TARGETS], tl.int32)  # candidates above a target's zone that Zone does not hold
+    if NARROW:
+        inside = (rank >= over_high) & (rank < over_low)
+        narrow = (near <= room) & (tl.sum((searched & ~inside).to(tl.int32), 0) == 0)
+        size = tl.where(narrow, near, entries)
+        low, at_low = tl.where(narrow, near_low, low), tl.where(narrow, over_low, at_low)
+        high = tl.where(narrow, tl.minimum(near_high, high), high)
+        at_high = tl.where(narrow, over_high, at_high)
+        if narrow:
+            hidden += over_high
+            for begin in range(0, size, BLOCK):
+                score, _ = _candidates(Scores, Zone, row, begin + offs, entries, size, room, narrow)
+                hidden -= tl.sum((score[None, :] >= high_pivot[:, None]).to(tl.int32), 1)
     going = tl.sum((searched & (at_low - at_high > 1) & (high > low + 1)).to(tl.int32), 0)
     while going > 0:
         middle = (low >> 1) + (high >> 1) + (low & high & 1)
         pivot = key_score(middle)
-        reached = tl.zeros([TARGETS], tl.int32)
-        for begin in range(0, entries, BLOCK):
-            score = tl.load(buffer + begin + offs, mask=begin + offs < entries, other=float("nan"))
+        reached = hidden
+        for begin in range(0, size, BLOCK):
+            score, _ = _candidates(Scores, Zone, row, begin + offs, entries, size, room, narrow)
             reached += tl.sum((score[None, :] >= pivot[:, None]).to(tl.int32), 1)
         enough = reached > rank
         low, at_low = tl.where(enough, middle, low), tl.where(enough, reached, at_low)
@@ -383,9 +449,9 @@ def _select_kernel(
     while going > 0:
         middle = low_item + (high_item - low_item) // 2
         lower = tl.zeros([TARGETS], tl.int32)
-        for begin in range(0, entries, BLOCK):
-            score = tl.load(buffer + begin + offs, mask=begin + offs < entries, other=float("nan"))
-            item = 2 * tl.load(first_pair + (begin + offs) // 2, mask=score == score, other=0) + offs % 2
+        for begin in range(0, size, BLOCK):
+            score, entry = _candidates(Scores, Zone, row, begin + offs, entries, size, room, narrow)
+            item = 2 * tl.load(first_pair + entry // 2, mask=score == score, other=0) + entry % 2
             tied = (score[None, :] == pivot[:, None]) & (item[None, :] < middle[:, None])
             lower += tl.sum(tied.to(tl.int32), 1)
         enough = ties & (lower > rank - at_high)
@@ -395,9 +461,9 @@ def _select_kernel(
         going = tl.sum((ties & (high_item - low_item > 1)).to(tl.int32), 0)
 
     found = tl.full([TARGETS], LAST, tl.int64)
-    for begin in range(0, entries, BLOCK):
-        score = tl.load(buffer + begin + offs, mask=begin + offs < entries, other=float("nan"))
-        item = 2 * tl.load(first_pair + (begin + offs) // 2, mask=score == score, other=0) + offs % 2
+    for begin in range(0, size, BLOCK):
+        score, entry = _candidates(Scores, Zone, row, begin + offs, entries, size, room, narrow)
+        item = 2 * tl.load(first_pair + entry // 2, mask=score == score, other=0) + entry % 2
         this = (score[None, :] >= pivot[:, None]) & ~(score[None, :] >= ceiling[:, None])
         this &= (item[None, :] >= low_item[:, None]) & (item[None, :] < high_item[:, None])
         key = item_key(score, item.to(tl.int64), V)
@@ -505,6 +571,11 @@ class Plan:
         """Pairs that a row's buffer holds."""
         return self.splits * self.capacity
 
+    @property
+    def zone(self) -> int:
+        """Entries that may be near what is sought: an eighth of all, more than what a few are expected to leave."""
+        return self.pairs // 4
+
 
 def plan(
     rows: int,
@@ -560,15 +631,14 @@ def stream_blocks(
 ) -> tiles.Blocks:
     """The stream kernel's shape on this target.
 
-    From Hopper on the matrix unit takes operands from shared memory. That leaves 4 warps enough registers, and two
-    programs share a processor: one compares scores while the matrix unit serves the other. Narrow queries then stay in
-    shared memory; where only the open zone is looked for, registers suffice for twice the sessions, which halves what
-    the catalog takes of the L2 cache's bandwidth.
+    On Hopper and data-centre Blackwell the matrix unit takes operands from shared memory. That leaves 4 warps enough
+    registers, and two programs share a processor: one compares scores while the matrix unit serves the other. Narrow
+    queries then stay in shared memory; where only the open zone is looked for, registers suffice for twice the
+    sessions, which halves what the catalog takes of the L2 cache's bandwidth.
     """
-    backend, generation = tiles.target()
     width, narrow = query.shape[1], tiles.narrow(precision, query, catalog)
     same = query.dtype == catalog.dtype and (narrow or precision != "bf16")
-    if backend != "cuda" or generation < 90 or blocks.v < 128 or p.has_start or not same:
+    if not tiles.has_wide_matrix_unit(query.device) or blocks.v < 128 or p.has_start or not same:
         return blocks
     if not narrow or width > 128:
         return replace(blocks, warps=4)
@@ -665,13 +735,15 @@ def ranks(
         OPEN_STOP=start < stop and not p.has_stop,
         WIDE_STOP=p.has_stop and not p.bits,
         SKIP_EXCLUDED=skip_excluded,
-        CHUNK=2048,
+        NARROW=p.sampled >= NARROWED * FEW,
+        COLUMNS=LIMITS.value if p.has_start or p.has_stop else 1,
+        CHUNK=FEW,
         num_warps=4,
     )
     stride_words = 0 if words is None else words.stride(0)
-    backend, generation = tiles.target()
+    backend, generation = tiles.target(device)
     # To have two programs on a processor, NVIDIA's assembler would spill a few of the loop's registers.
-    roomy = {"maxnreg": 168} if backend == "cuda" and generation >= 100 and p.has_start else {}
+    roomy = {"maxnreg": 168} if backend == "cuda" and int(generation) // 10 == 10 and p.has_start else {}
     launch(
         _stream_kernel,
         (triton.cdiv(b, stream.b), p.splits),
@@ -705,6 +777,10 @@ def ranks(
     )
     sizes = (p.splits, p.capacity, v)
     skip = skip_excluded and values.numel() > 0
+    block = FEW // 2  # entries, as many as leave registers for what each split needs
+    room = p.zone if 2 * p.pairs >= NARROWED * block else 0
+    # The ids' memory is free until they are placed.
+    zone = ids if ids is not None and ids.shape[1] >= 2 * room else torch.empty(b, 2 * room, **int32)
     launch(
         _select_kernel,
         (b,),
@@ -714,6 +790,7 @@ def ranks(
         counts,
         certain,
         above,
+        zone,
         values,
         offsets,
         bounds,
@@ -722,16 +799,21 @@ def ranks(
         missed,
         missed_count,
         *sizes,
+        room,
         start,
         stop,
         top,
+        spread,
         HAS_START=p.has_start,
         HAS_STOP=p.has_stop,
+        NARROW=room > 0,
         SKIP_EXCLUDED=skip,
-        BLOCK=1024 if skip or p.splits > 128 else 2048,  # of registers, beside what each split needs
+        BLOCK=block,
         EXCLUDED=4,
         PARTS=triton.next_power_of_2(p.splits),
         num_warps=8,
+        # For more programs on a processor, too, it would spill.
+        **({"maxnreg": 128} if backend == "cuda" else {}),
     )
     redo(
         query,
@@ -777,8 +859,24 @@ def ranks(
     if words is not None and values.numel():
         launch(_clear_excluded_kernel, (b,), words, values, offsets, v, stride_words, EXCLUDED=128, num_warps=4)
     if has_ids:
-        ids.copy_(ids.sort(dim=1).values).masked_fill_(ids == NO_ITEM, -1)
+        sort_ids(ids)
     return best.sort(dim=1, descending=True).values, bounds
+
+
+def sort_ids(ids: Tensor) -> None:
+    """Sorts each row of ids (B, n) int32 in place; NO_ITEM becomes -1, at the end.
+
+    A part of the rows at a time, since torch sorts with int64 indices, and holds both twice and more: up to 48 bytes an
+    id, where the whole call may take 16.
+    """
+    for part in ids.split(sorted_rows(ids.shape[0])):
+        part.copy_(part.sort(dim=1).values)
+    ids.masked_fill_(ids == NO_ITEM, -1)
+
+
+def sorted_rows(rows: int) -> int:
+    """How many of them are sorted at a time."""
+    return min(SORTED, triton.cdiv(rows, 3))
 
 
 def rank_slice_fwd(

@@ -428,7 +428,7 @@ def _score_options(p: Problem, blocks: tiles.Blocks, product: str) -> dict[str, 
     """The options of a launch. To have two programs on a processor, NVIDIA's assembler spills a few of the loop's
     registers where it is short or does without the matrix unit; it is told not to."""
     tight = product == "ieee" or triton.cdiv(p.query.shape[1], blocks.d) == 2
-    return blocks.options() | ({"maxnreg": 168} if tight and tiles.target()[0] == "cuda" else {})
+    return blocks.options() | ({"maxnreg": 168} if tight and tiles.target(p.query.device)[0] == "cuda" else {})
 
 
 def _score_blocks(p: Problem, product: str) -> tiles.Blocks:
@@ -447,9 +447,9 @@ def _gradient_blocks(p: Problem, product: str, columns: Columns) -> dict[str, in
     if product != "ieee":
         step = tiles.step(width, step if product == "tf32" or tiles.narrow(p.precision, p.query, p.catalog) else 32)
     block, stages = min(most, max(16, triton.next_power_of_2(width))), 2 if product == "ieee" else 3
-    backend, generation = tiles.target()
+    backend, generation = tiles.target(p.query.device)
     # As in _score_options.
-    roomy = {"maxnreg": 255} if backend == "cuda" and generation >= 100 else {}
+    roomy = {"maxnreg": 255} if backend == "cuda" and int(generation) // 10 == 10 else {}
     return roomy | {
         "BLOCK_B": rows, "BLOCK_V": rows, "BLOCK_D": step, "BLOCK_C": block, "num_warps": 8, "num_stages": stages
     }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,19 +101,30 @@ def processors(device: torch.device) -> int:
     return INTERPRETED_PROCESSORS if INTERPRETED else ASSUMED_PROCESSORS
 
 
-def target() -> tuple[str, int | str]:
-    """What kernels are compiled for: "cuda" and the compute capability, 90 for Hopper, or "hip" and AMD's name for it;
-    ("", 0) where they are interpreted."""
+def target(device: torch.device) -> tuple[str, int | str]:
+    """What kernels are compiled for on this device: "cuda" and the compute capability, 90 for Hopper, or "hip" and
+    AMD's name for it; ("", 0) where they are interpreted."""
     if INTERPRETED:
         return "", 0
-    found = triton.runtime.driver.active.get_current_target()
+    with _current(device):
+        found = triton.runtime.driver.active.get_current_target()
     return found.backend, found.arch
+
+
+def has_wide_matrix_unit(device: torch.device) -> bool:
+    """Whether the matrix unit takes operands from shared memory: Hopper's and data-centre Blackwell's do."""
+    backend, generation = target(device)
+    return backend == "cuda" and int(generation) // 10 in (9, 10)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton asks and launches on the current device, which need not be the tensors': within, it is."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     on = next(x for x in (*args, *options.values()) if isinstance(x, Tensor)).device
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device(on) if on.type == "cuda" else nullcontext():
+    with _current(on):
         kernel[grid](*args, **options)
 
 

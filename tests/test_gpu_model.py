@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from alterrec_fast.benchmarks import gpu_model
 from alterrec_fast.benchmarks.cost_model import H100
@@ -24,6 +26,23 @@ def test_rank_slice_by_hand() -> None:
     bits = by_kernel(gpu_model.rank_slice_work(CALL, sampled=100, pairs=6, bits=True))
     assert bits["_stream_kernel"].bytes == stream.bytes + 4 * 1_000 / 8
     assert bits["sort of the ids"].bytes == 0
+    assert works["sort of the ids"].bytes == (6 * (4 + 24) + 16) * 4 * 10
+
+
+def test_passes_beyond_the_cache_are_counted() -> None:
+    big = Call(512, 10_000_000, 128)
+    scores = 8 * 512 * 30_000
+    before = by_kernel(gpu_model.rank_slice_work(big, sampled=90_000, pairs=30_000, bits=False))
+    assert before["_limits_kernel"].bytes == 24 * 4 * 512 * 90_000
+    assert before["_select_kernel"].bytes == scores / 4 + 24 * scores + 512 * 30_000
+    works = by_kernel(gpu_model.rank_slice_work(big, 90_000, 30_000, False, narrow=(True, True)))
+    assert works["_limits_kernel"].bytes == 4 * 512 * 90_000 + 512 * 2_048 * 32
+    assert works["_select_kernel"].bytes == scores / 4 + scores + 512 * 2_048 * 32 + 512 * 30_000
+
+
+def test_instructions_may_take_longer_than_the_roof() -> None:
+    assert Work("", 0.0, 0.0, slots=132 * 4 * gpu_model.CLOCK).seconds() == 1.0
+    assert Work("", 0.0, H100.memory, slots=1.0).seconds() == 1.0
 
 
 def test_top_k_by_hand() -> None:
@@ -57,6 +76,8 @@ def test_a_loop_by_hand() -> None:
     assert loop.rest_share == 4 * (160 + 160) / 5120
     assert loop.times == 1.0
     assert loop.cache_bytes() == 2 * (64 + 128) * 320
+    alone = replace(loop, programs=1)  # nobody multiplies while it compares
+    assert alone.times == 1.0 + 0.25
     slow = Loop("", 64, 128, 64, 4, loop.tile, chance=1.0, resident=True)
     assert slow.times == 4 * (320 + 160 + 320) / 1024
     assert slow.cache_bytes() == 2 * 128 * 64
@@ -107,6 +128,23 @@ def test_copies_behind_the_stores_are_of_the_next_product() -> None:
     code = SASS.replace("        /*00c0*/", tail + "        /*00c0*/")
     tile = gpu_model.tile_of(code, matrix_instructions=1)
     assert (tile.product, tile.rest) == (1 + 3 + 1 + 3, 3)
+
+
+def test_a_scan_by_its_loops() -> None:
+    """The outer loop stores; another, behind it, searches."""
+    search = """
+.L_x_5:
+        /*00d2*/                   FSETP.GE.AND P0, PT, R24, R5, PT ;
+        /*00d4*/               @P2 BRA `(.L_x_5) ;
+        /*00e0*/                   EXIT ;
+"""
+    code = SASS.replace("        /*00e0*/                   EXIT ;\n", search.lstrip("\n"))
+    scan = gpu_model.scan_of(code, warps=4, block=100)
+    assert scan == gpu_model.Scan(few=0, once=13 - 3, step=0, after=2, warps=4, block=100)
+    both = replace(scan, few=7, step=5)
+    assert both.slots(rows=2, entries=250, near=101) == 2 * 4 * (24 * (7 + 2 * 5) + 3 * 10 + 2 * 2)
+    search_alone = gpu_model.scan_of(code.replace("STG", "LDG"), 4, 100)
+    assert search_alone == gpu_model.Scan(few=0, once=0, step=13, after=2, warps=4, block=100)
 
 
 def test_code_that_does_not_fit_its_tile_is_refused() -> None:

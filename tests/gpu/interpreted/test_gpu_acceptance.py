@@ -22,6 +22,7 @@ from alterrec_fast.benchmarks import (
     gpu_rank_checks,
     gpu_stages,
     gpu_times,
+    gpu_truth,
 )
 from alterrec_fast.benchmarks.gpu_device import FaultError, Interpreted
 from alterrec_fast.benchmarks.gpu_journal import Journal
@@ -189,6 +190,7 @@ def test_times_and_shares(journal: Journal, tmp_path: Path, monkeypatch: pytest.
     stage = gpu_acceptance.Ended("times, paper", "", 1.0, found)
     done = gpu_acceptance.Acceptance("cpu", 1, "none", gpu_acceptance.Installed("there", "hand"), [stage])
     text = gpu_acceptance.report(done)
+    assert gpu_acceptance.GRAPHED in {line["name"] for line in times if line["op"] == "rank_slice"}
     assert "| paper: B=2, V=100, d=8, bf16, ranks 5:60 | rank_slice | ours |" in text
     assert "over the floor" in text
     assert not done.failed(), done.checks()
@@ -211,6 +213,43 @@ def test_a_contestant_that_fails_has_a_line(journal: Journal, monkeypatch: pytes
     assert torchs["error"] == "OutOfMemoryError: tried to allocate 20 GiB"
     assert not torchs["ours_failed"]
     assert fine["turns"] == 1
+
+
+def test_what_is_not_made_by_the_deadline_is_not_made(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    contest = gpu_times.Contest(DEVICE, gpu_times.Shape("paper", 2, 100, 8, 8, torch.float32, 5, 60), 1)
+    makers = {name: lambda: lambda: None for name in ("ours", "torch")}
+    monkeypatch.setattr(contest, "ops", lambda: {"top_k": (gpu_times.Work(1.0, 1.0), makers)})
+    gpu_times.race(DEVICE, journal, contest, "top_k", time.monotonic() - 1.0)
+    torchs, ours = lines(journal)
+    assert torchs["error"] == "the time of this op was spent"
+    assert ours["turns"] == 1
+
+
+@pytest.mark.parametrize(("over", "result"), [(0, "pass"), (1, "fail")])
+def test_extra_memory_is_held_against_its_bar(over: int, result: str) -> None:
+    allowed = 16 * 512 * 19_980 + (64 << 20)
+    time_ = {"kind": "time", "name": "ours", "op": "rank_slice", "shape": "10M", "ranks": [512, 19_980]}
+    time_ |= {"seconds": 1e-3, "result_bytes": 7.0, "peak_bytes": allowed + 7 + over}
+    stage = gpu_acceptance.Ended("times, 10M", "", 1.0, [time_])
+    done = gpu_acceptance.Acceptance("cuda", 1, "none", gpu_acceptance.Installed("there", "hand"), [stage])
+    (check,) = done.checks()
+    assert check["result"] == result
+    assert check["name"] == "extra memory of rank_slice, ours at 10M"
+
+
+def test_the_floor_of_a_loss_over_a_slice() -> None:
+    """Three products over bits; a list's items alone."""
+    for v, operations in ((100, 6 * 2 * 100 * 8), (4_000, 6 * 2 * 55 * 8)):
+        shape = gpu_times.Shape("paper", 2, v, 8, 8, torch.float32, 5, 60)
+        assert gpu_times.Contest(DEVICE, shape, 1).ops()["slice_cross_entropy"][0].operations == operations
+
+
+def test_torchs_scores_are_rounded_on_their_way_in_alone() -> None:
+    query, catalog = torch.randn(3, 40), torch.randn(90, 40)
+    exact = gpu_truth.scores_of(query, catalog, None, bf16=True)
+    theirs = gpu_truth.torch_scores(query, catalog, None, bf16=True)
+    assert theirs.dtype == torch.float32
+    assert float((theirs - exact).abs().max()) < 1e-5 * float(exact.abs().max())
 
 
 # --- installing and running ---
@@ -260,8 +299,11 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert "items are in the wrong place" in stages_by_name["seeded"]["records"][0]["detail"]
     assert stages_by_name["crash"]["outcome"] == "signal SIGABRT: last words"
     assert stages_by_name["hang"]["outcome"] == "killed after 3 s: still here"
+    assert not any((tmp_path / "out").rglob("triton"))
     text = (tmp_path / "out" / "acceptance.md").read_text()
-    assert text.startswith("# GPU acceptance: FAILED\n\n1 checks passed, 3 failed, 0 were not run.")
+    assert text.startswith("# GPU acceptance: FAILED\n\n1 checks passed, 2 failed, 1 were not run.")
+    assert "Out of time, and ended before they were done: hang." in text
+    assert "| not run | hang | the stage | out of time: killed after 3 s: still here |" in text
     assert "no extension, ALTERREC_FAST_NO_EXT=1" in text
     assert "FAILED" in capsys.readouterr().out
 
@@ -269,7 +311,10 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 def test_all_stages_are_there() -> None:
     """And fit the time, but for what the last one then gets less."""
     planned = gpu_acceptance._stages()
-    assert {stage.name for stage in planned} == set(gpu_stages.STAGES) - {"small"}
+    assert {stage.name for stage in planned} == set(gpu_stages.STAGES)
+    turn = {stage.name: stage.turn for stage in planned}
+    assert turn["memcheck"] == turn["racecheck"] > turn["small"]
+    assert [name for name in turn if turn[name] == turn["huge"]] == ["huge"]
     turns = {stage.turn: stage.seconds for stage in planned}
     assert gpu_acceptance.BUILD_SECONDS + sum(turns.values()) < gpu_acceptance.LIMIT + turns[max(turns)] / 2
     assert gpu_acceptance.LIMIT < 480

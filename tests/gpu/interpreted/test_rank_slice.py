@@ -58,6 +58,23 @@ def test_equals_the_other_engines(start: int, stop: int, top: int, luck: dict[st
     same(query, catalog, start, stop, top, luck, exclude=exclude, bias=bias, first_item=77)
 
 
+@pytest.mark.parametrize("luck", NO_LUCK[:2], ids=["", "miss"])
+@pytest.mark.parametrize(("start", "stop", "top"), RANGES)
+def test_searches_that_a_few_scores_narrow(
+    start: int, stop: int, top: int, luck: dict[str, float], monkeypatch: pytest.MonkeyPatch, guarded: list[Tensor]
+) -> None:
+    """As with samples and buffers larger than the cache; where the few mislead, all is searched."""
+    monkeypatch.setattr(kernels, "FEW", 64)
+    generator = torch.Generator().manual_seed(7)
+    few, many = (
+        integers(2, 20, 1),
+        integers(2_301, 20, 2) * torch.rand(2_301, 1, generator=generator).bfloat16().float(),
+    )
+    exclude = torch.randint(-2, 2_301, (2, 7), generator=generator)
+    same(few, many, start, stop, top, luck, exclude=exclude, first_item=77)
+    same(few, integers(2_301, 4, 2).repeat(1, 5), start, stop, top, luck)  # ties
+
+
 @pytest.mark.parametrize(("b", "v", "d"), [(65, 130, 8), (1, 1, 1), (1, 63, 1_024)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_ragged_shapes(b: int, v: int, d: int, precision: str, guarded: list[Tensor]) -> None:
