@@ -27,13 +27,12 @@ lint: .venv/ready
 sanitize:
 	csrc/tests/sanitize.sh
 
-# What can be proven of the GPU code without a GPU: docs/gpu.md.
+# What can be proven of the GPU code without a GPU: docs/gpu.md. -rP shows the tables that the tests have asserted.
 gpu-proof: .venv/ready .venv/triton-3.6.0/triton
 	csrc/tests/cuda_on_cpu.sh
 	OMP_NUM_THREADS=1 .venv/bin/pytest -m proof tests/gpu/test_cuda_on_cpu.py
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 tests/gpu/interpreted
-	TRITON_3_6=.venv/triton-3.6.0 .venv/bin/pytest -n 2 -m proof tests/gpu/test_compiled.py tests/gpu/test_model_bars.py
-	.venv/bin/python -W ignore -m alterrec_fast.benchmarks.gpu_proof
+	TRITON_3_6=.venv/triton-3.6.0 .venv/bin/pytest -n 2 -rP -m proof tests/gpu/test_compiled.py tests/gpu/test_model_bars.py
 
 # Triton comes with torch's builds for GPUs; an older one beside it compiles the kernels, too.
 .venv/triton-3.6.0/triton: .venv/ready
