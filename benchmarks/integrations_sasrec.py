@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--raw", type=Path, help="Online Retail in the generic layout")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--jobs", type=int, default=2, help="processes at once")
     parser.add_argument("--data", type=Path, default=Path("runs/integrations/data"), help="prepared from --raw if new")
     parser.add_argument("--contestant", choices=list(CONTESTANTS), help="run this one in this process")
