@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alterrec_fast.drop_in.losses import FullSoftmaxLoss, SampledSoftmaxLoss, SliceCrossEntropy
-from alterrec_fast.integrations import need
+from alterrec_fast.integrations import need, same_scores
 from alterrec_fast.ops import rank_slice, top_k
 
 INSTALL = 'pip install "recbole==1.2.1" "numpy<2" "setuptools<81"'
@@ -116,7 +116,9 @@ class RankingMixin(_Model):
         """Raises ValueError where the vectors' scores are not those of the model's `full_sort_predict`; once."""
         if not self._scores_compared:
             with self._two_rows(interaction) as two, torch.no_grad():
-                self._compare("scores", self._scores(two), self.full_sort_predict(two))
+                ours, theirs = self._scores(two), self.full_sort_predict(two)
+                if ours.numel() != theirs.numel() or not same_scores(ours, theirs.view_as(ours)):
+                    raise self._other("scores")
             self._scores_compared = True
 
     def _scores(self, interaction: Any) -> Tensor:
@@ -131,13 +133,11 @@ class RankingMixin(_Model):
             )
         return query @ catalog.T / self.score_temperature
 
-    def _compare(self, what: str, ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
-        close = ours.numel() == theirs.numel() and torch.allclose(ours, theirs.view_as(ours), tolerance, tolerance)
-        if not close:
-            raise ValueError(
-                f"the {what} of {type(self).__name__} are not those of session_vectors @ item_vectors.T / "
-                f"score_temperature: override these, or calculate_loss where its loss has further terms"
-            )
+    def _other(self, what: str) -> ValueError:
+        return ValueError(
+            f"the {what} of {type(self).__name__} are not those of session_vectors @ item_vectors.T / "
+            f"score_temperature: override these, or calculate_loss where its loss has further terms"
+        )
 
     @contextmanager
     def _two_rows(self, interaction: Any) -> Iterator[Any]:
@@ -165,13 +165,27 @@ def _trained(loss: Tensor) -> set[Tensor]:
     return found
 
 
+def _same_gradients(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether the gradients of two losses, for all that the first one trains, differ by rounding alone."""
+    leaves = list(_trained(ours))
+    pairs = zip(
+        torch.autograd.grad(ours, leaves, materialize_grads=True),
+        torch.autograd.grad(theirs, leaves, materialize_grads=True),
+        strict=True,
+    )
+    norms = torch.stack([torch.stack([(a - b).norm(), b.norm()]) for a, b in pairs])  # (parameters, 2)
+    apart, norm = norms.unbind(1)
+    # A gradient that is zero but for rounding, as of a key's bias, is measured by the others.
+    return bool((apart <= 1e-3 * norm + 1e-5 * norm.norm()).all())
+
+
 class SequentialMixin(RankingMixin):
     """`RankingMixin` for a `SequentialRecommender` with ``loss_type: CE``; its loss becomes that of `Options`.
 
-    At the first step the model's own loss of two sessions is compared with the full softmax over the scores, in value
-    and in the parameters that it trains (a bias of the items may be zero as yet); a model with another loss is refused,
-    not trained wrongly. Where its loss has further terms override `calculate_loss` as
-    ``self.next_item_loss(interaction) + further``.
+    At the first step the model's own loss of two sessions is compared with the full softmax over the scores, in value,
+    in the parameters that it trains (a bias of the items may be zero as yet) and in their gradients (all losses are
+    near log V as long as embeddings are small); a model with another loss is refused, not trained wrongly. Where its
+    loss has further terms override `calculate_loss` as ``self.next_item_loss(interaction) + further``.
     """
 
     _loss_compared = False
@@ -213,11 +227,14 @@ class SequentialMixin(RankingMixin):
     def calculate_loss(self, interaction: Any) -> Tensor:
         """The mean loss of the sessions' next items; ValueError where the model's own loss is another one."""
         if not self._loss_compared:
-            with self._two_rows(interaction) as two, torch.enable_grad():
+            # cuDNN's recurrent layers have no backward pass in evaluation mode.
+            with self._two_rows(interaction) as two, torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
                 full = F.cross_entropy(self._scores(two), two[self.POS_ITEM_ID])
                 own = super().calculate_loss(two)
             # The weight of a regulariser may be as small as what is rounded off, so that sums must be equal.
-            self._compare("losses", full, own, 0.0 if type(own.grad_fn).__name__.startswith("Add") else 1e-4)
+            tolerance = 0.0 if type(own.grad_fn).__name__.startswith("Add") else 1e-4
+            if not torch.allclose(full, own.view_as(full), tolerance, tolerance):
+                raise self._other("losses")
             left_out = _trained(own) - _trained(full)
             if left_out:
                 names = [name for name, parameter in self.named_parameters() if parameter in left_out]
@@ -225,6 +242,8 @@ class SequentialMixin(RankingMixin):
                     f"the loss of {type(self).__name__} also trains {', '.join(names)}, of which session_vectors, "
                     "item_vectors and score_temperature know nothing: override them"
                 )
+            if not _same_gradients(full, own):
+                raise self._other("gradients")
             self._loss_compared = True
         return self.next_item_loss(interaction)
 

@@ -211,6 +211,57 @@ def test_models_of_another_kind_are_refused_by_name(name: str, message: str) -> 
         model.calculate_loss(batch)
 
 
+def shrunk(model: Any, **changes: Any) -> tuple[Any, Any]:
+    """`one_batch` with embeddings so small that every score is near zero, and every loss near log V."""
+    network, batch = one_batch(model, **changes)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.weight.data *= 1e-3
+    return network, batch
+
+
+class Sharpened(fast.stock.GRU4Rec):
+    """Divides its scores by a temperature of its own."""
+
+    def full_sort_predict(self, interaction: Any) -> torch.Tensor:
+        return super().full_sort_predict(interaction) / 0.7
+
+    def calculate_loss(self, interaction: Any) -> torch.Tensor:
+        return self.loss_fct(self.full_sort_predict(interaction), interaction[self.POS_ITEM_ID])
+
+
+class GRU4Rec(fast.SequentialMixin, Sharpened):
+    pass
+
+
+@pytest.mark.parametrize("model", [fast.NPE, GRU4Rec], ids=["NPE", "GRU4Rec"])
+def test_small_embeddings_hide_no_other_score(model: Any) -> None:
+    """NPE's scores are over relu(item_embedding.weight)."""
+    network, batch = shrunk(model)
+    with pytest.raises(ValueError, match=f"the gradients of {model.__name__} are not those of session_vectors @ "):
+        network.calculate_loss(batch)
+    with pytest.raises(ValueError, match=f"the scores of {model.__name__} are not those of session_vectors @ "):
+        network.compare_scores(batch)
+
+
+@pytest.mark.parametrize("name", ["SASRec", "GRU4Rec", "CORE"])
+def test_small_embeddings_pass(name: str) -> None:
+    network, batch = shrunk(getattr(fast, name))
+    assert network.calculate_loss(batch).isfinite()
+    network.compare_scores(batch)
+
+
+class RectifiedNPE(fast.NPE):
+    def item_vectors(self) -> torch.Tensor:
+        return self.relu(self.item_embedding.weight)
+
+
+def test_the_hook_for_another_score_is_enough() -> None:
+    network, batch = shrunk(type("NPE", (RectifiedNPE,), {}))
+    assert network.calculate_loss(batch).isfinite()
+    network.compare_scores(batch)
+
+
 def test_pairwise_training_is_refused() -> None:
     negatives = {"distribution": "uniform", "sample_num": 1, "dynamic": False, "alpha": 1.0, "candidate_num": 0}
     with pytest.raises(ValueError, match="loss_type must be CE, got BPR"):
