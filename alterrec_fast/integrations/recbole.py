@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from logging import getLogger
 from typing import Any
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alterrec_fast.drop_in.losses import FullSoftmaxLoss, SampledSoftmaxLoss, SliceCrossEntropy
-from alterrec_fast.integrations import need, same_scores
+from alterrec_fast.integrations import comparable, need, same_scores
 from alterrec_fast.ops import rank_slice, top_k
 
 INSTALL = 'pip install "recbole==1.2.1" "numpy<2" "setuptools<81"'
@@ -115,7 +114,8 @@ class RankingMixin(_Model):
     def compare_scores(self, interaction: Any) -> None:
         """Raises ValueError where the vectors' scores are not those of the model's `full_sort_predict`; once."""
         if not self._scores_compared:
-            with self._two_rows(interaction) as two, torch.no_grad():
+            two = interaction[:2]
+            with comparable(self), torch.no_grad():
                 ours, theirs = self._scores(two), self.full_sort_predict(two)
                 if ours.numel() != theirs.numel() or not same_scores(ours, theirs.view_as(ours)):
                     raise self._other("scores")
@@ -138,17 +138,6 @@ class RankingMixin(_Model):
             f"the {what} of {type(self).__name__} are not those of session_vectors @ item_vectors.T / "
             f"score_temperature: override these, or calculate_loss where its loss has further terms"
         )
-
-    @contextmanager
-    def _two_rows(self, interaction: Any) -> Iterator[Any]:
-        """The first two rows, without dropout within. Two, since contrastive terms of a loss vanish over one."""
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            yield interaction[:2]
-        finally:
-            for module, training in modes:
-                module.training = training
 
 
 def _trained(loss: Tensor) -> set[Tensor]:
@@ -227,8 +216,8 @@ class SequentialMixin(RankingMixin):
     def calculate_loss(self, interaction: Any) -> Tensor:
         """The mean loss of the sessions' next items; ValueError where the model's own loss is another one."""
         if not self._loss_compared:
-            # cuDNN's recurrent layers have no backward pass in evaluation mode.
-            with self._two_rows(interaction) as two, torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
+            two = interaction[:2]  # since contrastive terms of a loss vanish over one
+            with comparable(self), torch.enable_grad():
                 full = F.cross_entropy(self._scores(two), two[self.POS_ITEM_ID])
                 own = super().calculate_loss(two)
             # The weight of a regulariser may be as small as what is rounded off, so that sums must be equal.
