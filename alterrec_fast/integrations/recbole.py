@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from alterrec_fast.drop_in.losses import FullSoftmaxLoss, SampledSoftmaxLoss, SliceCrossEntropy
 from alterrec_fast.integrations import comparable, need, same_scores
-from alterrec_fast.ops import rank_slice, top_k
+from alterrec_fast.ops import rank_slice, register, top_k
 
 INSTALL = 'pip install "recbole==1.2.1" "numpy<2" "setuptools<81"'
 need("recbole.trainer", INSTALL)
@@ -41,6 +41,7 @@ _Model: Any = object  # what the mix-ins are mixed into: a torch module with Rec
 PADDING = 0  # RecBole's item for no item: the first row of every item embedding
 LOSSES = ("full", "sampled", "slice")
 DISTRIBUTIONS = ("uniform", "popularity")
+ALIASES = {"range_min": "start", "range_max": "stop"}
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Options:
         ranks [start, stop) of the model's own ranking of the catalog for the session.
     negatives: of "sampled": how many are drawn at each step, shared by its sessions.
     distribution: of "sampled": "uniform", or "popularity" by an item's count in training, with logQ correction.
-    start, stop, hard_fraction: of "slice": the ranks, and the share of them that is kept; the others are traded for
-        uniform negatives (`RankSlice.mix`).
+    start, stop, hard_fraction: of "slice": the ranks, which the config key takes as range_min and range_max, too, and
+        the share of them that is kept; the others are traded for uniform negatives (`RankSlice.mix`).
     precision: of the loss: "fp32", "bf16" or None, as in `rank_slice`; evaluation is in the model's own precision.
     keep_bytes: as in `slice_cross_entropy`, but less by default, since RecBole's activations stand beside it.
 
@@ -74,17 +75,34 @@ class Options:
         if self.distribution not in DISTRIBUTIONS:
             choices = ", ".join(DISTRIBUTIONS)
             raise ValueError(f"alterrec_fast: distribution must be one of {choices}, got {self.distribution!r}")
+        for name in ("negatives", "start", "stop", "keep_bytes"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"alterrec_fast: {name} must be an integer, got {getattr(self, name)!r}")
         if self.negatives < 1:
             raise ValueError(f"alterrec_fast: negatives must be at least 1, got {self.negatives}")
+        if not 0 <= self.start <= self.stop:
+            raise ValueError(f"alterrec_fast: expected 0 <= start <= stop, got start={self.start}, stop={self.stop}")
+        if not 0.0 <= self.hard_fraction <= 1.0:
+            raise ValueError(f"alterrec_fast: hard_fraction must lie in [0, 1], got {self.hard_fraction}")
+        if self.precision not in register.PRECISIONS:
+            raise ValueError(f"alterrec_fast: precision must be None, 'fp32' or 'bf16', got {self.precision!r}")
+        if self.keep_bytes < 0:
+            raise ValueError(f"alterrec_fast: keep_bytes must be at least 0, got {self.keep_bytes}")
 
     @classmethod
     def of(cls, config: Any) -> Options:
-        """The options of a RecBole config; raises ValueError for a name that is none of them."""
+        """The options of a RecBole config; raises ValueError for a name that is none of them or given twice."""
         given = config["alterrec_fast"] or {}
-        names = [field.name for field in fields(cls)]
+        names = [*(field.name for field in fields(cls)), *ALIASES]
         if not isinstance(given, Mapping) or not set(given) <= set(names):
             raise ValueError(f"the config key alterrec_fast takes {', '.join(names)}; got {given!r}")
-        return cls(**given)
+        options: dict[str, Any] = dict(given)
+        for alias, name in ALIASES.items():
+            if alias in given and name in given:
+                raise ValueError(f"alterrec_fast: {name} and {alias} are the same, got {given!r}")
+            if alias in given:
+                options[name] = options.pop(alias)
+        return cls(**options)
 
 
 class RankingMixin(_Model):

@@ -363,7 +363,16 @@ def test_models_by_name() -> None:
     [
         ({"loss": "bpr"}, "loss must be one of full, sampled, slice"),
         ({"distribution": "zipf"}, "distribution must be one of"),
-        ({"negatives": 0}, "negatives must be at least 1"),
+        ({"negatives": 0}, "alterrec_fast: negatives must be at least 1"),
+        ({"negatives": 1e3}, "alterrec_fast: negatives must be an integer"),
+        ({"start": -1}, "alterrec_fast: expected 0 <= start <= stop, got start=-1, stop=2000"),
+        ({"start": 30, "stop": 20}, "alterrec_fast: expected 0 <= start <= stop, got start=30, stop=20"),
+        ({"range_min": 3000}, "alterrec_fast: expected 0 <= start <= stop, got start=3000, stop=2000"),
+        ({"stop": "20"}, "alterrec_fast: stop must be an integer, got '20'"),
+        ({"hard_fraction": 1.5}, r"alterrec_fast: hard_fraction must lie in \[0, 1\], got 1.5"),
+        ({"precision": "fp16"}, "alterrec_fast: precision must be None, 'fp32' or 'bf16', got 'fp16'"),
+        ({"keep_bytes": -1}, "alterrec_fast: keep_bytes must be at least 0, got -1"),
+        ({"stop": 9, "range_max": 9}, "alterrec_fast: stop and range_max are the same"),
         ({"negative": 10}, "takes loss, negatives"),
         ("sampled", "takes loss, negatives"),
     ],
@@ -371,3 +380,8 @@ def test_models_by_name() -> None:
 def test_options_are_checked(given: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fast.Options.of({"alterrec_fast": given})
+
+
+def test_ranks_go_by_either_name() -> None:
+    options = fast.Options.of({"alterrec_fast": {"loss": "slice", "range_min": 3, "range_max": 30}})
+    assert options == fast.Options(loss="slice", start=3, stop=30)
