@@ -37,7 +37,6 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_mining_finds_the_same_and_says_so(here: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("datasets")
     threads = torch.get_num_threads()
     try:
         (section,) = integrations_mining.sections(20, 400, 1)
