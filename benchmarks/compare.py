@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alterrec_fast.benchmarks.machine import Machine
-from alterrec_fast.benchmarks.records import FLOOR, Record, Results, both
+from alterrec_fast.benchmarks.records import FLOOR, NOT_BEGUN, Record, Results, both
 
 BASELINE = Path(__file__).with_name("baseline.json")
 
@@ -96,10 +96,13 @@ def summary(results: Results, baselines: dict[str, dict[str, Known]]) -> str:
         return f"no baseline of this kind of machine ({kind}), so nothing to compare with; there are: {others}"
     baseline = baselines[kind]
     known = sum(key(record) in baseline and record.ratio is not None for record in results.records)
-    failed = [key(record) for record in results.records if key(record) in baseline and record.ratio is None]
+    lost = [record for record in results.records if key(record) in baseline and record.ratio is None]
+    failed = [key(record) for record in lost if not (record.failed or "").startswith(NOT_BEGUN)]
     worse = compare(results, baseline)
     lines = [f"slower than the baseline: {len(worse)} of {known} ratios to mm", *(f"  {one}" for one in worse)]
     lines += [f"  {name}: no ratio any more" for name in failed]
+    if len(lost) > len(failed):
+        lines.append(f"  {len(lost) - len(failed)} not measured, since there was no time for their contests")
     return "\n".join(lines)
 
 

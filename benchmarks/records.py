@@ -15,6 +15,7 @@ from alterrec_fast.benchmarks.machine import Machine
 from alterrec_fast.benchmarks.worker import Shape
 
 FLOOR = "torch.mm"  # the contestant that every ratio refers to
+NOT_BEGUN = "not begun"  # what the reason starts with where there was no time for a contest
 PRIOR = 8  # degrees of freedom that the noise of similar contestants counts for
 STUDENT = (5.04, 4.78, 4.59, 4.44, 4.32, 4.22, 4.14)  # quantile 0.9995 for PRIOR, PRIOR + 1, ... degrees of freedom
 SIMILAR = 4.0  # times as long, or as short, as a call takes whose noise is like one's own

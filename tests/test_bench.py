@@ -6,6 +6,7 @@ import json
 import math
 import os
 import statistics
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +15,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from alterrec_fast.benchmarks import bench, figures, machine, tables, training, truth, verdicts
+from alterrec_fast.benchmarks import (
+    bench,
+    figures,
+    losses,
+    machine,
+    tables,
+    test_contestants,
+    training,
+    truth,
+    verdicts,
+)
 from alterrec_fast.benchmarks.compare import (
     Known,
     agreement,
@@ -28,7 +39,7 @@ from alterrec_fast.benchmarks.compare import (
 from alterrec_fast.benchmarks.contest import Arena, Budget, how_it_ended
 from alterrec_fast.benchmarks.contestants import OPS, Op
 from alterrec_fast.benchmarks.records import FLOOR, LEAST_NOISE, Record, Results, assess, both, conclude
-from alterrec_fast.benchmarks.worker import Shape
+from alterrec_fast.benchmarks.worker import Call, Shape
 from typer.testing import CliRunner
 
 from alterrec_fast.cli import app
@@ -126,6 +137,44 @@ def test_a_contest_sits_again_while_there_is_time(arena: Arena, monkeypatch: pyt
     monkeypatch.setattr(arena, "budget", replace(BUDGET, long=0.01))
     held = {r.contestant: r for r in arena.hold(bench_stubs.op(*bench_stubs.GOOD), bench_stubs.SHAPE, AMPLE)}
     assert [len(turns) for turns in held["sleeps"].turns] == [2, 2]
+
+
+def test_nobody_is_timed_cold(arena: Arena) -> None:
+    """Neither ours nor a rival: the first call and an untimed turn come before the first round."""
+    contestants = [bench_stubs.GOOD[0], *(replace(bench_stubs.WARMS, name=str(own), ours=own) for own in (True, False))]
+    _, *found = arena.hold(bench_stubs.op(*contestants), bench_stubs.SHAPE, 0.0)
+    assert all(turn < 0.2 for record in found for turns in record.turns for turn in turns)
+
+
+def test_bandwidth_is_measured_with_the_threads_of_the_contest(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena, "_bandwidths", {1: 1e6, 2: 2e6})
+    shape = replace(bench_stubs.SHAPE, threads=2)
+    record, *_ = arena.hold(bench_stubs.op(*bench_stubs.GOOD), shape, 0.0)
+    assert record.bandwidth_ratio == pytest.approx((record.seconds or 0.0) / (bench_stubs.traffic(shape) / 2e6))
+
+
+def test_others_are_what_is_busy_less_what_is_ours(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.time, "monotonic", lambda: 100.0)
+    monkeypatch.setattr(bench.time, "process_time", lambda: 1.0)
+    monkeypatch.setattr(machine, "busy_seconds", lambda: 50.0)
+    watch = bench.Watch(arena)
+    monkeypatch.setattr(arena, "cpu_seconds", arena.cpu_seconds + 12.0)
+    monkeypatch.setattr(bench.time, "monotonic", lambda: 110.0)
+    monkeypatch.setattr(bench.time, "process_time", lambda: 2.0)
+    monkeypatch.setattr(machine, "busy_seconds", lambda: 68.0)
+    assert watch.others() == pytest.approx(0.5)
+
+
+def test_the_fastest_setting_is_taken_and_recorded() -> None:
+    made = {number: Call(lambda i, s=number: time.sleep(s)) for number in (0.02, 0.001, 0.04)}
+    assert losses.fastest("chunk", made).detail() == {"chunk": 0.001}
+
+
+def test_every_contestant_is_in_the_pytest_front_end() -> None:
+    cases = {(case.values[0].name, case.values[2].name): case.marks for case in test_contestants.CASES}
+    assert set(cases) == {(op.name, one.name) for op in OPS for one in op.contestants}
+    (mark,) = cases["sasrec", "RecBole SASRec"]
+    assert mark.name == "skip" and "--python recbole=PATH" in mark.args[0]
 
 
 def test_work_of_others_is_told_apart_from_the_contestants(arena: Arena) -> None:
@@ -347,6 +396,20 @@ def test_training_is_also_told_in_targets_a_second() -> None:
     assert len({line.count("|") for line in page.splitlines()}) == 1
 
 
+def test_the_table_tells_the_floors_rate_and_the_versions_of_other_interpreters(stored: Results) -> None:
+    stored.records.append(replace(stored.records[2], contestant="RecBole SASRec", version="recbole 1.2.1"))
+    page = tables.markdown(stored)
+    assert "torch.mm (100 GFLOP/s)" in page and "recbole 1.2.1" in page  # 1e9 operations in 10 ms
+
+
+def test_gathered_forms_have_no_share_of_the_ceiling() -> None:
+    records = [record("slice_cross_entropy", FLOOR, 1.0), record("slice_cross_entropy", "gathered, ids", 0.5)]
+    for one in records:
+        one.shape = replace(one.shape, figure="form")
+    assert [one.share for one in results_of(records).records] == [None, None]
+    assert records[1].ratio == pytest.approx(0.5)
+
+
 def test_in_short_ours_stands_beside_the_fastest_of_the_others(stored: Results) -> None:
     stored.records.append(replace(stored.records[2], contestant="slower", seconds=9.0))
     stored.records.append(replace(stored.records[2], contestant="wrong", seconds=None, failed="wrong: error 1"))
@@ -420,6 +483,9 @@ def test_noise_and_strangers_are_not_reported(stored: Results) -> None:
     assert compare(stored, {}) == []
     stored.records[1].ratio, stored.records[1].failed = None, "wrong: error 1, allowed 1e-05"
     assert "no ratio any more" in summary(stored, {kind_of(stored.machine): baseline})
+    stored.records[1].failed = "not begun within 4 minutes"
+    told = summary(stored, {kind_of(stored.machine): baseline})
+    assert "no ratio any more" not in told and "1 not measured" in told
 
 
 def test_two_runs_agree_or_do_not(stored: Results) -> None:
