@@ -68,7 +68,7 @@ def run(options: Options, tell: Callable[[str], None] = print) -> Results:
     with tempfile.TemporaryDirectory(prefix="alterrec-bench-") as folder:
         arena = Arena(Path(folder), budget, options.pythons, threads)
         results.bandwidth = arena.bandwidth(threads)
-        watch = Watch(arena)
+        watch = Watch()
         for i, (op, shape) in enumerate(contests):
             spent = time.monotonic() - begun
             tell(f"{spent:5.0f} s  {op.name}: {shape.label}")
@@ -91,17 +91,13 @@ def run(options: Options, tell: Callable[[str], None] = print) -> Results:
 class Watch:
     """How busy the machine is with work other than this run's, since the watch was made."""
 
-    def __init__(self, arena: Arena):
-        self._arena = arena
-        self._begun, self._busy, self._own = time.monotonic(), machine.busy_seconds(), self._own_seconds()
+    def __init__(self) -> None:
+        self._begun, self._busy, self._own = time.monotonic(), machine.busy_seconds(), machine.own_seconds()
 
     def others(self) -> float:
         """Cores, those that a hypervisor took away among them."""
-        busy: float = machine.busy_seconds() - self._busy - (self._own_seconds() - self._own)
+        busy: float = machine.busy_seconds() - self._busy - (machine.own_seconds() - self._own)
         return max(0.0, busy) / max(time.monotonic() - self._begun, 1e-9)
-
-    def _own_seconds(self) -> float:
-        return float(self._arena.cpu_seconds + time.process_time())
 
 
 def comparison(results: Results) -> str:

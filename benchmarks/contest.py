@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from alterrec_fast.benchmarks.contestants import Contestant, Op
-from alterrec_fast.benchmarks.machine import cpu_of, measure_bandwidth, version_of
+from alterrec_fast.benchmarks.machine import measure_bandwidth, version_of
 from alterrec_fast.benchmarks.records import FLOOR, Record, conclude
 from alterrec_fast.benchmarks.worker import Shape, Tensors, describe, limit_memory, serve
 
@@ -52,17 +52,14 @@ class Process:
     """One contestant's process, as it looks from here: requests go in, answers or ContestantError come out."""
 
     def __init__(
-        self, connection: Connection, pid: int, wait: Callable[[float], int | None], kill: Callable[[], None], log: Path
+        self, connection: Connection, wait: Callable[[float], int | None], kill: Callable[[], None], log: Path
     ):
-        self._connection, self._pid, self._wait, self._kill, self._log = connection, pid, wait, kill, log
-        self.cpu_seconds = 0.0  # by the system's account, as of the last answer
+        self._connection, self._wait, self._kill, self._log = connection, wait, kill, log
 
     def ask(self, request: Any, seconds: float) -> Any:
         try:
             self._connection.send(request)
-            answered = self._connection.poll(seconds)
-            self.cpu_seconds = max(self.cpu_seconds, cpu_of(self._pid))
-            if not answered:
+            if not self._connection.poll(seconds):
                 self.end(kill=True)
                 raise ContestantError(f"stopped after {seconds:.0f} s")
             kind, value = self._connection.recv()
@@ -108,7 +105,6 @@ class Arena:
 
     def __init__(self, folder: Path, budget: Budget, pythons: dict[str, str], threads: int):
         self.folder, self.budget, self.pythons, self.threads = folder, budget, pythons, threads
-        self.cpu_seconds = 0.0  # of all contestants so far
         self._bandwidths: dict[int, float] = {}
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOAD)
@@ -131,7 +127,6 @@ class Arena:
         try:
             maker = self._fork(_make_case, (op.make, op.truth, shape, paths))
             maker.ask("make", 10 * self.budget.first)
-            self.cpu_seconds += maker.cpu_seconds
             maker.end()
         except ContestantError as failure:
             for runner in runners:
@@ -147,7 +142,7 @@ class Arena:
                 list(pool.map(lambda runner: self._make_ready(runner, paths), there))
             self._take_turns(there, random.Random(f"{op.name} {shape} {sitting}"))
             for runner in there:
-                self.cpu_seconds += runner.end()
+                runner.end()
         for runner in runners:
             runner.finish()
         records = [runner.record for runner in runners]
@@ -210,7 +205,7 @@ class Arena:
             process.join(seconds)
             return process.exitcode
 
-        return Process(here, process.pid or 0, wait, process.kill, log)
+        return Process(here, wait, process.kill, log)
 
     def _spawn(self, contestant: Contestant, shape: Shape, paths: tuple[Path, Path]) -> Process:
         """Under another interpreter, which runs peers.py."""
@@ -233,7 +228,7 @@ class Arena:
                 return None
 
         here.send((contestant.name, asdict(shape), [str(path) for path in paths], self.budget.memory))
-        return Process(here, child.pid, wait, child.kill, log)
+        return Process(here, wait, child.kill, log)
 
 
 class _Runner:
@@ -280,18 +275,15 @@ class _Runner:
             self.record.turns[-1].append(turn["seconds"])
             self.cpu.append(turn["cpu_seconds"])
 
-    def end(self) -> float:
-        """Ends the process, and takes what it has to tell beside its times; CPU seconds that it took."""
-        if self.process is None:
-            return 0.0
-        process, self.process = self.process, None
-        if self.record.failed is None:
-            try:
-                self.record.detail = process.ask("detail", 10.0)
-                process.end()
-            except ContestantError as failure:
-                self.record.failed = str(failure)
-        return process.cpu_seconds
+    def end(self) -> None:
+        """Ends the process, and takes what it has to tell beside its times."""
+        if self.record.failed is not None or self.process is None:
+            return
+        try:
+            self.record.detail = self.process.ask("detail", 10.0)
+            self.process.end()
+        except ContestantError as failure:
+            self.fail(str(failure))
 
     def finish(self) -> None:
         if self.record.failed is None:

@@ -55,6 +55,18 @@ def warms(shape: Shape, inputs: Tensors) -> Call:
     return Call(run)
 
 
+def spins(shape: Shape, inputs: Tensors) -> Call:
+    """Keeps a core busy for a fifth of a second."""
+
+    def run(i: int) -> Tensors:
+        begun = time.process_time()
+        while time.process_time() - begun < 0.2:
+            pass
+        return {"y": inputs["x"] * 2}
+
+    return Call(run)
+
+
 def triples(shape: Shape, inputs: Tensors) -> Call:
     return Call(lambda i: {"y": inputs["x"] * 3})
 

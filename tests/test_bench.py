@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 import time
 import warnings
@@ -39,7 +38,7 @@ from alterrec_fast.benchmarks.compare import (
 from alterrec_fast.benchmarks.contest import Arena, Budget, how_it_ended
 from alterrec_fast.benchmarks.contestants import OPS, Op
 from alterrec_fast.benchmarks.records import FLOOR, LEAST_NOISE, Record, Results, assess, both, conclude
-from alterrec_fast.benchmarks.worker import Call, Shape
+from alterrec_fast.benchmarks.worker import Call, Shape, Task
 from typer.testing import CliRunner
 
 from alterrec_fast.cli import app
@@ -153,16 +152,22 @@ def test_bandwidth_is_measured_with_the_threads_of_the_contest(arena: Arena, mon
     assert record.bandwidth_ratio == pytest.approx((record.seconds or 0.0) / (bench_stubs.traffic(shape) / 2e6))
 
 
-def test_others_are_what_is_busy_less_what_is_ours(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench.time, "monotonic", lambda: 100.0)
-    monkeypatch.setattr(bench.time, "process_time", lambda: 1.0)
-    monkeypatch.setattr(machine, "busy_seconds", lambda: 50.0)
-    watch = bench.Watch(arena)
-    monkeypatch.setattr(arena, "cpu_seconds", arena.cpu_seconds + 12.0)
-    monkeypatch.setattr(bench.time, "monotonic", lambda: 110.0)
-    monkeypatch.setattr(bench.time, "process_time", lambda: 2.0)
-    monkeypatch.setattr(machine, "busy_seconds", lambda: 68.0)
+def test_others_are_what_is_busy_less_what_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = {"clock": 100.0, "busy": 50.0, "own": 3.0}
+    monkeypatch.setattr(bench.time, "monotonic", lambda: now["clock"])
+    monkeypatch.setattr(machine, "busy_seconds", lambda: now["busy"])
+    monkeypatch.setattr(machine, "own_seconds", lambda: now["own"])
+    watch = bench.Watch()
+    now |= {"clock": 110.0, "busy": 68.0, "own": 16.0}
     assert watch.others() == pytest.approx(0.5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system does not tell")
+def test_the_work_of_contestants_that_have_ended_is_our_own(arena: Arena) -> None:
+    before = machine.own_seconds(), time.process_time()
+    spins = replace(bench_stubs.GOOD[0], task=Task(bench_stubs.spins, bench_stubs.compare))
+    arena.hold(bench_stubs.op(spins), bench_stubs.SHAPE, 0.0)
+    assert machine.own_seconds() - before[0] > time.process_time() - before[1] + 1.0
 
 
 def test_the_fastest_setting_is_taken_and_recorded() -> None:
@@ -175,15 +180,6 @@ def test_every_contestant_is_in_the_pytest_front_end() -> None:
     assert set(cases) == {(op.name, one.name) for op in OPS for one in op.contestants}
     (mark,) = cases["sasrec", "RecBole SASRec"]
     assert mark.name == "skip" and "--python recbole=PATH" in mark.args[0]
-
-
-def test_work_of_others_is_told_apart_from_the_contestants(arena: Arena) -> None:
-    before = arena.cpu_seconds
-    watch = bench.Watch(arena)
-    arena.hold(bench_stubs.op(*bench_stubs.GOOD), bench_stubs.SHAPE, AMPLE)
-    assert arena.cpu_seconds > before
-    assert 0.0 <= watch.others() <= machine.cores() + 0.5
-    assert machine.cpu_of(os.getpid()) > 0.0
 
 
 def test_the_floor_of_a_pass_has_a_product_for_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
