@@ -27,7 +27,8 @@ lint: .venv/ready
 sanitize:
 	csrc/tests/sanitize.sh
 
-# What can be proven of the GPU code without a GPU: docs/gpu.md. -rP shows the tables that the tests have asserted.
+# What can be proven of the GPU code without a GPU: docs/gpu.md. Needs the headers of the CUDA toolkit, in CUDA_HOME or
+# /usr/local/cuda. -rP shows the tables that the tests have asserted.
 gpu-proof: .venv/ready .venv/triton-3.6.0/triton
 	csrc/tests/cuda_on_cpu.sh
 	OMP_NUM_THREADS=1 .venv/bin/pytest -m proof tests/gpu/test_cuda_on_cpu.py

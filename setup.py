@@ -66,7 +66,7 @@ def compiled() -> dict[str, object]:
             compiler = os.environ.get("CXX", "c++").split()[0]
             if shutil.which(compiler) is None:
                 raise SystemExit(
-                    f"alterrec-fast needs a C++ compiler and found no {compiler!r}: install one, name yours in CXX, "
+                    f"alterrec-fast needs a C++20 compiler and found no {compiler!r}: install one, name yours in CXX, "
                     "or set ALTERREC_FAST_NO_EXT=1 to install without compiled code."
                 )
             nvcc = find_nvcc()

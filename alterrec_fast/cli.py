@@ -41,7 +41,8 @@ def prepare(
     raw: Annotated[Path, typer.Argument(help="folder or file with the raw data")],
     out: Annotated[Path, typer.Argument(help="folder to make")],
     text_columns: Annotated[
-        str | None, typer.Option(help="item text columns, separated by commas; default: all")
+        str | None,
+        typer.Option(help="item text columns, separated by commas; default: the source's own, see docs/data.md"),
     ] = None,
     locale: Annotated[str | None, typer.Option(help="amazon-m2: UK, DE, JP, ES, FR or IT")] = None,
     test: Annotated[Path | None, typer.Option(help="amazon-m2: labelled test file")] = None,

@@ -89,7 +89,11 @@ def train(config: Config, resume: bool = False, progress: Progress | None = None
 
 
 def train_seeds(config: Config, seeds: Sequence[int], resume: bool = False, progress: Progress | None = None) -> Result:
-    """Trains one run a seed, in config.out/seed-N, and writes their mean and standard deviation beside them."""
+    """Trains one run a seed, in config.out/seed-N, and writes their mean and standard deviation beside them.
+
+    Raises what `train` does; ConfigError also where seeds are none or repeat, RunError where config.out holds a run
+    over one seed.
+    """
     if len(set(seeds)) != len(seeds) or not seeds:
         raise ConfigError(f"seeds must be one or more different numbers, got {list(seeds)}")
     config = _with_places(config)
@@ -185,7 +189,11 @@ class Recommendation:
 
 
 def load(run: str | Path) -> TrainedModel:
-    """Opens a run directory; of a run over several seeds the first seed's."""
+    """Opens a run directory; of a run over several seeds the first seed's.
+
+    Raises RunError where it holds no trained model; ConfigError for a config.toml that cannot be used here; DataError
+    where the data set is missing or not the run's, or the text model cannot be had; CheckpointError for a damaged file.
+    """
     return TrainedModel(run)
 
 

@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -77,7 +77,7 @@ def run(options: Options, tell: Callable[[str], None] = print) -> Results:
             results.records += records
             results.others = sum(quiet) / len(quiet)
             results.load_after = machine.load()
-            write_text(options.out / "results.json", json.dumps(asdict(results), indent=1))
+            write_text(options.out / "results.json", json.dumps(results.to_json(), indent=1))
             tell(table(records))
     write_text(options.out / "table.md", markdown(results))
     draw(results, options.out)

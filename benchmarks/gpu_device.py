@@ -39,6 +39,15 @@ class Cuda:
         l2 = torch.cuda.get_device_properties(self.device).L2_cache_size
         self._flushed = torch.empty(4 * l2, dtype=torch.uint8, device=self.device)
 
+    def facts(self) -> dict[str, str]:
+        """What a report says of the device."""
+        properties = torch.cuda.get_device_properties(self.device)
+        return {
+            "device": torch.cuda.get_device_name(self.device),
+            "capability": f"{properties.major}.{properties.minor}, {properties.multi_processor_count} processors",
+            "memory": f"{properties.total_memory / 2**30:.1f} GiB",
+        }
+
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
@@ -112,6 +121,9 @@ class Interpreted:
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
+
+    def facts(self) -> dict[str, str]:
+        return {"device": "Triton's interpreter on CPU tensors"}
 
     def synchronize(self) -> None:
         pass

@@ -33,8 +33,8 @@ FOUND = 99  # what a sanitizer ends with where it found something
 
 def look(device: Device, journal: Journal, _seed: int) -> None:
     """Environment: GPU, driver, versions, compilers, what was built."""
-    facts = {
-        "device": torch.cuda.get_device_name() if device.kind == "cuda" else "Triton's interpreter on CPU tensors",
+    facts: dict[str, str | list[str]] = {
+        **device.facts(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "CUDA of torch": str(torch.version.cuda),
@@ -47,9 +47,6 @@ def look(device: Device, journal: Journal, _seed: int) -> None:
         "package": str(Path(alterrec_fast.__file__).parent),
     }
     if device.kind == "cuda":
-        properties = torch.cuda.get_device_properties(device.device)
-        facts["capability"] = f"{properties.major}.{properties.minor}, {properties.multi_processor_count} processors"
-        facts["memory"] = f"{properties.total_memory / 2**30:.1f} GiB"
         asked = "driver_version,power.limit,clocks.max.sm,clocks.max.mem,mig.mode.current"
         facts[asked] = _output("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader")
     for name, value in facts.items():

@@ -4,11 +4,10 @@ python -m alterrec_fast.benchmarks.training_throughput
 
 Random data of Amazon-French's shape: 96,245 sessions of mean length 4.5, 40,258 items, d = 300, two layers, ranks
 20:20000. Ours is `Trainer.step`. The published step is rewritten on the same modules, so that both start from the same
-weights, and does what the original does for every batch (docs/native.md): it expands each prefix into a row padded to
-50, runs the text network forward only to throw the result away, runs the frozen teacher's padded encoder, ranks with
-a sorted topk, and steps an Adam that is not fused. What it is spared: the teacher's text MLP and all data loading.
-LayerNorm over the catalog and the optimiser are counted in both. Loss and
-gradients are compared before anything is timed.
+weights, and does what the original does for every batch: it expands each prefix into a row padded to 50, runs the text
+network forward only to throw the result away, runs the frozen teacher's padded encoder, ranks with a sorted topk, and
+steps an Adam that is not fused. What it is spared: the teacher's text MLP and all data loading. LayerNorm over the
+catalog and the optimiser are counted in both. Loss and gradients are compared before anything is timed.
 """
 
 from __future__ import annotations

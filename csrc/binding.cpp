@@ -1,5 +1,5 @@
-// The only file beside binding_losses.cpp that knows torch.library: the CPU kernels of rank_slice and top_k, for the
-// schemas that Python defines, and the module alterrec_fast._C.
+// The CPU kernels of rank_slice and top_k for the schemas that Python defines, and the module alterrec_fast._C. Beside
+// this file only binding_losses.cpp and binding_cuda.cpp know torch.library.
 #include <ATen/ATen.h>
 #include <Python.h>
 #include <torch/library.h>

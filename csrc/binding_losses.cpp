@@ -93,7 +93,7 @@ OptionalTensor contiguous(const OptionalTensor& x) { return x ? OptionalTensor(x
 
 // Whether a slice's ids are read one by one, or scored together with all other items.
 bool gathers(const Members& members, int64_t items) {
-  constexpr int64_t kCrossover = 16;  // benchmarks/native_ops.py measures it
+  constexpr int64_t kCrossover = 16;  // benchmarks/native_losses.py measures it
   return members.form == Members::Form::kIds && members.ids_width * kCrossover <= items;
 }
 

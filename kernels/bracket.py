@@ -40,6 +40,7 @@ def _sample_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """A tile [BLOCK_B, BLOCK_V] of Sample (B, S): all sessions' scores of the same S items, with WHOLE of every one."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     place = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     # One item from each of S equal parts of the catalog, at a place that a hash decides.

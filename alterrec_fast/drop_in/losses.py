@@ -48,7 +48,7 @@ class _Loss(nn.Module):
 
 
 class FullSoftmaxLoss(_Loss):
-    """Cross-entropy over the whole catalog, without a (B, V) matrix of scores.
+    """Cross-entropy over the whole catalog: at most keep_bytes of logits are kept for the backward pass; 0 keeps none.
 
     Equivalent to ``F.cross_entropy((query @ catalog.T + bias) / temperature, target)``; called like Cut Cross-Entropy's
     ``LinearCrossEntropy``. Padding costs nothing: rows whose target is ignore_index are left out before any product.
@@ -59,8 +59,10 @@ class FullSoftmaxLoss(_Loss):
         first_item: rows of the catalog before it are padding: neither candidates nor targets.
         ignore_index: a target that stands for no row, as in ``nn.CrossEntropyLoss``; 0 suits catalogs padded at item 0.
         reduction: "mean" over the targets that count (0 over none), "sum", or "none" for the target's shape.
-        keep_bytes: an engine may keep logits of up to this size from forward to backward; it changes the speed only.
+        keep_bytes: as in `slice_cross_entropy`.
         precision, check, backend: as in `rank_slice`.
+
+    Raises ValueError for a temperature of 0 or less, or another reduction.
     """
 
     def __init__(
@@ -114,6 +116,8 @@ class SliceCrossEntropy(_Loss):
         temperature, first_item, ignore_index, reduction, keep_bytes, precision, check, backend: as in
             `FullSoftmaxLoss`.
         positive_weight: what each of the extra positives counts against the target.
+
+    Raises ValueError for a temperature of 0 or less, a negative positive_weight, or another reduction.
     """
 
     def __init__(
@@ -183,6 +187,8 @@ class SampledSoftmaxLoss(_Loss):
             targets and negatives; `RankSliceSampler.log_q` gives it. Kept as a buffer outside the state dict.
         positive_weight: what each of the extra positives counts against the target.
         sparse_grad: the catalog's gradient as a coalesced sparse tensor of the touched rows, for ``optim.SparseAdam``.
+
+    Raises ValueError for a temperature of 0 or less, a negative positive_weight, or another reduction.
     """
 
     log_q: Tensor | None

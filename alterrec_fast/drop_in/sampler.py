@@ -52,11 +52,16 @@ class RankSliceSampler:
             always is.
         first_item: rows of the catalog before it are padding.
         ignore_index: a target that stands for no row, as in the loss.
-        num_sessions: how many sessions there are, so that their thresholds of the last epoch are kept, 8 bytes for
-            each place of each session, and offered to `rank_slice` as its guess; needs `session` in each call. It may
-            change the speed, never the result.
+        num_sessions: how many sessions there are; can be left out. With it their thresholds of the last epoch are kept,
+            8 bytes for each place of each session, and offered to `rank_slice` as its guess, a hint that no engine
+            uses at present; it needs `session` in each call.
         seed: of the random negatives.
         precision, check, backend: as in `rank_slice`.
+
+    Raises:
+        TypeError: without stop, for a rank given under both of its names, and for a teacher tensor of another dtype.
+        ValueError: for a value out of range, popularity without random="popularity" or the reverse, and a teacher
+            tensor that is not (V, f).
     """
 
     def __init__(
@@ -182,7 +187,8 @@ class RankSliceSampler:
         """The negatives as ids: (T, num_negatives) int64, of which -1 is none.
 
         round(hard_fraction * num_negatives) columns hold members of the slice, drawn uniformly without replacement (-1
-        where it has fewer); the others hold independent random draws (-1 where one hit an excluded item).
+        where it has fewer); the others hold independent random draws (-1 where one hit an excluded item). Raises as a
+        call does, and ValueError for num_negatives below 0 and a first_item beyond the catalog.
         """
         if num_negatives < 0:
             raise ValueError(f"num_negatives must be at least 0, got {num_negatives}")
@@ -225,6 +231,11 @@ class RankSliceSampler:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave; the thresholds are copied.
+
+        Raises ValueError where the state holds other entries or thresholds of another num_sessions; RuntimeError where
+        the teacher's is of another model.
+        """
         expected = {"seed", "draws", "thresholds"} | ({"teacher"} if isinstance(self.teacher, TeacherCopy) else set())
         if set(state) != expected:
             raise ValueError(f"state must hold {sorted(expected)}, got {sorted(state)}")

@@ -25,6 +25,8 @@ class TeacherCopy:
         vectors: ``vectors(copy, *inputs) -> (query, catalog)``: query of target's shape and a last dimension, catalog
             (V, f). For a SASRec: ``lambda model, items: (model(items), model.item_embedding.weight)``.
         decay: in [0, 1].
+
+    Raises ValueError for another decay.
     """
 
     def __init__(self, model: nn.Module, vectors: Callable[..., tuple[Tensor, Tensor]], decay: float = 0.0):
@@ -42,9 +44,11 @@ class TeacherCopy:
         self.copy.update_parameters(_unwrapped(model))
 
     def state_dict(self) -> dict[str, Any]:
+        """The copy's own tensors, as in `nn.Module.state_dict`, and the number of its updates."""
         return self.copy.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave; RuntimeError where it is of another model."""
         self.copy.load_state_dict(state)
 
 

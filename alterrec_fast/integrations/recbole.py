@@ -1,11 +1,12 @@
-"""RecBole 1.2.1: sequential models whose score is a dot product, trained and evaluated without a B x V score matrix.
+"""RecBole 1.2.1: sequential models whose score is a dot product, trained and evaluated on tiles of scores.
 
     from alterrec_fast.integrations.recbole import SASRec, Trainer    # instead of RecBole's own
     from alterrec_fast.integrations.recbole import run_recbole        # or this, instead of RecBole's quick start
 
 `SASRec`, `GRU4Rec`, `CORE`, and any other sequential model of RecBole by its own name, are RecBole's classes under
 `SequentialMixin`; a model of your own takes it the same way: ``class Mine(SequentialMixin, MyModel)``. `Trainer` is
-RecBole's with `top_k` for full-sort evaluation. The config key ``alterrec_fast`` holds `Options`.
+RecBole's with `top_k` for full-sort evaluation. The config key ``alterrec_fast`` holds `Options`. Of the B x V logits
+at most its `keep_bytes`, 64 MiB, are kept for the backward pass.
 
 Notation: B sessions, V items (RecBole's padding item 0 among them), d width, N negatives.
 """
@@ -48,7 +49,7 @@ DISTRIBUTIONS = ("uniform", "popularity")
 class Options:
     """The config key ``alterrec_fast``, for example ``alterrec_fast: {loss: sampled, negatives: 4096}``.
 
-    loss: "full", RecBole's own CE with no score matrix; "sampled", softmax over drawn negatives; "slice", softmax over
+    loss: "full", RecBole's own CE, in tiles of scores; "sampled", softmax over drawn negatives; "slice", softmax over
         ranks [start, stop) of the model's own ranking of the catalog for the session.
     negatives: of "sampled": how many are drawn at each step, shared by its sessions.
     distribution: of "sampled": "uniform", or "popularity" by an item's count in training, with logQ correction.

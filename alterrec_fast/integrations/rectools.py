@@ -38,7 +38,7 @@ LOSSES = ("full", "slice")
 
 
 class FastLightningModule(TransformerLightningModule):
-    """RecTools' Lightning module with two further losses, neither of which makes a (B, L, V) tensor.
+    """RecTools' Lightning module with two further losses, which keep at most keep_bytes of logits for backward.
 
     ``loss="full"`` is the value of RecTools' "softmax". ``loss="slice"`` is a softmax over the target and ranks
     [start, stop) of the model's own ranking for this position at this step, without the target. All other losses stay

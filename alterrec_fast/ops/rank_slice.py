@@ -44,7 +44,8 @@ def rank_slice(
             are counted over the whole catalog, and excluded ids then leave the slice; `top` and `thresholds` ignore it.
         bias: (V,) added to the scores.
         first_item: rows of the catalog before it are padding; ranks count from there.
-        guess: (B, 2) float32, `RankSlice.thresholds` of an earlier call; changes the speed only.
+        guess: (B, 2) float32, `RankSlice.thresholds` of an earlier call: a hint that no engine uses at present, since a
+            sample of the scores costs less than a stale guess.
         precision: "fp32", "bf16" (products of values rounded to bfloat16, accumulated in float32), or None: bf16 where
             an input is bfloat16 or under autocast to bfloat16.
         check: whether values are checked; None: on the CPU.

@@ -361,7 +361,7 @@ def _positive_ids(target: Tensor, positives: Tensor | None, begin: int, end: int
 
 
 def _row_loss(y: Tensor, member: Tensor, logits: Tensor, wanted: Tensor, positive_weight: float) -> Tensor:
-    """softplus(Z - y_t) + weight * sum_k softplus(Z - y_k), Z the log-sum-exp of the members (design, section 3).
+    """softplus(Z - y_t) + weight * sum_k softplus(Z - y_k), Z the log-sum-exp of the members (AlterRec, Eqs. 8 to 11).
 
     y (b, N) with member (b, N) bool; logits (b, 1 + P) of target and positives, wanted their ids, -1 for none.
     """

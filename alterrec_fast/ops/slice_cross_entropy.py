@@ -1,4 +1,4 @@
-"""slice_cross_entropy: softmax cross-entropy of targets against a set of negatives, without a stored score matrix."""
+"""slice_cross_entropy: softmax cross-entropy of targets against a set of negatives, in tiles of scores."""
 
 from __future__ import annotations
 
@@ -46,10 +46,12 @@ def slice_cross_entropy(
         positive_weight: what a positive counts against the target (beta in the paper).
         temperature: above 0.
         bias: (V,); gets a gradient.
-        first_item: rows before it are padding: no negatives, which `neg` must have been made for, and no targets.
+        first_item: rows before it are padding: no negatives (`neg` must be made with this first_item or more), and no
+            targets.
         reduction: "mean" over the rows whose target is not ignore_index (0 over none), "sum", or "none" for (B,).
         ignore_index: a target that stands for no row.
-        keep_bytes: an engine may keep logits of up to this size from forward to backward; it changes the speed only.
+        keep_bytes: the native engine keeps at most so much of the logits for the backward pass, which computes the
+            others again; 0 keeps none. It changes speed and memory only, and other engines do not look at it.
         precision, check, backend: as in `rank_slice`. An engine need not score, and so not check, items that are no
             row's negatives.
 

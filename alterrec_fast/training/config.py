@@ -13,9 +13,10 @@ from typing import Any, ClassVar, Literal, get_args
 import tomli_w
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from alterrec_fast.data import DEFAULT_MODEL
+
 Variant = Literal["alterrec", "alterrec_aug", "random", "id_only", "text_only", "nfrec_sum", "nfrec_concat"]
 VARIANTS: tuple[str, ...] = get_args(Variant)
-HUB_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 class ConfigError(ValueError):
@@ -36,7 +37,7 @@ class Config:
     seed: int = 0
 
     # Text.
-    text_model: str = HUB_MODEL  # hub name, path, or "packaged"; a run writes down the revision, NAME@REVISION
+    text_model: str = DEFAULT_MODEL  # hub name, path, or "packaged"; a run writes down the revision, NAME@REVISION
 
     # Networks (appendix G and the published code).
     width: int = 300  # d

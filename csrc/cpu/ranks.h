@@ -1,4 +1,4 @@
-// The engine behind rank_slice and top_k: bracket, stream, settle (docs/architecture.md).
+// The engine behind rank_slice and top_k: bracket, stream, settle (docs/native.md).
 #pragma once
 
 #include <cstdint>
