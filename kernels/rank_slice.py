@@ -279,13 +279,10 @@ def _stream_kernel(
         filled += (counts * 0x01010101) >> 24
     own = rows * splits + split
     # What stays empty holds no number, so that nobody has to ask how far a part is filled.
-    offs_n = tl.arange(0, 16)[None, :]
-    for begin in range(tl.min(tl.where(in_b, filled, capacity), 0), capacity, 16):
-        place = begin + offs_n
-        empty = in_b[:, None] & (place >= filled[:, None]) & (place < capacity)
-        at = Scores + 2 * ((own * capacity)[:, None] + place)
-        tl.store(at, tl.full([BLOCK_B, 16], float("nan"), tl.float32), mask=empty)
-        tl.store(at + 1, tl.full([BLOCK_B, 16], float("nan"), tl.float32), mask=empty)
+    for place in range(tl.min(tl.where(in_b, filled, capacity), 0), capacity):
+        at = Scores + 2 * (own * capacity + place)
+        tl.store(at, float("nan"), mask=in_b & (place >= filled))
+        tl.store(at + 1, float("nan"), mask=in_b & (place >= filled))
     tl.store(Counts + own, filled, mask=in_b)
     tl.store(Certain + own, tl.sum(certain, 1), mask=in_b)
     tl.store(Above + own, tl.sum(above, 1), mask=in_b)
