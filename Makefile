@@ -50,8 +50,12 @@ bench: .venv/bench .venv-recommenders/ready
 	.venv/bin/alterrec-fast bench --compare --out runs/bench --python recbole=.venv-recommenders/bin/python \
 		--python rectools=.venv-recommenders/bin/python $(BENCH)
 
+# What needs neither RecBole nor RecTools.
+DROP_IN_TESTS = $(wildcard tests/test_drop_in_*.py) tests/test_integrations.py tests/test_integration_sentence_transformers.py
+
 # The tables of docs/integrations.md; what has been measured is kept, so that it can be resumed.
 integrations: test-integrations
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 $(DROP_IN_TESTS)
 	$(PIP) faiss-cpu
 	.venv/bin/python -m alterrec_fast.benchmarks.integrations --raw ../shared/data/online_retail --out runs/integrations --page docs/integrations.md
 

@@ -15,15 +15,16 @@ from alterrec_fast.benchmarks.compare import read_baselines, summary
 from alterrec_fast.benchmarks.contest import Arena, Budget
 from alterrec_fast.benchmarks.contestants import OPS, Op
 from alterrec_fast.benchmarks.figures import draw
-from alterrec_fast.benchmarks.records import Record, Results
+from alterrec_fast.benchmarks.records import NOT_BEGUN, Record, Results, assess
 from alterrec_fast.benchmarks.tables import markdown, table
 from alterrec_fast.benchmarks.worker import Shape
 
 from alterrec_fast.training.checkpoint import write_text
 
-QUICK = Budget(rounds=5, least=1, seconds=0.6, turn=0.1, first=30.0, memory=0)
-FULL = Budget(rounds=9, least=2, seconds=4.0, turn=0.2, first=60.0, memory=0)
-QUICK_MINUTES, FULL_MINUTES = 4.0, 36.0  # contests that have not begun by then are left out, and listed so
+QUICK = Budget(least=2, sittings=3, rounds=3, long=0.5, turn=0.1, first=45.0, memory=0)
+FULL = Budget(least=3, sittings=7, rounds=3, long=4.0, turn=0.2, first=100.0, memory=0)
+# What contests share; those that have not begun by then are left out, and listed so.
+QUICK_MINUTES, FULL_MINUTES = 4.0, 31.0
 PEERS = ("recbole", "rectools", "replay")  # names of interpreters
 MEMORY_SHARE = 0.6  # of the memory that is free, for one process
 
@@ -59,29 +60,44 @@ def run(options: Options, tell: Callable[[str], None] = print) -> Results:
         bandwidth=0.0,
         load_before=machine.load(),
         load_after=machine.load(),
-        others=machine.others(),
+        others=0.0,
     )
     budget = replace(QUICK if options.quick else FULL, memory=int(MEMORY_SHARE * machine.memory_available()))
     minutes = QUICK_MINUTES if options.quick else FULL_MINUTES
-    quiet = [results.others]
+    contests = plan(options, threads)
     with tempfile.TemporaryDirectory(prefix="alterrec-bench-") as folder:
         arena = Arena(Path(folder), budget, options.pythons, threads)
-        results.bandwidth = arena.bandwidth
-        for op, shape in plan(options, threads):
-            tell(f"{time.monotonic() - begun:5.0f} s  {op.name}: {shape.label}")
-            if time.monotonic() - begun > 60 * minutes:
-                records = left_out(op, shape, f"not begun within {minutes:g} minutes")
+        results.bandwidth = arena.bandwidth(threads)
+        watch = Watch()
+        for i, (op, shape) in enumerate(contests):
+            spent = time.monotonic() - begun
+            tell(f"{spent:5.0f} s  {op.name}: {shape.label}")
+            if spent > 60 * minutes:
+                records = left_out(op, replace(shape, threads=shape.threads or threads), minutes)
             else:
-                records = arena.hold(op, shape)
-                quiet.append(machine.others())
+                share = weight(shape) / sum(weight(later) for _, later in contests[i:])
+                records = arena.hold(op, shape, (60 * minutes - spent) * share)
             results.records += records
-            results.others = sum(quiet) / len(quiet)
+            assess(results.records)
+            results.others = watch.others()
             results.load_after = machine.load()
             write_text(options.out / "results.json", json.dumps(results.to_json(), indent=1))
+            write_text(options.out / "table.md", markdown(results))
             tell(table(records))
-    write_text(options.out / "table.md", markdown(results))
     draw(results, options.out)
     return results
+
+
+class Watch:
+    """How busy the machine is with work other than this run's, since the watch was made."""
+
+    def __init__(self) -> None:
+        self._begun, self._busy, self._own = time.monotonic(), machine.busy_seconds(), machine.own_seconds()
+
+    def others(self) -> float:
+        """Cores, those that a hypervisor took away among them."""
+        busy: float = machine.busy_seconds() - self._busy - (machine.own_seconds() - self._own)
+        return max(0.0, busy) / max(time.monotonic() - self._begun, 1e-9)
 
 
 def comparison(results: Results) -> str:
@@ -102,8 +118,14 @@ def plan(options: Options, threads: int) -> list[tuple[Op, Shape]]:
     ]
     if not options.quick:
         more = [(op, shape) for op in chosen for shape in op.full]
-        contests += sorted(more, key=lambda contest: bool(contest[1].figure))
+        # The long ones of the curves first: what comes last has as many sittings as there is time for.
+        contests += sorted(more, key=lambda contest: (bool(contest[1].figure), -weight(contest[1])))
     return contests
+
+
+def weight(shape: Shape) -> float:
+    """Seconds that a contest takes on two cores, more or less: what the run's time is shared by."""
+    return float(15.0 + 0.8e-6 * shape.items * shape.width + (50.0 if shape.training else 0.0))
 
 
 def thread_counts(most: int) -> list[int]:
@@ -111,7 +133,8 @@ def thread_counts(most: int) -> list[int]:
     return sorted({2**i for i in range(most.bit_length()) if 2**i <= most} | {most})
 
 
-def left_out(op: Op, shape: Shape, why: str) -> list[Record]:
+def left_out(op: Op, shape: Shape, minutes: float) -> list[Record]:
+    why = f"{NOT_BEGUN} within {minutes:g} minutes"
     return [
         Record(
             op.name, shape, contestant.name, contestant.ours, contestant.package, contestant.allowed(shape), failed=why

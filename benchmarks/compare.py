@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 from alterrec_fast.benchmarks.machine import Machine
-from alterrec_fast.benchmarks.records import FLOOR, Record, Results
+from alterrec_fast.benchmarks.records import FLOOR, NOT_BEGUN, Record, Results, both
 
 BASELINE = Path(__file__).with_name("baseline.json")
 
@@ -51,13 +52,21 @@ def kind_of(machine: Machine) -> str:
     return f"{machine.processor}, {machine.instruction_set}, {machine.threads} threads"
 
 
-def baseline_of(results: Results) -> dict[str, dict[str, float]]:
-    """Ours, as it is stored: no seconds in it."""
-    return {
-        key(record): {"ratio": round(record.ratio, 4), "noise": round(record.noise, 4)}
-        for record in results.records
-        if record.ours and record.ratio is not None and record.noise is not None
-    }
+def baseline_of(*runs: Results) -> dict[str, dict[str, float]]:
+    """Ours, as it is stored: no seconds in it. Of several runs the middle ratio, and the larger of what they state as
+    noise and of how far any of them is from the middle.
+    """
+    found: dict[str, list[Known]] = {}
+    for record in (record for results in runs for record in results.records):
+        if record.ours and record.ratio is not None and record.noise is not None:
+            found.setdefault(key(record), []).append(Known(record.ratio, record.noise))
+    stored = {}
+    for name, known in found.items():
+        ratio = math.exp(statistics.median(math.log(one.ratio) for one in known))
+        far = max(abs(math.log(one.ratio / ratio)) for one in known)
+        noise = max(statistics.median(one.noise for one in known), far)
+        stored[name] = {"ratio": round(ratio, 4), "noise": round(noise, 4)}
+    return stored
 
 
 def read_baselines(path: Path = BASELINE) -> dict[str, dict[str, Known]]:
@@ -73,7 +82,7 @@ def compare(results: Results, baseline: dict[str, Known]) -> list[Worse]:
         known = baseline.get(key(record))
         if not record.ours or known is None or record.ratio is None or record.noise is None:
             continue
-        noise = math.hypot(record.noise, known.noise)
+        noise = both(record.noise, known.noise)
         if math.log(record.ratio / known.ratio) > noise:
             worse.append(Worse(key(record), known.ratio, record.ratio, noise))
     return worse
@@ -87,40 +96,55 @@ def summary(results: Results, baselines: dict[str, dict[str, Known]]) -> str:
         return f"no baseline of this kind of machine ({kind}), so nothing to compare with; there are: {others}"
     baseline = baselines[kind]
     known = sum(key(record) in baseline and record.ratio is not None for record in results.records)
-    failed = [key(record) for record in results.records if key(record) in baseline and record.ratio is None]
+    lost = [record for record in results.records if key(record) in baseline and record.ratio is None]
+    failed = [key(record) for record in lost if not (record.failed or "").startswith(NOT_BEGUN)]
     worse = compare(results, baseline)
     lines = [f"slower than the baseline: {len(worse)} of {known} ratios to mm", *(f"  {one}" for one in worse)]
     lines += [f"  {name}: no ratio any more" for name in failed]
+    if len(lost) > len(failed):
+        lines.append(f"  {len(lost) - len(failed)} not measured, since there was no time for their contests")
     return "\n".join(lines)
 
 
 def agreement(one: Results, other: Results, within: float = 0.1) -> str:
-    """For a person: how many ratios of two runs agree within 10%, and which differ by more than both noises."""
+    """For a person: how many ratios of two runs agree within 10%, and which do not lie in each other's printed
+    interval, among them those of which a run has no interval or no ratio.
+    """
     second = {key(record): record for record in other.records}
     pairs = [(key(a), a, second[key(a)]) for a in one.records if key(a) in second and a.contestant != FLOOR]
-    found = [(name, a, b, abs(math.log(a.ratio / b.ratio))) for name, a, b in pairs if a.ratio and b.ratio]
-    close = sum(apart <= math.log(1.0 + within) for *_, apart in found)
-    told = [(name, a, b, apart) for name, a, b, apart in found if a.noise is not None and b.noise is not None]
-    beyond = [row for row in told if row[3] > max(row[1].noise or 0.0, row[2].noise or 0.0)]
-    lines = [
-        f"{close} of {len(found)} ratios agree within {100 * within:.0f}%; "
-        f"{len(told) - len(beyond)} of {len(told)} that have an interval agree within it",
-        *(f"  {name}: {a.ratio:.2f} and {b.ratio:.2f}" for name, a, b, _ in beyond),
-    ]
-    return "\n".join(lines)
+    timed = [row for row in pairs if row[1].ratio or row[2].ratio]
+    close, lines = 0, []
+    for name, a, b in timed:
+        if a.ratio is None or b.ratio is None:
+            lines.append(f"  {name}: no ratio in one of the runs")
+            continue
+        apart = abs(math.log(a.ratio / b.ratio))
+        close += apart <= math.log(1.0 + within)
+        if a.noise is None or b.noise is None:
+            lines.append(f"  {name}: {a.ratio:.2f} and {b.ratio:.2f}, no interval")
+        elif apart > min(a.noise, b.noise):
+            lines.append(f"  {name}: {a.ratio:.2f} and {b.ratio:.2f}")
+    first = (
+        f"{close} of {len(timed)} ratios agree within {100 * within:.0f}%; "
+        f"{len(timed) - len(lines)} of {len(timed)} lie in each other's interval"
+    )
+    return "\n".join([first, *lines])
 
 
 def main() -> None:
-    """Makes a run its kind of machine's baseline, or with --with says how well two runs agree."""
+    """Makes runs the baseline of their kind of machine, or with --with says how well two runs agree."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("results", type=Path, help="results.json of a run")
+    parser.add_argument("results", type=Path, nargs="+", help="results.json of a run, or of several like it")
     parser.add_argument("--with", dest="other", type=Path, help="results.json of another run on the same machine")
     options = parser.parse_args()
-    results = Results.read(options.results)
+    runs = [Results.read(path) for path in options.results]
+    kinds = {kind_of(run.machine) for run in runs}
+    if len(kinds) > 1 or (options.other and len(runs) > 1):
+        parser.error(f"expected runs on one kind of machine, a single one with --with, got {len(runs)} on {kinds}")
     if options.other:
-        print(agreement(results, Results.read(options.other)))
+        print(agreement(runs[0], Results.read(options.other)))
         return
-    stored = json.loads(BASELINE.read_text()) | {kind_of(results.machine): baseline_of(results)}
+    stored = json.loads(BASELINE.read_text()) | {kinds.pop(): baseline_of(*runs)}
     BASELINE.write_text(json.dumps(stored, indent=1) + "\n")
 
 

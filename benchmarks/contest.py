@@ -1,5 +1,7 @@
-"""Contests: one process a contestant, turns taken in a rotating order, and a record for each.
+"""Contests: one process a contestant, turns taken in an order that is drawn anew each round, and a record for each.
 
+A contest has several sittings. Each starts the processes again, since two processes differ, by where their memory lies,
+by more than the turns of one of them show.
 A process that crashes, runs out of memory or takes too long costs its own record and nothing else.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import signal
 import statistics
 import subprocess
@@ -22,7 +25,7 @@ from typing import Any
 import torch
 from alterrec_fast.benchmarks.contestants import Contestant, Op
 from alterrec_fast.benchmarks.machine import measure_bandwidth, version_of
-from alterrec_fast.benchmarks.records import ENOUGH, FLOOR, Record, conclude
+from alterrec_fast.benchmarks.records import FLOOR, Record, conclude
 from alterrec_fast.benchmarks.worker import Shape, Tensors, describe, limit_memory, serve
 
 PRELOAD = ["alterrec_fast.benchmarks.contestants"]
@@ -36,9 +39,10 @@ class ContestantError(Exception):
 class Budget:
     """How long a contest may take."""
 
-    rounds: int  # turns of a contestant, at most
-    least: int  # turns of a slow one; ours and the floor have ENOUGH of them in any case
-    seconds: float  # of a contestant's turns together, more or less
+    least: int  # sittings, of ours and the floor at least; the others are in the first at least
+    sittings: int  # at most
+    rounds: int  # turns of a contestant in a sitting
+    long: float  # seconds of a call from which two rounds are enough, and the first call has been warm-up enough
     turn: float  # seconds of one turn, in which short calls are repeated
     first: float  # seconds that making ready and the first call may take
     memory: int  # bytes of a process, 0 for any
@@ -101,15 +105,23 @@ class Arena:
 
     def __init__(self, folder: Path, budget: Budget, pythons: dict[str, str], threads: int):
         self.folder, self.budget, self.pythons, self.threads = folder, budget, pythons, threads
+        self._bandwidths: dict[int, float] = {}
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOAD)
-        meter = self._fork(measure_bandwidth, (threads,))
-        self.bandwidth: float = meter.ask("bandwidth", 60.0)  # bytes a second
-        meter.end()
 
-    def hold(self, op: Op, shape: Shape) -> list[Record]:
-        """A record for each contestant that takes the shape."""
+    def bandwidth(self, threads: int) -> float:
+        """Bytes a second that so many threads move."""
+        if threads not in self._bandwidths:
+            meter = self._fork(measure_bandwidth, (threads,))
+            self._bandwidths[threads] = meter.ask("bandwidth", 60.0)
+            meter.end()
+        return self._bandwidths[threads]
+
+    def hold(self, op: Op, shape: Shape, seconds: float) -> list[Record]:
+        """A record for each contestant that takes the shape; in so many `seconds` if the least sittings fit them."""
+        begun = time.monotonic()
         shape = replace(shape, threads=shape.threads or self.threads)
+        bandwidth = self.bandwidth(shape.threads)
         runners = [_Runner(op, shape, contestant) for contestant in op.contestants if contestant.takes(shape)]
         paths = self.folder / "inputs.pt", self.folder / "truth.pt"
         try:
@@ -120,18 +132,39 @@ class Arena:
             for runner in runners:
                 runner.record.failed = f"no inputs: {failure}"
             return [runner.record for runner in runners]
-        with ThreadPoolExecutor(self.threads) as pool:
-            list(pool.map(lambda runner: self._make_ready(runner, paths), runners))
-        self._take_turns(runners)
+        for sitting in range(self.budget.sittings):
+            # Ours and the floor sit down again in any case, those of the others for whom there is time.
+            left = seconds - (time.monotonic() - begun)
+            there = self._seated(runners, left) if sitting else runners
+            if not there or (sitting >= self.budget.least and sum(runner.cost for runner in there) > left):
+                break
+            with ThreadPoolExecutor(self.threads) as pool:
+                list(pool.map(lambda runner: self._make_ready(runner, paths), there))
+            self._take_turns(there, random.Random(f"{op.name} {shape} {sitting}"))
+            for runner in there:
+                runner.end()
         for runner in runners:
             runner.finish()
-        conclude([runner.record for runner in runners], op.products, op.traffic(shape) / self.bandwidth)
+        records = [runner.record for runner in runners]
+        conclude(records, op.products, op.traffic(shape) / bandwidth, op.operations(shape))
         for path in paths:
             path.unlink()
-        return [runner.record for runner in runners]
+        return records
+
+    def _seated(self, runners: list[_Runner], seconds: float) -> list[_Runner]:
+        """Who sits down again when so many `seconds` are left: the quickest of the others share half of them."""
+        there = [runner for runner in runners if runner.record.failed is None]
+        chosen = [runner for runner in there if runner.always]
+        spent, limit = sum(runner.cost for runner in chosen), seconds / 2
+        for runner in sorted(there, key=lambda runner: runner.cost):
+            if not runner.always and spent + runner.cost <= limit:
+                chosen.append(runner)
+                spent += runner.cost
+        return chosen
 
     def _make_ready(self, runner: _Runner, paths: tuple[Path, Path]) -> None:
         contestant, record = runner.contestant, runner.record
+        begun = time.monotonic()
         try:
             if contestant.python:
                 runner.process = self._spawn(contestant, record.shape, paths)
@@ -141,16 +174,23 @@ class Arena:
         except ContestantError as failure:
             runner.fail(str(failure))
             return
-        record.error, record.peak_bytes, record.extra_bytes = ready["error"], ready["peak"], ready["extra"]
+        record.error = max(ready["error"], record.error or 0.0)
+        record.peak_bytes = max(ready["peak"], record.peak_bytes or 0)
+        record.extra_bytes = max(ready["extra"], record.extra_bytes or 0)
         runner.expected, record.version = ready["seconds"], ready["version"] or record.version
+        runner.cost = (time.monotonic() - begun) / self.threads  # so many make ready at once
+        record.turns.append([])
         if not ready["error"] <= record.allowed:
             runner.fail(f"wrong: error {ready['error']:.1e}, allowed {record.allowed:.0e}")
 
-    def _take_turns(self, runners: list[_Runner]) -> None:
+    def _take_turns(self, runners: list[_Runner], rng: random.Random) -> None:
+        """An untimed turn of everyone, then the rounds, each in an order of its own."""
+        for runner in runners:
+            if runner.expected < self.budget.long:
+                runner.take_turn(0, self.budget, timed=False)
         for i in range(self.budget.rounds):
-            first = i % len(runners)
-            for runner in runners[first:] + runners[:first]:
-                if runner.record.failed is None and i < runner.wanted(self.budget):
+            for runner in rng.sample(runners, len(runners)):
+                if i < 2 or runner.expected < self.budget.long:
                     runner.take_turn(i, self.budget)
 
     def _fork(self, target: Callable[..., None], arguments: tuple[Any, ...]) -> Process:
@@ -206,6 +246,7 @@ class _Runner:
         )
         self.process: Process | None = None
         self.expected = 0.0  # seconds of a call
+        self.cost = 0.0  # seconds of its last sitting: making ready, and turns
         self.cpu: list[float] = []
 
     def fail(self, why: str) -> None:
@@ -213,23 +254,28 @@ class _Runner:
         if self.process is not None:
             self.process.end(kill=True)
 
-    def wanted(self, budget: Budget) -> float:
-        """How many turns it is to have."""
-        least = ENOUGH if self.contestant.ours or self.contestant.name == FLOOR else budget.least
-        return max(least, budget.seconds / max(self.expected, budget.turn))
+    @property
+    def always(self) -> bool:
+        """Whether it is in every sitting."""
+        return bool(self.contestant.ours or self.contestant.name == FLOOR)
 
-    def take_turn(self, number: int, budget: Budget) -> None:
-        assert self.process is not None
+    def take_turn(self, number: int, budget: Budget, timed: bool = True) -> None:
+        if self.record.failed is not None or self.process is None:
+            return
+        begun = time.monotonic()
         try:
-            turn = self.process.ask((number, budget.turn, self.expected), budget.first + 10 * self.expected)
+            seconds = budget.turn if timed else 0.0
+            turn = self.process.ask((number, seconds, self.expected), budget.first + 10 * self.expected)
         except ContestantError as failure:
             self.fail(str(failure))
             return
+        self.cost += time.monotonic() - begun
         self.expected = turn["seconds"]
-        self.record.turns.append(turn["seconds"])
-        self.cpu.append(turn["cpu_seconds"])
+        if timed:
+            self.record.turns[-1].append(turn["seconds"])
+            self.cpu.append(turn["cpu_seconds"])
 
-    def finish(self) -> None:
+    def end(self) -> None:
         """Ends the process, and takes what it has to tell beside its times."""
         if self.record.failed is not None or self.process is None:
             return
@@ -238,9 +284,11 @@ class _Runner:
             self.process.end()
         except ContestantError as failure:
             self.fail(str(failure))
-            return
-        self.record.seconds = statistics.median(self.record.turns)
-        self.record.cpu_seconds = statistics.median(self.cpu)
+
+    def finish(self) -> None:
+        if self.record.failed is None:
+            self.record.seconds = statistics.median(turn for turns in self.record.turns for turn in turns)
+            self.record.cpu_seconds = statistics.median(self.cpu)
 
 
 def _enter(

@@ -15,11 +15,11 @@ import argparse
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
-from alterrec_fast.benchmarks.records import FLOOR, Record, Results
+from alterrec_fast.benchmarks.records import Record, Results
 
 from alterrec_fast.ops.slices import bits_width, uses_bits
 
@@ -36,8 +36,8 @@ class Chip:
     """One GPU and its way to the others, in a second."""
 
     name: str
-    products: float  # bfloat16 operations, as measured
-    memory: float  # bytes to and from its own memory, as measured
+    products: float  # bfloat16 operations, as measured by the people who wrote the issue that asks for a model
+    memory: float  # bytes to and from its own memory, as measured by them
     size: float  # bytes of its memory
     near: float  # bytes to another GPU of its own machine, by the data sheet
     far: float  # to one of another machine
@@ -183,9 +183,10 @@ def table(jobs: Iterable[Job], chip: Chip = H100) -> str:
 
 @dataclass(frozen=True)
 class Fit:
-    """rank_slice on this machine: seconds for each score and each candidate beside the product's own time."""
+    """rank_slice on this machine, the seconds of which are counted whole: its product is its own, not torch's."""
 
-    score: float
+    product: float  # seconds of a multiplication and addition
+    score: float  # of what else is done with each score
     candidate: float
     sessions_bytes: float  # memory beside slices and candidates, whatever the catalog
 
@@ -195,6 +196,7 @@ class Checked:
     """A shape as measured and as the fitted formulas have it."""
 
     items: int
+    width: int
     measured_seconds: float
     seconds: float
     measured_bytes: float
@@ -202,36 +204,46 @@ class Checked:
 
 
 def fit(results: Results) -> tuple[Fit, list[Checked]]:
-    """Fits the constants to the curve of rank_slice over V. Raises ValueError where a run has fewer than three."""
+    """Fits the constants to rank_slice at all shapes. Raises ValueError where a run has fewer than three.
+
+    Shapes of one width do not tell the product from the rest of what is done with a score: their sum is then fitted.
+    """
     curve = _curve(results.records)
     if len(curve) < 3:
         raise ValueError(f"expected rank_slice at three sizes at least, got {len(curve)}")
-    kept = [_kept(ours) for ours, _ in curve]
-    scores = [float(ours.shape.sessions * ours.shape.items) for ours, _ in curve]
-    settled = [ours.shape.sessions * one for (ours, _), one in zip(curve, kept, strict=True)]
-    beside = [(ours.seconds or 0.0) - (floor.seconds or 0.0) for ours, floor in curve]
-    score, candidate = _nonnegative(np.array([scores, settled]).T, np.array(beside))
-    sizes = [_bytes(ours, one) for (ours, _), one in zip(curve, kept, strict=True)]
-    rest = float(np.mean([(ours.extra_bytes or 0) - size for (ours, _), size in zip(curve, sizes, strict=True)]))
+    kept = [_kept(ours) for ours in curve]
+    scores = [float(ours.shape.sessions * ours.shape.items) for ours in curve]
+    columns = np.array(
+        [
+            (score * ours.shape.width, score, ours.shape.sessions * one)
+            for ours, score, one in zip(curve, scores, kept, strict=True)
+        ]
+    )
+    costs = _nonnegative(columns, np.array([ours.seconds for ours in curve]))
+    sizes = [_bytes(ours, one) for ours, one in zip(curve, kept, strict=True)]
+    rest = float(np.mean([(ours.extra_bytes or 0) - size for ours, size in zip(curve, sizes, strict=True)]))
     checked = [
         Checked(
             ours.shape.items,
+            ours.shape.width,
             ours.seconds or 0.0,
-            (floor.seconds or 0.0) + score * scores[i] + candidate * settled[i],
+            float(columns[i] @ costs),
             float(ours.extra_bytes or 0),
             sizes[i] + rest,
         )
-        for i, (ours, floor) in enumerate(curve)
+        for i, ours in enumerate(curve)
     ]
-    return Fit(score, candidate, rest), checked
+    product, score, candidate = (float(cost) for cost in costs)
+    return Fit(product, score, candidate, rest), checked
 
 
-def _curve(records: Sequence[Record]) -> list[tuple[Record, Record]]:
-    """(ours, the floor) of rank_slice at each V, smaller ones first."""
-    timed = [r for r in records if r.op == "rank_slice" and r.shape.figure == "V" and r.seconds is not None]
-    floors = {r.shape: r for r in timed if r.contestant == FLOOR}
-    ours = [r for r in timed if r.contestant == "alterrec-fast" and r.shape in floors and r.extra_bytes is not None]
-    return [(r, floors[r.shape]) for r in sorted(ours, key=lambda r: r.shape.items)]
+def _curve(records: Sequence[Record]) -> list[Record]:
+    """Our rank_slice in float32, the shapes of the table and those of the curve over V, smaller catalogs first."""
+    ours = [r for r in records if r.op == "rank_slice" and r.contestant == "alterrec-fast" and r.seconds is not None]
+    wanted = [
+        r for r in ours if r.shape.figure in ("", "V") and r.shape.precision == "fp32" and r.extra_bytes is not None
+    ]
+    return sorted(wanted, key=lambda r: (r.shape.items, r.shape.width))
 
 
 def _kept(record: Record) -> float:
@@ -247,22 +259,31 @@ def _bytes(record: Record, kept: float) -> float:
     return slice_bytes(shape.sessions, shape.items, shape.stop - shape.start) + float(PAIR * kept * shape.sessions)
 
 
-def _nonnegative(columns: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
-    """Least squares of the relative errors with two coefficients that are not negative."""
-    weighted, one = columns / wanted[:, None], np.ones(len(wanted))
-    best = np.linalg.lstsq(weighted, one, rcond=None)[0]
-    if best.min() >= 0.0:
-        return float(best[0]), float(best[1])
-    alone = [max(0.0, float(column @ one / (column @ column))) for column in weighted.T]
-    errors = [float(((weighted[:, i] * alone[i] - one) ** 2).sum()) for i in range(2)]
-    return (alone[0], 0.0) if errors[0] <= errors[1] else (0.0, alone[1])
+def _nonnegative(columns: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Least squares of the relative errors with coefficients that are not negative: the best of all choices of which
+    are zero, the fewest coefficients first where that is as good.
+    """
+    weighted = columns / wanted[:, None]
+    weighted, sizes = weighted / np.linalg.norm(weighted, axis=0), np.linalg.norm(weighted, axis=0)
+    best, least = np.zeros(columns.shape[1]), float(len(wanted))
+    for count in range(1, columns.shape[1] + 1):
+        for chosen in combinations(range(columns.shape[1]), count):
+            costs = np.zeros(columns.shape[1])
+            costs[list(chosen)] = np.linalg.lstsq(weighted[:, chosen], np.ones(len(wanted)), rcond=None)[0]
+            error = float(((weighted @ costs - 1.0) ** 2).sum())
+            if costs.min() >= 0.0 and error < least - 1e-12:
+                best, least = costs, error
+    return np.asarray(best / sizes)
 
 
 def checks(checked: Sequence[Checked]) -> str:
     """Markdown."""
-    lines = ["| items | ms, measured | by the formula | MiB, measured | by the formula |", "| ---: |" + " ---: |" * 4]
+    lines = [
+        "| items | d | ms, measured | by the formula | MiB, measured | by the formula |",
+        "| ---: |" + " ---: |" * 5,
+    ]
     lines += [
-        f"| {one.items:,} | {1e3 * one.measured_seconds:.1f} | {1e3 * one.seconds:.1f} "
+        f"| {one.items:,} | {one.width} | {1e3 * one.measured_seconds:.1f} | {1e3 * one.seconds:.1f} "
         f"| {one.measured_bytes / 2**20:.0f} | {one.bytes / 2**20:.0f} |"
         for one in checked
     ]
@@ -279,8 +300,9 @@ def main() -> None:
     print(table(JOBS))
     if options.results:
         found, checked = fit(Results.read(options.results))
+        rate = f"{2e-9 / found.product:.0f} GFLOP/s" if found.product else "not told apart"
         score, candidate = f"{1e12 * found.score:.1f} ps a score", f"{1e9 * found.candidate:.2f} ns a candidate"
-        print(f"\nBeside the product: {score}, {candidate}.\n\n{checks(checked)}")
+        print(f"\nIts product: {rate}; beside it {score}, {candidate}.\n\n{checks(checked)}")
 
 
 if __name__ == "__main__":

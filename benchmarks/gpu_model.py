@@ -16,12 +16,11 @@ as the other multiplies; one that takes more is bound by issue. Where registers 
 block only, comparing comes on top of the product.
 
 Assumed, not measured: 0.7 of an L2 cache of 50 MB is ours; a launch waits 3 us for the one before, which a CUDA graph
-would shorten; torch's sort is cub's segmented radix sort, six bits of a key at a time, and none of its instructions
-count; a search of a few scores reads the cache alone, and how long its steps wait for each other is not counted; a
-scheduler issues in every cycle (no stall that the other block does not cover); the clock under load is the one at which
-132 x 4,096 operations a cycle make the measured 798 TFLOP/s; the blocks of sessions that read the same tile of the
-catalog read it from the L2 cache all but once. The L2 cache's own bandwidth was not measured: its traffic is printed,
-and what it would have to deliver.
+would shorten; a search of a few scores reads the cache alone, and how long its steps wait for each other is not
+counted; a scheduler issues in every cycle (no stall that the other block does not cover); the clock under load is the
+one at which 132 x 4,096 operations a cycle make the measured 798 TFLOP/s; the blocks of sessions that read the same
+tile of the catalog read it from the L2 cache all but once. The L2 cache's own bandwidth was not measured: its traffic
+is printed, and what it would have to deliver.
 """
 
 from __future__ import annotations
@@ -44,9 +43,6 @@ CLOCK = H100.products / (PROCESSORS * TENSOR)  # cycles a second
 CACHE = 0.7 * 50e6  # bytes of the L2 cache that a kernel's rows are assumed to find place in
 SECTOR = 32  # bytes that device memory gives at least
 GAP = 3e-6  # seconds between two launches
-SORT_BITS = 6  # of a key in a pass of cub's segmented sort
-SORT_LAUNCHES = 2 + math.ceil(32 / SORT_BITS)  # of one sort by torch: indices, values, and each pass
-SORT_BYTES = 48  # of an id, what a sort by torch holds at most: keys and int64 indices twice, and what they start from
 SEARCHED = 24  # bits of a score, and steps of a search
 MARKS = ("<!-- gpu_model: begin -->", "<!-- gpu_model: end -->")
 
@@ -100,21 +96,21 @@ def passes(size: float, times: int) -> float:
 
 
 def rank_slice_work(
-    call: Call, sampled: int, pairs: int, bits: bool, narrow: tuple[bool, bool] = (False, False)
+    call: Call, sampled: int, pairs: int, groups: int, narrow: tuple[bool, bool] = (False, False)
 ) -> list[Work]:
-    """sampled: items scored for the bracket; pairs: what a row's buffer holds, 12 bytes each; bits: form of the
-    result; narrow: whether the sample, and the buffer, are searched after a few of their scores; else in 24 passes.
+    """sampled: items scored for the bracket; pairs: what a row's buffer holds, 12 bytes each; groups: of tiles, whose
+    members are put in order where the result is ids, 0 where it is bits; narrow: whether the sample, and the buffer,
+    are searched after a few of their scores; else in 24 passes.
 
     A few are up to 2,048 for each row, each in a sector of its own; then there is one pass. The buffer is read, and
-    what holds no candidate overwritten: a quarter of it, or less. A result of ids is sorted by torch.
+    what holds no candidate overwritten: a quarter of it, or less. Ids are written to the buffer, read twice, and
+    written in order; the two numbers of a group are cleared, set, read, and one of them written and read.
     """
     b, d = call.sessions, call.width
     few = 2048.0 * SECTOR * b
     sample, scores, buffer = 4.0 * b * sampled, 8.0 * b * pairs, 12.0 * b * pairs
-    words = b * call.items / 8.0 if bits else 0.0
-    ids = 0.0 if bits else 4.0 * b * call.size
-    # Each pass counts keys, and moves keys and int64 indices; before and after, indices are made and values copied.
-    sort = math.ceil(32 / SORT_BITS) * (4 + 2 * 12) + 8 + 8
+    words = 0.0 if groups else b * call.items / 8.0
+    ids = 4.0 * b * call.size if groups else 0.0
     return [
         Work("_sample_kernel", 2.0 * b * sampled * d, call.element * d * (b + sampled) + sample),
         Work("_limits_kernel", 0.0, few + sample if narrow[0] else passes(sample, SEARCHED)),
@@ -123,7 +119,7 @@ def rank_slice_work(
             "_select_kernel", 0.0, scores / 4 + (few + scores if narrow[1] else passes(scores, SEARCHED)) + buffer / 12
         ),
         Work("_place_kernel", 0.0, buffer + ids),
-        Work("sort of the ids", 0.0, sort * ids / 4),
+        Work("_ascending_kernel", 0.0, passes(ids, 2) + ids + passes(8.0 * b * groups, 4)),
     ]
 
 
@@ -263,17 +259,17 @@ class Scan:
 
     few: int  # a step of the search among a few, which registers hold
     once: int  # of the pass over all entries
-    step: int  # of a search's step over what is near
+    step: int  # of a search's step, beside
+    read: int  # of a search's trip over what is near
     after: int  # of passes over what is near
     warps: int
     block: int  # entries of a trip
 
     def slots(self, rows: int, entries: int, near: int) -> float:
         """Of all rows: one pass over their entries, and searches of SEARCHED steps; near: entries that they read."""
-        passed, read = math.ceil(entries / self.block), math.ceil(near / self.block)
-        return float(
-            rows * self.warps * (SEARCHED * (self.few + read * self.step) + passed * self.once + read * self.after)
-        )
+        passed, trips = math.ceil(entries / self.block), math.ceil(near / self.block)
+        search = SEARCHED * (self.few + self.step + trips * self.read)
+        return float(rows * self.warps * (search + passed * self.once + trips * self.after))
 
 
 def scan_of(code: str, warps: int, block: int) -> Scan:
@@ -287,11 +283,24 @@ def scan_of(code: str, warps: int, block: int) -> Scan:
     outer = sorted(loops - inner)
     storing = [(a, b) for a, b in outer if any(one.text.startswith("STG") for one in listing[a:b])]
     first, last = max(storing, key=lambda loop: loop[1] - loop[0], default=(0, 0))
-    searches = [b - a for a, b in outer if a >= last and any(a <= c and d <= b for c, d in inner)]
+    searches = [(a, b) for a, b in outer if a >= last and any(a <= c and d <= b for c, d in inner)]
+    read = sum(d - c for c, d in inner if searches and searches[0][0] <= c and d <= searches[0][1])
+    step = searches[0][1] - searches[0][0] - read if searches else 0
     flat = [b - a for a, b in outer if a >= last and not any(a <= c and d <= b for c, d in inner)]
     within = sum(b - a for a, b in inner if first <= a and b <= last)
     few = sum(b - a for a, b in outer if b <= first)
-    return Scan(few, last - first - within, searches[0] if searches else 0, sum(flat), warps, block)
+    return Scan(few, last - first - within, step, read, sum(flat), warps, block)
+
+
+def flat_slots(code: str, warps: int, rows: int, trips: int) -> float:
+    """Of all rows, at most: every loop without another in it runs so many times."""
+    listing, labels = parse(code)
+    loops = {(labels[one.target], i + 1) for i, one in enumerate(listing) if one.target and labels[one.target] <= i}
+    loops = {(begin, end) for begin, end in loops if end - begin > 1}
+    nested = {
+        (a, b) for a, b in loops for c, d in loops if (a, b) != (c, d) and ((c <= a and b <= d) or (a <= c and d <= b))
+    }
+    return float(rows * warps * trips * sum(end - begin for begin, end in loops - nested))
 
 
 # --- both together ---
@@ -446,40 +455,31 @@ def predict(call: Call, start: int = 20) -> Prediction:
     narrow = by_name["_limits_kernel"].options["NARROW"], by_name["_select_kernel"].options["NARROW"]
     entries = {"_limits_kernel": cut.sampled, "_select_kernel": 2 * cut.pairs, "_place_kernel": 2 * cut.pairs}
     works = []
-    for work in rank_slice_work(call, cut.sampled, cut.pairs, cut.bits, narrow):
+    groups = 0 if cut.bits else math.ceil(call.items / (loop.block_v << cut.dealt))
+    for work in rank_slice_work(call, cut.sampled, cut.pairs, groups, narrow):
         slots = 0.0
-        if launch := by_name.get(work.kernel):
+        if work.kernel == "_ascending_kernel" and groups:
+            (launch,) = [one for one in found if one.name == work.kernel]
+            trips = math.ceil(max(2 * groups, call.size) / launch.options["BLOCK"])
+            code = gpu_proof.disassembled(launch.compiled)[1]
+            slots = flat_slots(code, launch.compiled.metadata.num_warps, call.sessions, trips)
+        elif launch := by_name.get(work.kernel):
             options, code = launch.options, gpu_proof.disassembled(launch.compiled)[1]
             scan = scan_of(code, launch.compiled.metadata.num_warps, options[SCANS[work.kernel]])
             near = NEAR[work.kernel] if options.get("NARROW", True) else 1.0
             slots = scan.slots(call.sessions, entries[work.kernel], math.ceil(near * entries[work.kernel]))
         works.append(replace(work, slots=slots))
-    sorts = 0 if cut.bits else math.ceil(call.sessions / sorted_rows(call.sessions))
-    return Prediction(call, works, loop, extra, len(found) + (sorts + 1) * SORT_LAUNCHES + TORCH_LAUNCHES)
+    return Prediction(call, works, loop, extra, len(found) + TORCH_LAUNCHES)
 
 
 # What is near the scores sought: of a sample's far end little, of the buffer's entries what Plan.zone has room for.
 NEAR = {"_limits_kernel": 1 / 32, "_select_kernel": 1 / 8, "_place_kernel": 0.0}
 SCANS = {"_limits_kernel": "CHUNK", "_select_kernel": "BLOCK", "_place_kernel": "BLOCK"}  # and a trip's entries
-TORCH_LAUNCHES = 20  # filling, copying, and reading scores and items off keys, about
-
-
-def sorted_rows(rows: int) -> int:
-    from alterrec_fast.kernels import rank_slice
-
-    return int(rank_slice.sorted_rows(rows))
-
-
-def sort_memory(call: Call) -> int:
-    """Bytes, an estimate: what torch and cub hold while they sort the ids of as many rows as are sorted at a time."""
-    from alterrec_fast.ops.slices import uses_bits
-
-    return 0 if uses_bits(call.items, call.size) else SORT_BYTES * sorted_rows(call.sessions) * call.size
+TORCH_LAUNCHES = 3  # that clear memory
 
 
 def extra_memory(call: Call, start: int, top: int = 5) -> int:
-    """Bytes at the peak, beside the results: what the launcher allocates, or what is estimated of torch's sort, if that
-    is more: the launcher's own memory has been freed by then, but for a little."""
+    """Bytes at the peak that the launcher allocates beside the results."""
     return dry_run(call, start, top)[0]
 
 
@@ -500,8 +500,7 @@ def dry_run(call: Call, start: int, top: int = 5) -> tuple[int, list[Any]]:
     gpu = next(gpu for gpu in gpu_proof.GPUS if gpu.name == "sm_90")
     with gpu_proof.compiling_for(gpu) as found, allocations() as peak:
         results = rank_slice_fwd(query, catalog, start, stop, top, *lists, None, 0, "bf16", False, *form)
-    launcher = int(peak() - sum(x.untyped_storage().nbytes() for x in results if x is not None))
-    return max(launcher, sort_memory(call)), found
+    return int(peak() - sum(x.untyped_storage().nbytes() for x in results if x is not None)), found
 
 
 def allocations() -> Any:

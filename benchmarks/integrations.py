@@ -2,13 +2,15 @@
 
 Each measurement is a module of its own under an interpreter of its own, and each of its contestants a process of its
 own. A measurement takes ``--json FILE`` and ``--raw FOLDER`` (Online Retail), and writes a list of sections
-``{"heading": str, "text": str, "header": [str, ...], "rows": [[str, ...], ...]}``. Those that are there already are
-kept, so that the command can be broken off and started again; ``--again NAME`` measures one anew.
+``{"heading": str, "text": str, "header": [str, ...], "rows": [[str, ...], ...]}``, to which "measured" is added: day,
+processor and cores. Those that are there already are kept, so that the command can be broken off and started again;
+``--again NAME`` measures one anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import subprocess
 import sys
@@ -16,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from alterrec_fast.benchmarks import machine
 from alterrec_fast.benchmarks.runs import between_marks
 
 MARK = "<!-- made by make integrations -->"
@@ -50,6 +54,8 @@ def main() -> None:
         if measurement.module in options.again or not file.exists():
             command = [measurement.interpreter, "-m", f"alterrec_fast.benchmarks.{measurement.module}"]
             subprocess.run([*command, "--json", str(file), "--raw", str(options.raw)], check=True)
+            made = [{**section, "measured": here_and_now()} for section in json.loads(file.read_text("utf-8"))]
+            file.write_text(json.dumps(made), encoding="utf-8")
         sections += json.loads(file.read_text(encoding="utf-8"))
     text = "\n".join(markdown(section) for section in sections)
     print(text)
@@ -57,13 +63,23 @@ def main() -> None:
         options.page.write_text(between_marks(options.page, MARK, text), encoding="utf-8")
 
 
+def here_and_now() -> str:
+    """Kept with what is measured, so that a page tells what is older or of another machine."""
+    found = machine.look(torch.get_num_threads())
+    today = datetime.date.today()
+    return f"{today.day} {today:%B %Y}, {found.processor or 'unknown processor'}, {found.cores} cores"
+
+
 def markdown(section: dict[str, Any]) -> str:
-    """A section as a heading, its text and a table."""
+    """A section as a heading, where and when it was measured if that is known, its text and a table."""
     header, rows = section["header"], section["rows"]
     if any(len(row) != len(header) for row in rows):
         raise ValueError(f"{section['heading']}: every row must have {len(header)} cells, got {rows}")
     table = [" | ".join(cells) for cells in (header, ["---"] * len(header), *rows)]
-    return "\n".join([f"## {section['heading']}", "", section["text"], "", *(f"| {line} |" for line in table), ""])
+    above = [f"## {section['heading']}", ""]
+    if "measured" in section:
+        above += [f"{section['measured']}.", ""]
+    return "\n".join([*above, section["text"], "", *(f"| {line} |" for line in table), ""])
 
 
 if __name__ == "__main__":

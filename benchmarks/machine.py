@@ -74,14 +74,19 @@ def load() -> float:
     return os.getloadavg()[0]
 
 
-def others(seconds: float = 0.3) -> float:
-    """Cores that are busy with other work, or taken away by a hypervisor, while this process waits."""
-    before = _busy_seconds()
-    time.sleep(seconds)
-    return max(0.0, _busy_seconds() - before) / seconds
+def cpu_of(pid: int) -> float:
+    """CPU seconds of a process and of those that it has started and waited for; 0.0 where it is not told."""
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return sum(int(x) for x in fields[11:15]) / os.sysconf("SC_CLK_TCK") if fields else 0.0
 
 
-def _busy_seconds() -> float:
+def own_seconds() -> float:
+    """CPU seconds of this process and of all that it has started, those that have ended among them."""
+    children = [pid for path in Path("/proc/self/task").glob("*/children") for pid in _read(str(path)).split()]
+    return cpu_of(os.getpid()) + sum(cpu_of(int(pid)) for pid in children)
+
+
+def busy_seconds() -> float:
     """Seconds since the system started that cores spent on anything but waiting; 0.0 where it is not told."""
     line = next((line for line in _read("/proc/stat").splitlines() if line.startswith("cpu ")), "cpu 0 0 0 0 0 0 0 0")
     user, nice, system, _, _, interrupts, soft, steal = (int(x) for x in line.split()[1:9])

@@ -106,7 +106,11 @@ def recbole_sasrec(shape: Shape, inputs: Tensors) -> Call:
 
 
 def rectools_sasrec(shape: Shape, inputs: Tensors) -> Call:
-    """RecTools' own training loop, one epoch a call: sessions padded to 50, full cross-entropy at every place."""
+    """RecTools' own training loop, one epoch a call: sessions padded to 50, full cross-entropy at every place.
+
+    `fit_partial` processes the interactions anew at every call, which is no training: it makes the model ready here,
+    and a call does what it does afterwards.
+    """
     import pandas as pd
     from pytorch_lightning import Trainer
     from rectools import Columns
@@ -140,14 +144,18 @@ def rectools_sasrec(shape: Shape, inputs: Tensors) -> Call:
         train_min_user_interactions=2,
         get_trainer_func=quiet_trainer,
     )
+    model.fit_partial(dataset, min_epochs=1, max_epochs=1)
+    trainer, batches = model.fit_trainer, model.data_preparator.get_dataloader_train()
 
     def run(i: int) -> Tensor:
-        model.fit_partial(dataset, min_epochs=1, max_epochs=1)
-        loss: Tensor = model.fit_trainer.callback_metrics["train_loss"]
+        trainer.fit_loop.max_epochs = trainer.fit_loop.epoch_progress.current.ready + 1
+        model.lightning_model.train()
+        trainer.fit(model.lightning_model, batches)
+        loss: Tensor = trainer.callback_metrics["train_loss"]
         return loss
 
     def read(loss: Tensor, rows: Tensor) -> Tensors:
-        trained = sum((batch["y"] != 0).sum() for batch in model.data_preparator.get_dataloader_train())
+        trained = sum((batch["y"] != 0).sum() for batch in batches)
         return {"targets": torch.as_tensor(trained), "loss": loss}
 
     return Call(run, read, partial(_targets, inputs))

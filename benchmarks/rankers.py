@@ -78,9 +78,10 @@ def our_best(shape: Shape, inputs: Tensors, precision: str | None = None) -> Cal
 def torch_topk(shape: Shape, inputs: Tensors, ordered: bool = True) -> Call:
     """mm and topk; unordered, the first ranks are found among the others by a second topk over those alone."""
     query, catalog = padded(inputs["query"]), padded(inputs["catalog"])
+    scores = torch.empty(shape.sessions, shape.items, dtype=query.dtype)
 
     def run(i: int) -> Any:
-        best = torch.mm(query[i % BATCHES], catalog.T).topk(shape.stop, sorted=ordered)
+        best = torch.mm(query[i % BATCHES], catalog.T, out=scores).topk(shape.stop, sorted=ordered)
         if ordered:
             return best.indices[:, shape.start :]
         return best.indices, best.values.topk(shape.start, sorted=False).indices
@@ -97,9 +98,10 @@ def torch_kthvalue(shape: Shape, inputs: Tensors) -> Call:
     """The two boundary scores by kthvalue, and a comparison with them: a mask (B, V)."""
     query, catalog = padded(inputs["query"]), padded(inputs["catalog"])
     items = shape.items
+    scores = torch.empty(shape.sessions, items, dtype=query.dtype)
 
     def run(i: int) -> Tensor:
-        y = torch.mm(query[i % BATCHES], catalog.T)
+        y = torch.mm(query[i % BATCHES], catalog.T, out=scores)
         inside = y >= y.kthvalue(items - shape.stop + 1, keepdim=True).values
         if shape.start:
             inside &= y < y.kthvalue(items - shape.start + 1, keepdim=True).values
@@ -111,11 +113,14 @@ def torch_kthvalue(shape: Shape, inputs: Tensors) -> Call:
 def torch_blocks(shape: Shape, inputs: Tensors) -> Call:
     """mm and topk of one block of items after the other, and topk of what they leave: no B x V matrix."""
     query, catalog = padded(inputs["query"]), padded(inputs["catalog"])
+    scores = torch.empty(shape.sessions * min(shape.items, ITEM_BLOCK), dtype=query.dtype)
 
     def run(i: int) -> Tensor:
         values, ids = [], []
         for begin in range(0, shape.items, ITEM_BLOCK):
-            y = torch.mm(query[i % BATCHES], catalog[begin : begin + ITEM_BLOCK].T)
+            block = catalog[begin : begin + ITEM_BLOCK]
+            out = scores[: shape.sessions * len(block)].view(shape.sessions, len(block))
+            y = torch.mm(query[i % BATCHES], block.T, out=out)
             best = y.topk(min(shape.stop, y.shape[1]), sorted=False)
             values.append(best.values)
             ids.append(best.indices + begin)
@@ -135,18 +140,21 @@ def numpy_argpartition(shape: Shape, inputs: Tensors) -> Call:
     pivots = sorted({items - shape.stop, items - shape.start - 1})
     pool = ThreadPoolExecutor(shape.threads)
 
-    def run(i: int) -> list[np.ndarray]:
-        y = torch.mm(query[i % BATCHES], catalog.T).numpy()
+    scores = torch.empty(shape.sessions, items)
+    step = -(-shape.sessions // (4 * shape.threads))
 
-        def part(rows: np.ndarray) -> np.ndarray:
-            last = items - shape.start
-            ids = np.argpartition(y[rows], pivots, axis=1)[:, last - size : last]
+    def run(i: int) -> list[np.ndarray]:
+        y = torch.mm(query[i % BATCHES], catalog.T, out=scores).numpy()
+
+        def part(begin: int) -> np.ndarray:
+            last, own = items - shape.start, y[begin : begin + step]
+            ids = np.argpartition(own, pivots, axis=1)[:, last - size : last]
             if shape.start:
                 return ids
-            order = np.argsort(-np.take_along_axis(y[rows], ids, 1), axis=1)
+            order = np.argsort(-np.take_along_axis(own, ids, 1), axis=1)
             return np.take_along_axis(ids, order, 1)
 
-        return list(pool.map(part, np.array_split(np.arange(shape.sessions), 4 * shape.threads)))
+        return list(pool.map(part, range(0, shape.sessions, step)))
 
     return Call(run, lambda parts, rows: {"members": torch.from_numpy(np.concatenate(parts))[rows]})
 

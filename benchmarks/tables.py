@@ -69,11 +69,12 @@ def _line(record: Record, columns: Sequence[str]) -> str:
         reason = (record.failed or "not timed").replace("|", "\\|")
         return f"| {record.contestant} | {reason} |" + " |" * (len(columns) - 2)
     interval = record.interval
+    name = f"**{record.contestant}**" if record.ours else record.contestant
     cells = [
-        f"**{record.contestant}**" if record.ours else record.contestant,
+        name if record.gflops is None else f"{name} ({record.gflops:,.0f} GFLOP/s)",
         _milliseconds(record),
         _number(record.ratio),
-        f"{_number(interval[0])} to {_number(interval[1])}" if interval else "few turns",
+        f"{_number(interval[0])} to {_number(interval[1])}" if interval else "not known",
         "" if record.share is None else f"{100 * record.share:.0f}%",
         _number(record.bandwidth_ratio),
         _mebibytes(record.peak_bytes),
@@ -87,15 +88,20 @@ def _line(record: Record, columns: Sequence[str]) -> str:
 
 def _heading(results: Results) -> str:
     machine = results.machine
+    there = {package.split(" ")[0] for package in machine.packages} | {"torch", "alterrec-fast"}
+    elsewhere = sorted(
+        {r.version for r in results.records if " " in r.version and r.version.split(" ")[0] not in there}
+    )
+    packages = [package for package in machine.packages if " " in package] + elsewhere
     lines = [
         "# Benchmarks",
         f"`{results.command}`, {results.date}.",
         f"{machine.processor}, {machine.cores} cores, {machine.threads} threads, "
         f"{machine.memory / 2**30:.0f} GiB, {' '.join(machine.flags)}; native engine: {machine.instruction_set}; "
         f"governor: {machine.governor or 'not told'}; {machine.system}; Python {machine.python}, "
-        f"torch {machine.torch}, {', '.join(machine.packages)}.",
+        f"torch {machine.torch}, {', '.join(packages)}.",
         f"Memory bandwidth {results.bandwidth / 1e9:.1f} GB/s. Load average {results.load_before:.1f} before and "
-        f"{results.load_after:.1f} after; while no contestant ran, other work took {results.others:.2f} cores.",
+        f"{results.load_after:.1f} after; during the contests other work took {results.others:.2f} cores.",
     ]
     if results.busy:
         lines.append("**The machine was busy with other work: take the figures of this run as provisional.**")

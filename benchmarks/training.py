@@ -6,14 +6,17 @@ What other libraries do is in `peers.py`, since they need interpreters of their 
 from __future__ import annotations
 
 import copy
-from functools import partial
+from collections.abc import Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import mkdtemp
 
 import numpy as np
 import torch
+from alterrec_fast.benchmarks import losses
 from alterrec_fast.benchmarks.training_throughput import ID_PHASE, TEXT_WIDTH, Published, prefixes
 from alterrec_fast.benchmarks.worker import BATCHES, Call, Shape, Tensors
+from torch import Tensor
 
 from alterrec_fast.data.batches import Batch, pack, plan
 from alterrec_fast.data.sessions import Dataset, Sessions
@@ -58,6 +61,30 @@ def sessions_truth(shape: Shape, inputs: Tensors) -> Tensors:
     return {"rows": torch.arange(8), "targets": torch.tensor(targets), "product": product[:, :1000]}
 
 
+@lru_cache
+def batches_of(shape: Shape) -> int:
+    """Batches of a pass over the sessions."""
+    return len(list(_batches(make_sessions(shape), shape, 0)))
+
+
+def _batches(inputs: Tensors, shape: Shape, seed: int) -> Iterator[Batch]:
+    sessions = Sessions(inputs["items"].numpy().astype(np.int32), inputs["offsets"].numpy())
+    for which in plan(sessions, MAX_LENGTH, shape.sessions, np.random.default_rng(seed)):
+        yield pack(sessions, which, MAX_LENGTH)
+
+
+def products(shape: Shape, inputs: Tensors) -> Call:
+    """The floor: a product of the shape for each batch of a pass."""
+    once, batches = losses.products(shape, inputs), batches_of(shape)
+
+    def run(i: int) -> Tensor:
+        for number in range(batches):
+            result: Tensor = once.run(i + batches - 1 - number)  # last the one that is compared: of batch i
+        return result
+
+    return Call(run, once.read)
+
+
 def our_sasrec(shape: Shape, inputs: Tensors, precision: str | None = None) -> Call:
     """The ID network of this package and cross-entropy over the whole catalog."""
     torch.manual_seed(0)
@@ -67,12 +94,10 @@ def our_sasrec(shape: Shape, inputs: Tensors, precision: str | None = None) -> C
     recommender = build(config, shape.items, None)
     network = recommender.network("id").train()
     optimizer = torch.optim.Adam(network.parameters(), lr=RATE, fused=True)
-    sessions = Sessions(inputs["items"].numpy().astype(np.int32), inputs["offsets"].numpy())
 
     def run(i: int) -> Tensors:
         targets, total = 0, torch.zeros(())
-        for which in plan(sessions, MAX_LENGTH, shape.sessions, np.random.default_rng(i)):
-            batch = pack(sessions, which, MAX_LENGTH)
+        for batch in _batches(inputs, shape, i):
             optimizer.zero_grad()
             catalog = network.catalog()
             query = network.queries(catalog, torch.from_numpy(batch.items), Packing.of(batch.lengths))

@@ -5,10 +5,11 @@ A key is 64 bits: the score, mapped to a signed integer of the same order, over 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .tiles import launch
 
 FIRST = tl.constexpr(2**63 - 1)  # comes before every item
 LAST = tl.constexpr(-(2**63))  # comes after every item
@@ -48,9 +49,46 @@ def popcount(words):
     return ((x * 0x01010101) >> 24).to(tl.int32)
 
 
-def scores_and_items(keys: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
-    """Keys of any shape -> scores float32 and items int64; LAST, which no item has, gives -inf and -1."""
-    high = (keys >> 32).int()
-    scores = (high ^ ((high >> 31) & 0x7FFFFFFF)).view(torch.float32)
-    none = keys == LAST.value
-    return scores.masked_fill(none, -torch.inf), (num_items - 1 - (keys & 0xFFFFFFFF)).masked_fill(none, -1)
+@triton.jit(do_not_specialize=["size", "columns", "stride", "V"])
+def _split_keys_kernel(
+    Keys,
+    Scores,
+    Items,
+    size,
+    columns,
+    stride,
+    V,
+    HAS_SCORES: tl.constexpr,
+    HAS_ITEMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = place < size
+    key = tl.load(Keys + place // columns * stride + place % columns, mask=there, other=LAST)
+    none = key == LAST
+    if HAS_SCORES:
+        score = tl.where(none, float("-inf"), key_score((key >> 32).to(tl.int32)))
+        tl.store(Scores + place, score, mask=there)
+    if HAS_ITEMS:
+        tl.store(Items + place, tl.where(none, -1, V - 1 - (key & 0xFFFFFFFF)), mask=there)
+
+
+def split_keys(keys: Tensor, num_items: int, scores: Tensor | None, items: Tensor | None) -> None:
+    """Keys (B, n), contiguous in a row -> scores float32 and items int64, contiguous, where they are given; LAST, which
+    no item has, gives -inf and -1."""
+    block, (rows, columns) = 256, keys.shape
+    launch(
+        _split_keys_kernel,
+        (triton.cdiv(rows * columns, block),),
+        keys,
+        scores,
+        items,
+        rows * columns,
+        columns,
+        keys.stride(0),
+        num_items,
+        HAS_SCORES=scores is not None,
+        HAS_ITEMS=items is not None,
+        BLOCK=block,
+        num_warps=4,
+    )

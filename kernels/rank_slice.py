@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
+from .ascending import _ascending_kernel
 from .bracket import (
     LIMITS,
     OPEN,
@@ -28,15 +29,14 @@ from .bracket import (
     around,
 )
 from .exact import redo
-from .order import FIRST, LAST, item_key, key_score, popcount, score_key, scores_and_items
+from .order import FIRST, LAST, item_key, key_score, popcount, score_key, split_keys
 from .tiles import launch
 
 TARGETS = tl.constexpr(4)  # the items of rank start, stop - 1 and top - 1, which bound what is wanted; one place unused
 ROWS = 1024  # sessions at a time, which bounds the memory beside the result
-SORTED = 128  # rows that are sorted at a time; from as many on torch sorts each by itself, not all as one list
 FEW = 2048  # scores that are looked at first, of which a thread holds a handful
 NARROWED = 4  # times as many or more are not searched before the few have narrowed the search
-NO_ITEM = 2**31 - 1  # in the place of an id, which sorts it behind all others
+MOST_SORTED = 256  # keys of a row that a program sorts by itself
 
 
 @triton.jit
@@ -128,7 +128,10 @@ def _store_words(Words, words, keep, PTX: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["B", "V", "first_item", "capacity", "stride_qb", "stride_cv", "stride_bias", "stride_words"]
+    do_not_specialize=[
+        *("B", "V", "first_item", "capacity", "dealt"),
+        *("stride_qb", "stride_cv", "stride_bias", "stride_words"),
+    ]
 )
 def _stream_kernel(
     Query,
@@ -146,6 +149,7 @@ def _stream_kernel(
     V,
     first_item,
     capacity,
+    dealt,
     stride_qb,
     stride_cv,
     stride_bias,
@@ -169,8 +173,9 @@ def _stream_kernel(
     """Scores every item once. What is certainly a member goes to Words as a bit; what may matter goes to a buffer.
 
     Items are buffered in pairs of neighbours, as a thread holds them: one place to find and one store for two scores.
-    Each program owns a part of every row's buffer and fills it in order, so there are no atomics and nothing to wait
-    for, and interleaved tiles fill all parts alike. Counts may exceed `capacity`: that row is redone.
+    Each program owns a part of every row's buffer and fills it in the order of ids, so there are no atomics and nothing
+    to wait for. Groups of 2 ** dealt neighbouring tiles are dealt to the programs in turn, which fills all parts alike.
+    Counts may exceed `capacity`: that row is redone.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     in_b = rows < B
@@ -197,7 +202,10 @@ def _stream_kernel(
     certain = tl.zeros([BLOCK_B, WORDS], tl.int32)  # members by their score alone
     above = tl.zeros([BLOCK_B, WORDS], tl.int32)  # items above all that is wanted
     query = tiles.load_rows(Query, tl.minimum(rows, B - 1), stride_qb, D, UNIT_Q, BLOCK_D) if WHOLE else 0.0
-    for tile in range(first_item // BLOCK_V + split, tl.cdiv(V, BLOCK_V), splits):
+    first_group = first_item // BLOCK_V >> dealt
+    groups = (tl.cdiv(V, BLOCK_V) - 1 >> dealt) + 1 - first_group
+    for turn in range(tl.cdiv(tl.maximum(groups - split, 0), splits) << dealt):
+        tile = (first_group + split + (turn >> dealt) * splits << dealt) + (turn & (1 << dealt) - 1)
         items = (tile * BLOCK_V + offs_v).to(tl.int64)
         inside = tl.minimum(items, V - 1)
         if WHOLE:
@@ -270,21 +278,30 @@ def _stream_kernel(
         )
         filled += (counts * 0x01010101) >> 24
     own = rows * splits + split
+    # What stays empty holds no number, so that nobody has to ask how far a part is filled.
+    for place in range(tl.min(tl.where(in_b, filled, capacity), 0), capacity):
+        at = Scores + 2 * (own * capacity + place)
+        tl.store(at, float("nan"), mask=in_b & (place >= filled))
+        tl.store(at + 1, float("nan"), mask=in_b & (place >= filled))
     tl.store(Counts + own, filled, mask=in_b)
     tl.store(Certain + own, tl.sum(certain, 1), mask=in_b)
     tl.store(Above + own, tl.sum(above, 1), mask=in_b)
 
 
 @triton.jit
-def _candidates(Scores, Zone, row, place, entries, size, room, narrow):
-    """Scores at `place` of a row's zone if it is `narrow`, else of its buffer, and where they stand in the buffer; NaN
-    from `size` on."""
-    in_zone, in_buffer = place < tl.where(narrow, size, 0), place < tl.where(narrow, 0, size)
-    zone = Zone + row * 2 * room + place
-    found = tl.load(zone, mask=in_zone, other=0).to(tl.float32, bitcast=True)
-    entry = tl.where(in_zone, tl.load(zone + room, mask=in_zone, other=0), place)
-    score = tl.load(Scores + row * entries + place, mask=in_buffer, other=float("nan"))
-    return tl.where(in_zone, found, score), entry
+def _three(vector):
+    """The first three of [TARGETS]: comparing a block with each of them leaves it where its threads hold it."""
+    column = tl.arange(0, TARGETS)
+    first, second = tl.where(column == 0, vector, 0), tl.where(column == 1, vector, 0)
+    return tl.sum(first, 0), tl.sum(second, 0), tl.sum(tl.where(column == 2, vector, 0), 0)
+
+
+@triton.jit
+def _sums(first, second, third):
+    """The sums of three blocks as [TARGETS], the last of which is 0."""
+    column = tl.arange(0, TARGETS)
+    found = tl.where(column == 1, tl.sum(second, 0), tl.where(column == 2, tl.sum(third, 0), 0))
+    return tl.where(column == 0, tl.sum(first, 0), found)
 
 
 @triton.jit(do_not_specialize=["splits", "capacity", "room", "V", "start", "stop", "top"])
@@ -321,8 +338,8 @@ def _select_kernel(
 ):
     """One program for each row finds the keys of rank start, stop - 1 and top - 1 among its candidates.
 
-    Writes them to Bounds; where counts show that a limit did not hold or a part was full, the row goes to Missed.
-    Places of the buffer that hold no candidate get NaN, in missed rows all of them. With NARROW a few of the candidates
+    Writes them to Bounds; where counts show that a limit did not hold or a part was full, the row goes to Missed, and
+    its buffer is emptied: it holds NaN where there is no candidate. With NARROW a few of the candidates
     say where the scores sought probably lie, and the first pass over the buffer, which is larger than the cache, copies
     what lies there to Zone, (2, room) for each row: scores and their places. The search then needs no other pass,
     unless the few have misled it.
@@ -339,7 +356,8 @@ def _select_kernel(
 
     # Each target's zone [lowest, highest), and how many items are above it.
     limits = Limits + row * LIMITS
-    lowest = tl.load(limits + OPEN) + tl.zeros([TARGETS], tl.float32)
+    open_low = tl.load(limits + OPEN)
+    lowest = open_low + tl.zeros([TARGETS], tl.float32)
     highest = tl.full([TARGETS], float("nan"), tl.float32)  # which no score reaches
     over = tl.zeros([TARGETS], tl.int32)
     if HAS_START:
@@ -360,81 +378,92 @@ def _select_kernel(
     near_low, near_high = score_key(lowest), tl.full([TARGETS], 0x7FFFFFFF, tl.int32)
     if NARROW:
         stride = (entries // BLOCK - 1) | 1  # odd, so that left and right items are drawn
-        pair = offs * stride // 2
-        of_part = tl.minimum(pair // capacity, splits - 1)
-        there = pair - of_part * capacity < tl.minimum(tl.load(Counts + row * splits + of_part), capacity)
-        few = tl.load(buffer + offs * stride, mask=there, other=float("nan"))
+        few = tl.load(buffer + offs * stride)
         some = tl.sum((few[None, :] >= lowest[:, None]).to(tl.int32), 1)
         beyond = tl.sum((few[None, :] >= highest[:, None]).to(tl.int32), 1)
         expected = beyond + (wanted - over + 0.5) * (BLOCK / entries)
         low, high = around(few, expected, tl.maximum(some, 1), spread, TARGETS)
         near_low = tl.maximum(near_low, low)
         near_high = tl.where(highest == highest, tl.minimum(high, score_key(highest)), high)
-    low_pivot, high_pivot = key_score(near_low), key_score(near_high)
+    high_pivot = key_score(near_high)
+    low_0, low_1, low_2 = _three(tl.where(unused, float("nan"), key_score(near_low)))
+    high_0, high_1, high_2 = _three(high_pivot)
 
-    at_low = tl.zeros([TARGETS], tl.int32)  # candidates that reach the lower limit, and the upper one
-    at_high = tl.zeros([TARGETS], tl.int32)
-    over_low = tl.zeros([TARGETS], tl.int32)  # the same for what is near
-    over_high = tl.zeros([TARGETS], tl.int32)
+    # Every thread counts for itself, and all are added up once: candidates that reach a zone's lower limit, and its
+    # upper one, the second number 16 bits higher; in `near_0` to `near_2` the same for what is near each target.
+    ZONED: tl.constexpr = HAS_START or HAS_STOP  # otherwise all targets share the open zone
+    reach = tl.zeros([TARGETS if ZONED else 1, BLOCK], tl.int32)
+    near_0, near_1, near_2 = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
     near = tl.zeros([], tl.int32)  # entries near any target
-    best = tl.full([], float("-inf"), tl.float32)
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
     for begin in range(0, entries, BLOCK):
-        pair = (begin + offs) // 2
-        of_part = tl.minimum(pair // capacity, splits - 1)
-        there = pair - of_part * capacity < tl.minimum(tl.load(Counts + row * splits + of_part), capacity)
-        score = tl.load(buffer + begin + offs, mask=there, other=float("nan"))
+        score = tl.load(buffer + begin + offs, mask=begin + offs < entries, other=float("nan"))
         if SKIP_EXCLUDED:
-            item = 2 * tl.load(first_pair + pair, mask=there, other=0) + offs % 2
+            item = 2 * tl.load(first_pair + (begin + offs) // 2, mask=score == score, other=0) + offs % 2
             for place in range(begin_excluded, end_excluded, EXCLUDED):
                 offs_e = place + tl.arange(0, EXCLUDED)
                 value = tl.load(Values + offs_e, mask=offs_e < end_excluded, other=-1)
                 drop = tl.sum((item[:, None] == value[None, :]).to(tl.int32), 1) > 0
                 score = tl.where(drop, float("nan"), score)
-        tl.store(buffer + begin + offs, score, mask=(begin + offs < entries) & (score != score))
-        at_low += tl.sum((score[None, :] >= lowest[:, None]).to(tl.int32), 1)
-        at_high += tl.sum((score[None, :] >= highest[:, None]).to(tl.int32), 1)
-        best = tl.maximum(best, tl.max(tl.where(score == score, score, float("-inf")), 0))
+            tl.store(buffer + begin + offs, score, mask=(begin + offs < entries) & (score != score))
+        if ZONED:
+            reach += (score[None, :] >= lowest[:, None]).to(tl.int32)
+            reach += tl.where(score[None, :] >= highest[:, None], 1 << 16, 0)
+        else:
+            reach += (score >= open_low).to(tl.int32)[None, :]
+        best = tl.maximum(best, score)  # never NaN
         if NARROW:
-            reach_low, reach_high = score[None, :] >= low_pivot[:, None], score[None, :] >= high_pivot[:, None]
-            over_low += tl.sum(reach_low.to(tl.int32), 1)
-            over_high += tl.sum(reach_high.to(tl.int32), 1)
-            keep = tl.sum((reach_low & ~reach_high & ~unused[:, None]).to(tl.int32), 0) > 0
+            near_0 += (score >= low_0).to(tl.int32) + tl.where(score >= high_0, 1 << 16, 0)
+            near_1 += (score >= low_1).to(tl.int32) + tl.where(score >= high_1, 1 << 16, 0)
+            near_2 += (score >= low_2).to(tl.int32) + tl.where(score >= high_2, 1 << 16, 0)
+            keep = (score >= low_0) & ~(score >= high_0) | (score >= low_1) & ~(score >= high_1)
+            keep |= (score >= low_2) & ~(score >= high_2)
             at = near + tl.cumsum(keep.to(tl.int32), 0) - 1
             tl.store(zone + at, score.to(tl.int32, bitcast=True), mask=keep & (at < room))
             tl.store(zone + room + at, begin + offs, mask=keep & (at < room))
             near += tl.sum(keep.to(tl.int32), 0)
     tl.debug_barrier()  # what other threads have written is read below
+    at_low = tl.zeros([TARGETS], tl.int32) + tl.sum(reach & 0xFFFF, 1)
+    at_high = tl.zeros([TARGETS], tl.int32) + tl.sum(reach >> 16, 1)
+    over_low = _sums(near_0 & 0xFFFF, near_1 & 0xFFFF, near_2 & 0xFFFF)
+    over_high = _sums(near_0 >> 16, near_1 >> 16, near_2 >> 16)
     rank = wanted - over + at_high  # among all candidates
     held = (rank >= at_high) & (rank < at_low)
     missed = (tl.sum((~held & ~unused).to(tl.int32), 0) > 0) | (tl.max(filled, 0) > capacity)
 
     # Bisection over scores as integers: the one sought lies in [low, high), which at_low and at_high candidates reach.
     low = score_key(lowest)
-    high = tl.where(highest == highest, score_key(highest), score_key(best) + 1)
+    high = tl.where(highest == highest, score_key(highest), score_key(tl.max(best, 0)) + 1)
     searched = held & ~unused & ~missed
     narrow = tl.zeros([], tl.int32) > 0
-    size = entries
+    source, size = buffer, entries  # of the scores that are searched
+    listed = tl.zeros([], tl.int32)  # of these, those whose places are in a list
     hidden = tl.zeros([TARGETS], tl.int32)  # candidates above a target's zone that Zone does not hold
     if NARROW:
         inside = (rank >= over_high) & (rank < over_low)
         narrow = (near <= room) & (tl.sum((searched & ~inside).to(tl.int32), 0) == 0)
+        source = tl.where(narrow, zone.to(Scores.dtype, bitcast=True), buffer)
         size = tl.where(narrow, near, entries)
+        listed = tl.where(narrow, near, 0)
         low, at_low = tl.where(narrow, near_low, low), tl.where(narrow, over_low, at_low)
         high = tl.where(narrow, tl.minimum(near_high, high), high)
         at_high = tl.where(narrow, over_high, at_high)
         if narrow:
             hidden += over_high
             for begin in range(0, size, BLOCK):
-                score, _ = _candidates(Scores, Zone, row, begin + offs, entries, size, room, narrow)
+                score = tl.load(source + begin + offs, mask=begin + offs < size, other=float("nan"))
                 hidden -= tl.sum((score[None, :] >= high_pivot[:, None]).to(tl.int32), 1)
     going = tl.sum((searched & (at_low - at_high > 1) & (high > low + 1)).to(tl.int32), 0)
     while going > 0:
         middle = (low >> 1) + (high >> 1) + (low & high & 1)
-        pivot = key_score(middle)
-        reached = hidden
+        pivot_0, pivot_1, pivot_2 = _three(key_score(middle))
+        here_0, here_1, here_2 = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
         for begin in range(0, size, BLOCK):
-            score, _ = _candidates(Scores, Zone, row, begin + offs, entries, size, room, narrow)
-            reached += tl.sum((score[None, :] >= pivot[:, None]).to(tl.int32), 1)
+            score = tl.load(source + begin + offs, mask=begin + offs < size, other=float("nan"))
+            here_0 += (score >= pivot_0).to(tl.int32)
+            here_1 += (score >= pivot_1).to(tl.int32)
+            here_2 += (score >= pivot_2).to(tl.int32)
+        reached = hidden + _sums(here_0, here_1, here_2)
         enough = reached > rank
         low, at_low = tl.where(enough, middle, low), tl.where(enough, reached, at_low)
         high, at_high = tl.where(enough, high, middle), tl.where(enough, at_high, reached)
@@ -450,7 +479,9 @@ def _select_kernel(
         middle = low_item + (high_item - low_item) // 2
         lower = tl.zeros([TARGETS], tl.int32)
         for begin in range(0, size, BLOCK):
-            score, entry = _candidates(Scores, Zone, row, begin + offs, entries, size, room, narrow)
+            score = tl.load(source + begin + offs, mask=begin + offs < size, other=float("nan"))
+            entry = tl.load(zone + room + begin + offs, mask=begin + offs < listed, other=0)
+            entry = tl.where(narrow, entry, begin + offs)
             item = 2 * tl.load(first_pair + entry // 2, mask=score == score, other=0) + entry % 2
             tied = (score[None, :] == pivot[:, None]) & (item[None, :] < middle[:, None])
             lower += tl.sum(tied.to(tl.int32), 1)
@@ -462,7 +493,9 @@ def _select_kernel(
 
     found = tl.full([TARGETS], LAST, tl.int64)
     for begin in range(0, size, BLOCK):
-        score, entry = _candidates(Scores, Zone, row, begin + offs, entries, size, room, narrow)
+        score = tl.load(source + begin + offs, mask=begin + offs < size, other=float("nan"))
+        entry = tl.load(zone + room + begin + offs, mask=begin + offs < listed, other=0)
+        entry = tl.where(narrow, entry, begin + offs)
         item = 2 * tl.load(first_pair + entry // 2, mask=score == score, other=0) + entry % 2
         this = (score[None, :] >= pivot[:, None]) & ~(score[None, :] >= ceiling[:, None])
         this &= (item[None, :] >= low_item[:, None]) & (item[None, :] < high_item[:, None])
@@ -473,39 +506,40 @@ def _select_kernel(
     none = tl.where(column == 0, LAST, FIRST)
     tl.store(Bounds + row * TARGETS + column, tl.where(unused, none, tl.where(missed, 0, found)))
     tl.store(Ranks + row * TARGETS + column, tl.where(unused, -1, wanted))
+    tl.store(Redone + row, tl.where(missed, 0, -1))
     if missed:
         for begin in range(0, entries, BLOCK):
             tl.store(buffer + begin + offs, tl.full([BLOCK], float("nan"), tl.float32), mask=begin + offs < entries)
-        tl.store(Redone + row, 0)
         tl.store(Missed + tl.atomic_add(MissedCount, 1), row.to(tl.int32))
 
 
-@triton.jit(do_not_specialize=["splits", "capacity", "V", "stride_words", "stride_ids", "stride_best"])
+@triton.jit(do_not_specialize=["pairs", "V", "top", "stride_words", "wanted"])
 def _place_kernel(
     Scores,
     Pairs,
     Bounds,
     Words,
-    Ids,
+    Found,
     Best,
     Values,
     Offsets,
-    splits,
-    capacity,
+    pairs,
     V,
+    top,
     stride_words,
-    stride_ids,
-    stride_best,
+    wanted,
     BITS: tl.constexpr,
     HAS_IDS: tl.constexpr,
-    HAS_TOP: tl.constexpr,
+    TOP: tl.constexpr,
+    SORTS: tl.constexpr,
     BLOCK: tl.constexpr,
     EXCLUDED: tl.constexpr,
 ):
     """One program for each row puts its candidates where they belong, now that the bounds are known.
 
-    Members become bits in Words, whose bits above the slice are cleared, or stand in Ids without those excluded; the
-    keys of the best items go to Best. Ids and Best are in no order yet.
+    Members become bits in Words, whose bits above the slice are cleared; or their ids, but for those excluded, move to
+    the front of the row's Scores, in the order of the buffer, and Found says how many there are, at most `wanted`. The
+    keys of the `top` best items go to Best, filled up with LAST; in order with SORTS, where TOP keys hold them all.
     """
     row = tl.program_id(0).to(tl.int64)
     bounds = Bounds + row * TARGETS
@@ -513,10 +547,10 @@ def _place_kernel(
     begin, end = tl.load(Offsets + row), tl.load(Offsets + row + 1)
     ids = tl.zeros([], tl.int32)
     tops = tl.zeros([], tl.int32)
-    pairs = splits * capacity
+    row_scores, row_best = Scores + 2 * row * pairs, Best + row * top
     for entry in range(0, 2 * pairs, BLOCK):
         offs_n = entry + tl.arange(0, BLOCK)
-        score = tl.load(Scores + 2 * row * pairs + offs_n, mask=offs_n < 2 * pairs, other=float("nan"))
+        score = tl.load(row_scores + offs_n, mask=offs_n < 2 * pairs, other=float("nan"))
         there = score == score
         item = 2 * tl.load(Pairs + row * pairs + offs_n // 2, mask=there, other=0).to(tl.int64) + offs_n % 2
         key = item_key(score, item, V)
@@ -531,14 +565,32 @@ def _place_kernel(
                 offs = place + tl.arange(0, EXCLUDED)
                 value = tl.load(Values + offs, mask=offs < end, other=-1)
                 member &= tl.sum((item[:, None] == value[None, :]).to(tl.int32), 1) == 0
-            rank = ids + tl.cumsum(member.to(tl.int32), 0) - 1
-            tl.store(Ids + row * stride_ids + rank, item.to(tl.int32), mask=member & (rank < stride_ids))
-            ids += tl.sum(member.to(tl.int32), 0)
-        if HAS_TOP:
-            wanted = there & (key >= best)
-            rank = tops + tl.cumsum(wanted.to(tl.int32), 0) - 1
-            tl.store(Best + row * stride_best + rank, key, mask=wanted & (rank < stride_best))
-            tops += tl.sum(wanted.to(tl.int32), 0)
+        if HAS_IDS or TOP > 0:
+            # Members and, 16 bits higher, the best are counted in one number.
+            chosen = there & (key >= best)
+            one = (member.to(tl.int32) if HAS_IDS else 0) + tl.where(chosen, 1 << 16, 0)
+            upto = tl.cumsum(one, 0)
+            both = tl.sum(one, 0)
+        if HAS_IDS:
+            # Behind what is read next, and all of this block has been read: the sum asks every thread.
+            rank = ids + (upto & 0xFFFF) - 1
+            tl.store(row_scores + rank, item.to(tl.int32).to(tl.float32, bitcast=True), mask=member & (rank < wanted))
+            ids += both & 0xFFFF
+        if TOP > 0:
+            rank = tops + (upto >> 16) - 1
+            tl.store(row_best + rank, key, mask=chosen & (rank < top))
+            tops += both >> 16
+    if HAS_IDS:
+        tl.store(Found + row, tl.minimum(ids, wanted))
+    if TOP > 0:
+        tl.debug_barrier()  # other threads' keys are read below
+        offs_t = tl.arange(0, TOP)
+        if SORTS:
+            keys = tl.load(row_best + offs_t, mask=offs_t < tl.minimum(tops, top), other=LAST)
+            tl.store(row_best + offs_t, tl.sort(keys, descending=True), mask=offs_t < top)
+        else:
+            for place in range(tops, top, TOP):
+                tl.store(row_best + place + offs_t, tl.full([TOP], LAST, tl.int64), mask=place + offs_t < top)
 
 
 @triton.jit(do_not_specialize=["V", "stride_words"])
@@ -561,6 +613,7 @@ class Plan:
     sampled: int  # S
     splits: int  # programs that share a row block's catalog
     capacity: int  # pairs that a program may buffer for a row
+    dealt: int  # log2 of the neighbouring tiles that a program takes at a time
     bits: bool
     has_open: bool  # a zone of all scores above a limit: the top, and where few ranks are skipped also those
     has_start: bool  # limits around rank start
@@ -623,7 +676,11 @@ def plan(
     # A redone row's buffer holds exactly what is wanted, one item to a pair.
     exact = top + (0 if bits else wanted)
     capacity = max(capacity, triton.cdiv(exact, splits), 1)
-    return Plan(sampled, splits, capacity, bits, open_ranks > 0, has_start, has_stop)
+    # `ascending` keeps two numbers for each group of tiles in the memory of the pairs.
+    dealt = 0
+    while not bits and 2 * (triton.cdiv(ranked, blocks.v << dealt) + 1) > splits * capacity:
+        dealt += 1
+    return Plan(sampled, splits, capacity, dealt, bits, open_ranks > 0, has_start, has_stop)
 
 
 def stream_blocks(
@@ -668,9 +725,9 @@ def ranks(
     """Bracket, stream, settle and redo for up to ROWS sessions.
 
     words: (B, W) int32 zeros to set the members' bits in, or None for a list of ids. ids: (B, stop - start) int32 that
-    the list is written to, ascending and filled up with -1. skip_excluded: excluded items are
-    no items at all (top_k) rather than members that leave the slice. spread and slack decide how often a row must be
-    redone, never what is returned.
+    the list is written to, ascending and filled up with -1. skip_excluded: excluded items are no items at all (top_k)
+    rather than members that leave the slice. spread and slack decide how often a row must be redone, never what is
+    returned.
 
     Returns the keys (B, top) int64 of the first ranks in order, and the keys (B, 4) int64 of the items at rank start,
     stop - 1 and top - 1.
@@ -696,7 +753,7 @@ def ranks(
     pairs = memory[scores_size : scores_size + pairs_size]
     limits = torch.empty(b, LIMITS.value, dtype=torch.float32, device=device)
     counts, certain, above = torch.empty(3, b, p.splits, **int32)
-    redone = torch.empty(b, **int32)  # entries written by the redo
+    redone = torch.empty(b, **int32)  # entries written by the redo, -1 where there was none
     bounds = torch.empty(b, TARGETS.value, dtype=torch.int64, device=device)
     rank = torch.empty(b, TARGETS.value, **int32)
     missed, missed_count = torch.empty(b, **int32), torch.zeros(1, **int32)
@@ -762,6 +819,7 @@ def ranks(
         v,
         first_item,
         p.capacity,
+        p.dealt,
         *matrices,
         stride_words,
         **has_bias,
@@ -830,9 +888,9 @@ def ranks(
         precision,
     )
     has_ids = ids is not None and stop > start
-    if has_ids:
-        ids.fill_(NO_ITEM)
-    best = torch.full((b, top), LAST.value, dtype=torch.int64, device=device)
+    found = torch.empty(b, **int32)
+    best = torch.empty(b, top, dtype=torch.int64, device=device)
+    sorts = top <= MOST_SORTED
     launch(
         _place_kernel,
         (b,),
@@ -840,43 +898,45 @@ def ranks(
         pairs,
         bounds,
         words,
-        ids,
+        found,
         best,
         values,
         offsets,
-        *sizes,
+        p.pairs,
+        v,
+        top,
         stride_words,
         stop - start,
-        top,
         BITS=p.bits,
         HAS_IDS=has_ids,
-        HAS_TOP=top > 0,
+        TOP=min(MOST_SORTED, max(16, triton.next_power_of_2(top))) if top else 0,
+        SORTS=sorts,
         BLOCK=1024,
         EXCLUDED=8,
         num_warps=4,
     )
-    del memory, sample, scores, pairs  # before the sorts need as much
     if words is not None and values.numel():
         launch(_clear_excluded_kernel, (b,), words, values, offsets, v, stride_words, EXCLUDED=128, num_warps=4)
     if has_ids:
-        sort_ids(ids)
-    return best.sort(dim=1, descending=True).values, bounds
-
-
-def sort_ids(ids: Tensor) -> None:
-    """Sorts each row of ids (B, n) int32 in place; NO_ITEM becomes -1, at the end.
-
-    A part of the rows at a time, since torch sorts with int64 indices, and holds both twice and more: up to 48 bytes an
-    id, where the whole call may take 16.
-    """
-    for part in ids.split(sorted_rows(ids.shape[0])):
-        part.copy_(part.sort(dim=1).values)
-    ids.masked_fill_(ids == NO_ITEM, -1)
-
-
-def sorted_rows(rows: int) -> int:
-    """How many of them are sorted at a time."""
-    return min(SORTED, triton.cdiv(rows, 3))
+        shift = (stream.v << p.dealt).bit_length() - 1
+        launch(
+            _ascending_kernel,
+            (b,),
+            memory,
+            pairs,
+            found,
+            redone,
+            ids,
+            p.pairs,
+            first_item >> shift,
+            (v - 1 >> shift) + 1 - (first_item >> shift),
+            shift,
+            stop - start,
+            triton.cdiv((v - 1).bit_length(), 2) * 2,
+            BLOCK=1024,
+            num_warps=4,
+        )
+    return best if sorts else best.sort(dim=1, descending=True).values, bounds
 
 
 def rank_slice_fwd(
@@ -929,8 +989,8 @@ def rank_slice_fwd(
             None if as_bits else members[some],
             **luck,
         )
-        best[some] = scores_and_items(keys, v)[1]
-        thresholds[some] = scores_and_items(bounds[:, :2], v)[0]
+        split_keys(keys, v, None, best[some])
+        split_keys(bounds[:, :2], v, thresholds[some], None)
     if start == stop:
         thresholds[:, 0], thresholds[:, 1] = math.inf, -math.inf
     return members, best, thresholds, bad

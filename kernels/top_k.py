@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .order import FIRST, LAST, item_key, scores_and_items
+from .order import FIRST, LAST, item_key, split_keys
 from .rank_slice import ROWS, ranks
 from .tiles import launch
 
@@ -202,7 +202,9 @@ def top_k_fwd(
                 skip_excluded=True,
                 **luck,
             )[0]
-    return *scores_and_items(keys, v), bad
+    scores, items = torch.empty(b, k, dtype=torch.float32, device=device), torch.empty_like(keys)
+    split_keys(keys, v, scores, items)
+    return scores, items, bad
 
 
 def _blocks(rows: int, ranked: int, k: int) -> tuple[int, int] | None:

@@ -43,6 +43,30 @@ def sleeps(shape: Shape, inputs: Tensors) -> Call:
     return Call(run)
 
 
+def warms(shape: Shape, inputs: Tensors) -> Call:
+    """Slow in its first two calls."""
+    calls: list[int] = []
+
+    def run(i: int) -> Tensors:
+        calls.append(i)
+        time.sleep(0.3 if len(calls) <= 2 else 0.0)
+        return {"y": inputs["x"] * 2}
+
+    return Call(run)
+
+
+def spins(shape: Shape, inputs: Tensors) -> Call:
+    """Keeps a core busy for a fifth of a second."""
+
+    def run(i: int) -> Tensors:
+        begun = time.process_time()
+        while time.process_time() - begun < 0.2:
+            pass
+        return {"y": inputs["x"] * 2}
+
+    return Call(run)
+
+
 def triples(shape: Shape, inputs: Tensors) -> Call:
     return Call(lambda i: {"y": inputs["x"] * 3})
 
@@ -101,6 +125,7 @@ GOOD = (
     _contestant("sleeps", Task(sleeps, compare), ours=True),
     _contestant("holds", Task(holds, compare)),
 )
+WARMS = _contestant("warms", Task(warms, compare))
 BAD = (
     _contestant("triples", Task(triples, compare), ours=True),
     _contestant("not a number", Task(gives_no_number, compare)),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,7 +39,6 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_mining_finds_the_same_and_says_so(here: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("datasets")
     threads = torch.get_num_threads()
     try:
         (section,) = integrations_mining.sections(20, 400, 1)
@@ -78,6 +79,30 @@ def test_a_page_holds_what_was_measured_before(
     assert table in capsys.readouterr().out
     with pytest.raises(ValueError, match="every row must have 1 cells"):
         integrations.markdown({**section, "header": [""]})
+
+
+def test_what_is_measured_keeps_its_day_and_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section: dict[str, Any] = {"heading": "H", "text": "T.", "header": [""], "rows": [["ours"]]}
+    monkeypatch.setattr("sys.argv", ["x", "--raw", "none", "--out", str(tmp_path), "--page", str(tmp_path / "page.md")])
+    (tmp_path / "page.md").write_text(f"{integrations.MARK}\n<!-- end -->\n")
+    kept, *others = (tmp_path / f"{measurement.module}.json" for measurement in integrations.MEASUREMENTS)
+    kept.write_text(json.dumps([section]))
+
+    def measure(command: list[str], check: bool) -> None:
+        Path(command[command.index("--json") + 1]).write_text(json.dumps([section]))
+
+    monkeypatch.setattr(integrations.subprocess, "run", measure)
+    monkeypatch.setattr(integrations.machine, "look", lambda threads: SimpleNamespace(processor="Abacus 3", cores=7))
+    integrations.main()
+    assert json.loads(kept.read_text()) == [section]
+    for file in others:
+        (made,) = json.loads(file.read_text())
+        assert re.fullmatch(r"\d+ [A-Z][a-z]+ \d{4}, Abacus 3, 7 cores", made["measured"])
+        assert integrations.markdown(made).startswith(f"## H\n\n{made['measured']}.\n\nT.\n")
+    page = (tmp_path / "page.md").read_text()
+    assert page.count("## H\n\nT.\n") == 1 and page.count(", Abacus 3, 7 cores.\n\nT.\n") == len(others)
+    monkeypatch.undo()
+    assert re.search(r"\d{4}, .+, \d+ cores$", integrations.here_and_now())
 
 
 def test_memory_counts_from_where_it_was_made() -> None:

@@ -90,24 +90,30 @@ def test_the_documented_table_is_that_of_the_formulas() -> None:
     assert cost_model.table(JOBS) in page
 
 
-def curve(score: float, candidate: float, rest: float) -> Results:
-    """A run whose rank_slice costs exactly so much."""
+SHAPES = ((40_000, 128), (40_258, 300), (160_000, 128), (400_000, 128), (1_000_000, 128))
+
+
+def curve(product: float, score: float, candidate: float, rest: float, shapes: tuple[tuple[int, int], ...]) -> Results:
+    """A run whose rank_slice costs exactly so much: less than torch's product does, which takes 3 us an item."""
     records = []
-    for items in (40_000, 160_000, 400_000, 1_000_000):
-        shape = Shape(items, 128, start=20, stop=20_000, threads=2, figure="V")
-        kept = cost_model.candidates(items, 20, 20_000, cost_model.sample_size(items, 20, 20_000, 128, 32.0))
-        floor = Record("rank_slice", shape, FLOOR, False, "torch", 1e-5, seconds=items * 1e-6)
+    for items, width in shapes:
+        shape = Shape(items, width, start=20, stop=20_000, threads=2, figure="V")
+        kept = cost_model.candidates(items, 20, 20_000, cost_model.sample_size(items, 20, 20_000, width, 32.0))
+        floor = Record("rank_slice", shape, FLOOR, False, "torch", 1e-5, seconds=items * 3e-6)
         size = cost_model.slice_bytes(512, items, 19_980) + PAIR * kept * 512 + rest
-        time = items * 1e-6 + 512 * (items * score + kept * candidate)
+        time = 512 * (items * (product * width + score) + kept * candidate)
         ours = Record("rank_slice", shape, "alterrec-fast", True, "", 1e-5, seconds=time, extra_bytes=int(size))
         records += [floor, ours]
     return Results("", "2026-11-24", machine.look(2), 2e10, 0.0, 0.0, 0.0, records)
 
 
-def test_a_fit_finds_planted_constants() -> None:
-    results = curve(3e-11, 2e-9, 1e6)
+def test_a_fit_finds_planted_constants_where_ours_is_faster_than_mm() -> None:
+    results = curve(1e-11, 3e-10, 2e-9, 1e6, SHAPES)
+    ours, floor = results.records[-1], results.records[-2]
+    assert (ours.seconds or 0.0) < (floor.seconds or 0.0)
     found, checked = cost_model.fit(results)
-    assert found.score == pytest.approx(3e-11, rel=1e-6) and found.candidate == pytest.approx(2e-9, rel=1e-6)
+    assert found.product == pytest.approx(1e-11, rel=1e-6)
+    assert found.score == pytest.approx(3e-10, rel=1e-6) and found.candidate == pytest.approx(2e-9, rel=1e-6)
     assert found.sessions_bytes == pytest.approx(1e6, rel=1e-3)
     assert all(one.seconds == pytest.approx(one.measured_seconds) for one in checked)
     assert all(one.bytes == pytest.approx(one.measured_bytes, rel=1e-4) for one in checked)
@@ -116,6 +122,12 @@ def test_a_fit_finds_planted_constants() -> None:
         cost_model.fit(replace(results, records=results.records[:4]))
 
 
+def test_a_fit_of_one_width_has_the_sum_of_product_and_score() -> None:
+    found, checked = cost_model.fit(curve(1e-11, 3e-10, 2e-9, 1e6, tuple((v, d) for v, d in SHAPES if d == 128)))
+    assert 128 * found.product + found.score == pytest.approx(128e-11 + 3e-10, rel=1e-6)
+    assert all(one.seconds == pytest.approx(one.measured_seconds) for one in checked)
+
+
 def test_a_fit_has_no_negative_constant() -> None:
-    found, _ = cost_model.fit(curve(-1e-12, 2e-9, 1e6))
-    assert found.score == 0.0 and found.candidate > 0.0
+    found, _ = cost_model.fit(curve(1e-11, -2e-10, 2e-9, 1e6, SHAPES))
+    assert found.score == 0.0 and found.candidate > 0.0 and found.product > 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +39,40 @@ LOSSES = {
     "full": lambda: af.FullSoftmaxLoss(first_item=1, ignore_index=0),
     "sampled": lambda: af.SampledSoftmaxLoss(ignore_index=0),
 }
+
+
+@needs_native
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", ["slice", "sampled"])
+def test_a_compiled_loss_takes_what_an_eager_sampler_gives(name: str, reduction: str) -> None:
+    """A row of negatives for each target that is not padding, in batches of several sizes."""
+    loss = LOSSES[name]()
+    loss.reduction = reduction
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    sampler = af.RankSliceSampler(10, 100, hard_fraction=0.5, first_item=1, ignore_index=0)
+    for seed, size in enumerate((B, B, B - 1, B - 2)):
+        generator = torch.Generator().manual_seed(seed)
+        query, catalog = torch.randn(size, L, 16, generator=generator), torch.randn(V, 16, generator=generator)
+        target = torch.randint(1, V, (size, L), generator=generator)
+        target[torch.rand(size, L, generator=generator) < 0.4] = 0
+        negatives: Any = sampler(query, catalog, target)
+        if name == "sampled":
+            negatives = sampler.sample(query, catalog, target, 30)
+        found = []
+        for module in (loss, compiled):
+            leaves = query.clone().requires_grad_(), catalog.clone().requires_grad_()
+            value = module(*leaves, target, negatives)
+            found.append((value, *torch.autograd.grad(value.sum(), leaves)))
+        torch.testing.assert_close(found[1], found[0])
+
+
+@needs_native
+def test_a_compiled_loss_refuses_rows_that_do_not_fit() -> None:
+    compiled = torch.compile(LOSSES["sampled"](), fullgraph=True, backend="aot_eager")
+    target = torch.tensor([[3, 0, 4], [5, 6, 0]])
+    for rows in (3, 5):
+        with pytest.raises(RuntimeError, match="negatives must have a row for each of the targets that are not"):
+            compiled(torch.randn(2, 3, 16), torch.randn(V, 16), target, torch.ones(rows, 8, dtype=torch.int64))
 
 
 @needs_native  # the reference looks at values, which no graph can

@@ -254,3 +254,17 @@ def test_needs_nothing_of_the_trainer() -> None:
         "assert not {'polars', 'pydantic', 'sentence_transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_swapped_negatives_are_named_with_the_loss_that_takes_them() -> None:
+    query, catalog, target = sequences(3, 4, seed=0)
+    sampler = af.RankSliceSampler(0, 10)
+    ids = sampler.sample(query, catalog, target, 5)
+    with pytest.raises(
+        TypeError, match=rf"as sampler\(\.\.\.\) gives it, got a tensor \({len(ids)}, 5\); .* SampledSoftmaxLoss"
+    ):
+        af.SliceCrossEntropy()(query, catalog, target, ids)
+    with pytest.raises(
+        TypeError, match=r"as sampler\.sample\(\.\.\.\) gives it, got a RankSlice; .* SliceCrossEntropy"
+    ):
+        af.SampledSoftmaxLoss()(query, catalog, target, sampler(query, catalog, target))

@@ -17,25 +17,26 @@ def by_kernel(works: list[Work]) -> dict[str, Work]:
 
 
 def test_rank_slice_by_hand() -> None:
-    works = by_kernel(gpu_model.rank_slice_work(CALL, sampled=100, pairs=6, bits=False))
+    works = by_kernel(gpu_model.rank_slice_work(CALL, sampled=100, pairs=6, groups=3))
     stream = works["_stream_kernel"]
     assert stream.operations == 2 * 4 * 1_000 * 8
     assert stream.bytes == 2 * 8 * (4 + 1_000) + 12 * 4 * 6
     assert works["_sample_kernel"].bytes == 2 * 8 * (4 + 100) + 4 * 4 * 100
     assert works["_place_kernel"].bytes == 12 * 4 * 6 + 4 * 4 * 10
-    bits = by_kernel(gpu_model.rank_slice_work(CALL, sampled=100, pairs=6, bits=True))
+    bits = by_kernel(gpu_model.rank_slice_work(CALL, sampled=100, pairs=6, groups=0))
     assert bits["_stream_kernel"].bytes == stream.bytes + 4 * 1_000 / 8
-    assert bits["sort of the ids"].bytes == 0
-    assert works["sort of the ids"].bytes == (6 * (4 + 24) + 16) * 4 * 10
+    assert bits["_ascending_kernel"].bytes == 0
+    assert works["_ascending_kernel"].bytes == 2 * 4 * 4 * 10 + 8 * 4 * 3  # all in the cache
 
 
 def test_passes_beyond_the_cache_are_counted() -> None:
     big = Call(512, 10_000_000, 128)
     scores = 8 * 512 * 30_000
-    before = by_kernel(gpu_model.rank_slice_work(big, sampled=90_000, pairs=30_000, bits=False))
+    before = by_kernel(gpu_model.rank_slice_work(big, sampled=90_000, pairs=30_000, groups=9_766))
+    assert before["_ascending_kernel"].bytes == (2 + 1) * 4 * 512 * big.size + 4 * 8 * 512 * 9_766
     assert before["_limits_kernel"].bytes == 24 * 4 * 512 * 90_000
     assert before["_select_kernel"].bytes == scores / 4 + 24 * scores + 512 * 30_000
-    works = by_kernel(gpu_model.rank_slice_work(big, 90_000, 30_000, False, narrow=(True, True)))
+    works = by_kernel(gpu_model.rank_slice_work(big, 90_000, 30_000, 9_766, narrow=(True, True)))
     assert works["_limits_kernel"].bytes == 4 * 512 * 90_000 + 512 * 2_048 * 32
     assert works["_select_kernel"].bytes == scores / 4 + scores + 512 * 2_048 * 32 + 512 * 30_000
 
@@ -140,11 +141,11 @@ def test_a_scan_by_its_loops() -> None:
 """
     code = SASS.replace("        /*00e0*/                   EXIT ;\n", search.lstrip("\n"))
     scan = gpu_model.scan_of(code, warps=4, block=100)
-    assert scan == gpu_model.Scan(few=0, once=13 - 3, step=0, after=2, warps=4, block=100)
-    both = replace(scan, few=7, step=5)
-    assert both.slots(rows=2, entries=250, near=101) == 2 * 4 * (24 * (7 + 2 * 5) + 3 * 10 + 2 * 2)
+    assert scan == gpu_model.Scan(few=0, once=13 - 3, step=0, read=0, after=2, warps=4, block=100)
+    both = replace(scan, few=7, step=5, read=6)
+    assert both.slots(rows=2, entries=250, near=101) == 2 * 4 * (24 * (7 + 5 + 2 * 6) + 3 * 10 + 2 * 2)
     search_alone = gpu_model.scan_of(code.replace("STG", "LDG"), 4, 100)
-    assert search_alone == gpu_model.Scan(few=0, once=0, step=13, after=2, warps=4, block=100)
+    assert search_alone == gpu_model.Scan(few=0, once=0, step=10, read=3, after=2, warps=4, block=100)
 
 
 def test_code_that_does_not_fit_its_tile_is_refused() -> None:

@@ -12,12 +12,9 @@ from zlib import crc32
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-
-pytest.importorskip("datasets")
-
 from datasets import Dataset
 from sentence_transformers.util import mine_hard_negatives as stock
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from alterrec_fast.integrations import sentence_transformers as module

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import alterrec_fast as af
 from alterrec_fast.ops import register
-from tests.conftest import integers
+from tests.conftest import integers, pytest_configure
 from tests.loss_helpers import assert_no_worse, call, needs_native
 from tests.test_rank_slice import same as same_slice
 from tests.test_top_k import same as same_top_k
@@ -24,6 +24,16 @@ if not register.NO_EXTENSION:
     from alterrec_fast import _C
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_ci_skips_nothing_for_want_of_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "export CI_NO_SKIP=1\n" in (ROOT / ".ci" / "run").read_text()
+    monkeypatch.setattr(register, "NO_EXTENSION", "no compiler")
+    monkeypatch.delenv("CI_NO_SKIP", raising=False)
+    pytest_configure()
+    monkeypatch.setenv("CI_NO_SKIP", "1")
+    with pytest.raises(pytest.UsageError, match=r"the extension is not built \(no compiler\)"):
+        pytest_configure()
 
 
 @needs_native

@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.loss_helpers import needs_native
 
 TUTORIAL = Path(__file__).parent.parent / "docs" / "tutorial.md"
-SMALLER = {"V = 1_000_000": "V = 3_000", "SESSIONS, BATCH = 20_000, 64": "SESSIONS, BATCH = 300, 16"}
+SMALLER = {
+    "V = 1_000_000": "V = 3_000",
+    "SESSIONS, BATCH = 20_000, 64": "SESSIONS, BATCH = 300, 16",
+    "fullgraph=True)": 'fullgraph=True, backend="aot_eager")',  # the same graph, without its C++
+}
 
 
 @needs_native  # the last snippet's graph
@@ -28,9 +33,14 @@ def test_every_snippet_of_the_tutorial_runs(
         line = page[: snippet.start(1)].count("\n")
         exec(compile("\n" * line + snippet[1], str(TUTORIAL), "exec"), session)
     printed = capsys.readouterr().out
-    assert printed.count("loss ") == 5 and "torch.Size([16, 20])" in printed
-    # The graph itself, uncompiled: what compiling does to it is tests/test_drop_in_compile.py.
-    loss = session["Step"]()(session["items"], session["target"])
-    assert loss.isfinite() and loss.requires_grad
+    assert printed.count("loss ") == 6 and "torch.Size([16, 20])" in printed
+    model, batch = session["model"].eval(), (session["items"], session["target"])
+    results = []
+    for step in (session["step"], session["Step"]()):
+        model.zero_grad()
+        loss = step(*batch)
+        loss.backward()
+        results.append((loss, model.item.weight.grad.clone()))
+    torch.testing.assert_close(results[0], results[1])
     found, items = session["found"], session["items"]
     assert not (found.unsqueeze(2) == items.unsqueeze(1)).any()

@@ -37,6 +37,27 @@ class _Loss(nn.Module):
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
 
+    def _kept_with(self, name: str, rows: int, target: Tensor, kept: Tensor | None) -> Tensor | None:
+        """The rows to keep for negatives that are of `rows` rows: the real ones, or all."""
+        if torch.compiler.is_compiling():
+            if rows == target.numel():
+                return None
+            # From an eager sampler: only the number of rows says how many targets are real, until the graph runs.
+            real = target.reshape(-1) != self.ignore_index
+            if register.choose_check(self.check, target):
+                expected = f"{name} must have a row for each of the targets that are not ignored, or for all"
+                torch._assert_async(real.sum() == rows, expected)
+            return torch.nonzero_static(real, size=rows).squeeze(1)
+        count = target.numel() if kept is None else kept.numel()
+        if rows == count:
+            return kept
+        if rows == target.numel():
+            return None
+        raise ValueError(
+            f"{name} must have a row for each of the {count} targets that are not ignored, or for all "
+            f"{target.numel()}, got {rows} rows"
+        )
+
     def _reduced(self, rows: Tensor, target: Tensor, kept: Tensor | None) -> Tensor:
         """rows: the loss of every row that was kept -> a scalar, or target's shape with zeros where it is ignored."""
         if self.reduction == "none":
@@ -154,10 +175,16 @@ class SliceCrossEntropy(_Loss):
 
         Raises:
             TypeError, ValueError, BackendError: as `slice_cross_entropy` does; rows count the targets not ignored.
+            RuntimeError: under torch.compile, where the rows of `neg` are neither number.
         """
+        if not isinstance(neg, RankSlice | None):
+            raise TypeError(
+                f"neg must be a RankSlice, as sampler(...) gives it, got {_kind(neg)}; ids, as sampler.sample(...) "
+                "gives them, are for SampledSoftmaxLoss"
+            )
         kept = real_rows(query, target, self.ignore_index)
         if neg is not None:
-            kept = _kept_with("neg", neg.batch_size, target, kept)
+            kept = self._kept_with("neg", neg.batch_size, target, kept)
         rows = slice_cross_entropy(
             take_rows(query, kept, 1),
             catalog,
@@ -227,12 +254,18 @@ class SampledSoftmaxLoss(_Loss):
 
         Raises:
             TypeError, ValueError, BackendError: as `sampled_softmax` does; rows count the targets not ignored.
+            RuntimeError: under torch.compile, where the rows of `negatives` (T, N) are not one for each.
         """
+        if not isinstance(negatives, Tensor):
+            raise TypeError(
+                f"negatives must be a tensor of ids, as sampler.sample(...) gives it, got {_kind(negatives)}; a "
+                "RankSlice, as sampler(...) gives it, is for SliceCrossEntropy"
+            )
         kept = real_rows(query, target, self.ignore_index)
         if negatives.ndim == target.ndim + 1 and negatives.shape[:-1] == target.shape:
             negatives = take_rows(negatives, kept, 1)
         elif negatives.ndim == 2:
-            kept = _kept_with("negatives", negatives.shape[0], target, kept)
+            kept = self._kept_with("negatives", negatives.shape[0], target, kept)
         elif negatives.ndim != 1:
             raise ValueError(
                 f"negatives must be (N,), (T, N) with a row for each target that is not ignored, or "
@@ -285,25 +318,16 @@ def take_rows(x: Tensor, kept: Tensor | None, trailing: int) -> Tensor:
     return x if trailing == 0 or x.stride(-1) == 1 else x.contiguous()
 
 
-def _kept_with(name: str, rows: int, target: Tensor, kept: Tensor | None) -> Tensor | None:
-    """The rows to keep for negatives that are of `rows` rows: the real ones, or all."""
-    real = target.numel() if kept is None else kept.numel()
-    if rows == real:
-        return kept
-    if rows == target.numel():
-        return None
-    raise ValueError(
-        f"{name} must have a row for each of the {real} targets that are not ignored, or for all {target.numel()}, "
-        f"got {rows} rows"
-    )
-
-
 def _take_positives(positives: Tensor | None, target: Tensor, kept: Tensor | None) -> Tensor | None:
     if positives is None:
         return None
     if positives.ndim != target.ndim + 1 or positives.shape[:-1] != target.shape:
         raise ValueError(f"positives must be {_with_last(target, 'P')}, got {tuple(positives.shape)}")
     return take_rows(positives, kept, 1)
+
+
+def _kind(value: object) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def _with_last(target: Tensor, name: str) -> str:

@@ -84,7 +84,7 @@ class RankSliceSampler:
         check: bool | None = None,
         backend: str = "auto",
     ):
-        first, last = _one_of("start", start, "range_min", range_min), _one_of("stop", stop, "range_max", range_max)
+        first, last = one_of("start", start, "range_min", range_min), one_of("stop", stop, "range_max", range_max)
         if last is None:
             raise TypeError("RankSliceSampler needs the rank at which the negatives stop: stop, or range_max")
         self.start, self.stop = first or 0, last
@@ -409,8 +409,8 @@ class RankSliceSampler:
         return torch.Generator(device).manual_seed(int(state))
 
 
-def _one_of(name: str, value: int | None, other_name: str, other: int | None) -> int | None:
-    """One number that may go by two names."""
+def one_of(name: str, value: int | None, other_name: str, other: int | None) -> int | None:
+    """One number that may go by two names; raises TypeError where it goes by both."""
     if value is not None and other is not None:
         raise TypeError(f"{name} and {other_name} are the same, got {name}={value} and {other_name}={other}")
     return other if value is None else value

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+
+import torch
+from torch import Tensor, nn
 
 
 def need(module: str, install: str) -> None:
@@ -13,3 +18,30 @@ def need(module: str, install: str) -> None:
         raise ImportError(
             f"this integration needs {module.partition('.')[0]}, which cannot be imported ({error}): {install}"
         ) from error
+
+
+@contextmanager
+def comparable(model: nn.Module) -> Iterator[None]:
+    """Within, what the model computes does not change from call to call, and a backward pass goes through all of it."""
+    modes = [(module, module.training) for module in model.modules()]
+    kind = next(model.parameters()).device.type
+    model.eval()
+    try:
+        # cuDNN's recurrent layers have no backward pass in evaluation mode, and autocast rounds more than is compared.
+        with torch.backends.cudnn.flags(enabled=False), torch.autocast(kind, enabled=False):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def same_scores(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether scores (..., V) of as many items differ by rounding alone, next to how far a row's scores are apart.
+
+    Not next to the scores themselves: those of fresh embeddings are all near zero, and so are all wrong ones.
+    """
+    if ours.shape != theirs.shape:
+        return False
+    rounding = 8 * torch.finfo(theirs.dtype).eps * theirs.abs().amax(-1, keepdim=True)
+    apart = theirs.amax(-1, keepdim=True) - theirs.amin(-1, keepdim=True)
+    return bool(((ours - theirs).abs() <= 1e-4 * apart + rounding).all())

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from logging import getLogger
 from typing import Any
@@ -26,8 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alterrec_fast.drop_in.losses import FullSoftmaxLoss, SampledSoftmaxLoss, SliceCrossEntropy
-from alterrec_fast.integrations import need
-from alterrec_fast.ops import rank_slice, top_k
+from alterrec_fast.integrations import comparable, need, same_scores
+from alterrec_fast.ops import rank_slice, register, top_k
 
 INSTALL = 'pip install "recbole==1.2.1" "numpy<2" "setuptools<81"'
 need("recbole.trainer", INSTALL)
@@ -43,6 +42,7 @@ _Model: Any = object  # what the mix-ins are mixed into: a torch module with Rec
 PADDING = 0  # RecBole's item for no item: the first row of every item embedding
 LOSSES = ("full", "sampled", "slice")
 DISTRIBUTIONS = ("uniform", "popularity")
+ALIASES = {"range_min": "start", "range_max": "stop"}
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Options:
         ranks [start, stop) of the model's own ranking of the catalog for the session.
     negatives: of "sampled": how many are drawn at each step, shared by its sessions.
     distribution: of "sampled": "uniform", or "popularity" by an item's count in training, with logQ correction.
-    start, stop, hard_fraction: of "slice": the ranks, and the share of them that is kept; the others are traded for
-        uniform negatives (`RankSlice.mix`).
+    start, stop, hard_fraction: of "slice": the ranks, which the config key takes as range_min and range_max, too, and
+        the share of them that is kept; the others are traded for uniform negatives (`RankSlice.mix`).
     precision: of the loss: "fp32", "bf16" or None, as in `rank_slice`; evaluation is in the model's own precision.
     keep_bytes: as in `slice_cross_entropy`, but less by default, since RecBole's activations stand beside it.
 
@@ -76,17 +76,34 @@ class Options:
         if self.distribution not in DISTRIBUTIONS:
             choices = ", ".join(DISTRIBUTIONS)
             raise ValueError(f"alterrec_fast: distribution must be one of {choices}, got {self.distribution!r}")
+        for name in ("negatives", "start", "stop", "keep_bytes"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"alterrec_fast: {name} must be an integer, got {getattr(self, name)!r}")
         if self.negatives < 1:
             raise ValueError(f"alterrec_fast: negatives must be at least 1, got {self.negatives}")
+        if not 0 <= self.start <= self.stop:
+            raise ValueError(f"alterrec_fast: expected 0 <= start <= stop, got start={self.start}, stop={self.stop}")
+        if not 0.0 <= self.hard_fraction <= 1.0:
+            raise ValueError(f"alterrec_fast: hard_fraction must lie in [0, 1], got {self.hard_fraction}")
+        if self.precision not in register.PRECISIONS:
+            raise ValueError(f"alterrec_fast: precision must be None, 'fp32' or 'bf16', got {self.precision!r}")
+        if self.keep_bytes < 0:
+            raise ValueError(f"alterrec_fast: keep_bytes must be at least 0, got {self.keep_bytes}")
 
     @classmethod
     def of(cls, config: Any) -> Options:
-        """The options of a RecBole config; raises ValueError for a name that is none of them."""
+        """The options of a RecBole config; raises ValueError for a name that is none of them or given twice."""
         given = config["alterrec_fast"] or {}
-        names = [field.name for field in fields(cls)]
+        names = [*(field.name for field in fields(cls)), *ALIASES]
         if not isinstance(given, Mapping) or not set(given) <= set(names):
             raise ValueError(f"the config key alterrec_fast takes {', '.join(names)}; got {given!r}")
-        return cls(**given)
+        options: dict[str, Any] = dict(given)
+        for alias, name in ALIASES.items():
+            if alias in given and name in given:
+                raise ValueError(f"alterrec_fast: {name} and {alias} are the same, got {given!r}")
+            if alias in given:
+                options[name] = options.pop(alias)
+        return cls(**options)
 
 
 class RankingMixin(_Model):
@@ -116,8 +133,11 @@ class RankingMixin(_Model):
     def compare_scores(self, interaction: Any) -> None:
         """Raises ValueError where the vectors' scores are not those of the model's `full_sort_predict`; once."""
         if not self._scores_compared:
-            with self._two_rows(interaction) as two, torch.no_grad():
-                self._compare("scores", self._scores(two), self.full_sort_predict(two))
+            two = interaction[:2]
+            with comparable(self), torch.no_grad():
+                ours, theirs = self._scores(two), self.full_sort_predict(two)
+                if ours.numel() != theirs.numel() or not same_scores(ours, theirs.view_as(ours)):
+                    raise self._other("scores")
             self._scores_compared = True
 
     def _scores(self, interaction: Any) -> Tensor:
@@ -132,24 +152,11 @@ class RankingMixin(_Model):
             )
         return query @ catalog.T / self.score_temperature
 
-    def _compare(self, what: str, ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
-        close = ours.numel() == theirs.numel() and torch.allclose(ours, theirs.view_as(ours), tolerance, tolerance)
-        if not close:
-            raise ValueError(
-                f"the {what} of {type(self).__name__} are not those of session_vectors @ item_vectors.T / "
-                f"score_temperature: override these, or calculate_loss where its loss has further terms"
-            )
-
-    @contextmanager
-    def _two_rows(self, interaction: Any) -> Iterator[Any]:
-        """The first two rows, without dropout within. Two, since contrastive terms of a loss vanish over one."""
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            yield interaction[:2]
-        finally:
-            for module, training in modes:
-                module.training = training
+    def _other(self, what: str) -> ValueError:
+        return ValueError(
+            f"the {what} of {type(self).__name__} are not those of session_vectors @ item_vectors.T / "
+            f"score_temperature: override these, or calculate_loss where its loss has further terms"
+        )
 
 
 def _trained(loss: Tensor) -> set[Tensor]:
@@ -166,13 +173,27 @@ def _trained(loss: Tensor) -> set[Tensor]:
     return found
 
 
+def _same_gradients(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether the gradients of two losses, for all that the first one trains, differ by rounding alone."""
+    leaves = list(_trained(ours))
+    pairs = zip(
+        torch.autograd.grad(ours, leaves, materialize_grads=True),
+        torch.autograd.grad(theirs, leaves, materialize_grads=True),
+        strict=True,
+    )
+    norms = torch.stack([torch.stack([(a - b).norm(), b.norm()]) for a, b in pairs])  # (parameters, 2)
+    apart, norm = norms.unbind(1)
+    # A gradient that is zero but for rounding, as of a key's bias, is measured by the others.
+    return bool((apart <= 1e-3 * norm + 1e-5 * norm.norm()).all())
+
+
 class SequentialMixin(RankingMixin):
     """`RankingMixin` for a `SequentialRecommender` with ``loss_type: CE``; its loss becomes that of `Options`.
 
-    At the first step the model's own loss of two sessions is compared with the full softmax over the scores, in value
-    and in the parameters that it trains (a bias of the items may be zero as yet); a model with another loss is refused,
-    not trained wrongly. Where its loss has further terms override `calculate_loss` as
-    ``self.next_item_loss(interaction) + further``.
+    At the first step the model's own loss of two sessions is compared with the full softmax over the scores, in value,
+    in the parameters that it trains (a bias of the items may be zero as yet) and in their gradients (all losses are
+    near log V as long as embeddings are small); a model with another loss is refused, not trained wrongly. Where its
+    loss has further terms override `calculate_loss` as ``self.next_item_loss(interaction) + further``.
     """
 
     _loss_compared = False
@@ -214,11 +235,14 @@ class SequentialMixin(RankingMixin):
     def calculate_loss(self, interaction: Any) -> Tensor:
         """The mean loss of the sessions' next items; ValueError where the model's own loss is another one."""
         if not self._loss_compared:
-            with self._two_rows(interaction) as two, torch.enable_grad():
+            two = interaction[:2]  # since contrastive terms of a loss vanish over one
+            with comparable(self), torch.enable_grad():
                 full = F.cross_entropy(self._scores(two), two[self.POS_ITEM_ID])
                 own = super().calculate_loss(two)
             # The weight of a regulariser may be as small as what is rounded off, so that sums must be equal.
-            self._compare("losses", full, own, 0.0 if type(own.grad_fn).__name__.startswith("Add") else 1e-4)
+            tolerance = 0.0 if type(own.grad_fn).__name__.startswith("Add") else 1e-4
+            if not torch.allclose(full, own.view_as(full), tolerance, tolerance):
+                raise self._other("losses")
             left_out = _trained(own) - _trained(full)
             if left_out:
                 names = [name for name, parameter in self.named_parameters() if parameter in left_out]
@@ -226,6 +250,8 @@ class SequentialMixin(RankingMixin):
                     f"the loss of {type(self).__name__} also trains {', '.join(names)}, of which session_vectors, "
                     "item_vectors and score_temperature know nothing: override them"
                 )
+            if not _same_gradients(full, own):
+                raise self._other("gradients")
             self._loss_compared = True
         return self.next_item_loss(interaction)
 

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alterrec_fast.integrations import need
+from alterrec_fast.drop_in.sampler import one_of
+from alterrec_fast.integrations import comparable, need, same_scores
 from alterrec_fast.ops import rank_slice, slice_cross_entropy
 
 INSTALL = 'pip install "rectools[torch]==0.19.0"'
@@ -35,6 +36,7 @@ from rectools.models.nn.transformers.similarity import DistanceSimilarityModule 
 from rectools.models.rank import Distance  # noqa: E402
 
 LOSSES = ("full", "slice")
+START, STOP = 20, 2000  # the ranks where none are given
 
 
 class FastLightningModule(TransformerLightningModule):
@@ -42,49 +44,60 @@ class FastLightningModule(TransformerLightningModule):
 
     ``loss="full"`` is the value of RecTools' "softmax". ``loss="slice"`` is a softmax over the target and ranks
     [start, stop) of the model's own ranking for this position at this step, without the target. All other losses stay
-    RecTools'. Validation reports "loss" alone, since the logits that stock adds are what is not made here.
+    RecTools'. Validation is the softmax over all items for "slice", too: negatives that the model picks itself, and
+    others drawn at random, would compare nothing from epoch to epoch. It reports "loss" alone, since the logits that
+    stock adds are what is not made here.
 
     Args:
-        start, stop: the ranks of "slice".
+        start, stop: the ranks of "slice", 20 and 2000 where left out; `range_min` and `range_max` are the same.
         hard_fraction: the share of the slice that is kept; the others are traded for uniform negatives
             (`RankSlice.mix`).
         precision, keep_bytes: as in `slice_cross_entropy`.
         args, kwargs: RecTools'.
 
-    Raises TypeError for a similarity module other than RecTools' dot and cosine.
+    Raises TypeError for a similarity module other than RecTools' dot and cosine, and at the first batch ValueError for
+    a model whose scores of two sessions are not these.
     """
 
     def __init__(
         self,
         *args: Any,
-        start: int = 20,
-        stop: int = 2000,
+        start: int | None = None,
+        stop: int | None = None,
+        range_min: int | None = None,
+        range_max: int | None = None,
         hard_fraction: float = 0.5,
         precision: str | None = None,
         keep_bytes: int = 256 << 20,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.start = start
-        self.stop = stop
+        self.start, self.stop = _ranks(start, stop, range_min, range_max)
         self.hard_fraction = hard_fraction
         self.loss_precision = precision
         self.keep_bytes = keep_bytes
+        self._scores_compared = False
         if self.loss in LOSSES:
             _check_similarity(self.torch_model)
 
     def _calc_custom_loss(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         if self.loss not in LOSSES:
             return super()._calc_custom_loss(batch, batch_idx)
-        return self._next_item_loss(batch)
+        return self._next_item_loss(batch, sliced=self.loss == "slice")
 
     def _calc_custom_loss_outputs(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         if self.loss not in LOSSES:
             return super()._calc_custom_loss_outputs(batch, batch_idx)
-        return {"loss": self._next_item_loss(batch)}
+        return {"loss": self._next_item_loss(batch, sliced=False)}
 
-    def _next_item_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """The loss of the targets y (B, S), weighted by yw (B, S), at the last S positions of the sessions."""
+    def _next_item_loss(self, batch: dict[str, Tensor], sliced: bool) -> Tensor:
+        """The loss of the targets y (B, S), weighted by yw (B, S), at the last S positions of the sessions.
+
+        sliced: against the slice, else against all items.
+        """
+        if not self._scores_compared:
+            _compare_scores(self.torch_model, batch)
+            self._scores_compared = True
         target, weight = batch["y"], batch["yw"]
         sessions, catalog = _vectors(self.torch_model, batch)
         real = target != 0
@@ -92,7 +105,7 @@ class FastLightningModule(TransformerLightningModule):
         # RecTools' softmax has its extra tokens among the candidates, so "full" has them, too.
         first_item = len(self.item_extra_tokens) if self.loss == "slice" else 0
         negatives = None
-        if self.loss == "slice":
+        if sliced:
             negatives = rank_slice(
                 query.detach(), catalog.detach(), self.start, self.stop, exclude=target, first_item=first_item
             ).mix(self.hard_fraction)
@@ -119,17 +132,27 @@ class FrozenTeacherSampler(TransformerNegativeSamplerBase):
 
     Args:
         n_negatives: how many to draw for each position, without replacement where the slice has as many.
-        start, stop: the teacher's ranks.
-        hard_fraction: the chance of each negative to come from the slice; the others are uniform.
+        start, stop: the teacher's ranks, 20 and 2000 where left out; `range_min` and `range_max` are the same.
+        hard_fraction: the chance of each negative to come from the slice; the others are uniform over all items but the
+            target.
     """
 
-    def __init__(self, n_negatives: int, start: int = 20, stop: int = 2000, hard_fraction: float = 0.5, **kwargs: Any):
+    def __init__(
+        self,
+        n_negatives: int,
+        start: int | None = None,
+        stop: int | None = None,
+        hard_fraction: float = 0.5,
+        range_min: int | None = None,
+        range_max: int | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(n_negatives, **kwargs)
         if not 0.0 <= hard_fraction <= 1.0:
             raise ValueError(f"hard_fraction must lie in [0, 1], got {hard_fraction}")
-        self.start = start
-        self.stop = stop
+        self.start, self.stop = _ranks(start, stop, range_min, range_max)
         self.hard_fraction = hard_fraction
+        self._scores_compared = False
         self._model: Any = None  # a RecTools backbone
         self._items: Tensor | None = None  # a model's: (V, d), vectors alone: (items, d)
 
@@ -148,6 +171,7 @@ class FrozenTeacherSampler(TransformerNegativeSamplerBase):
         _check_similarity(teacher)
         self._model = deepcopy(teacher).cpu().eval().requires_grad_(False)
         self._items = self._model.item_model.get_all_embeddings()
+        self._scores_compared = False
 
     def get_negatives(
         self,
@@ -159,7 +183,8 @@ class FrozenTeacherSampler(TransformerNegativeSamplerBase):
     ) -> Tensor:
         """(B, S, n) int64 for the last S = session_len_limit positions, all L by default; ids from lowest_id on.
 
-        Raises RuntimeError without a teacher, and ValueError for one of another number of items.
+        Raises RuntimeError without a teacher, and ValueError for one of another number of items or of other scores than
+        RecTools'.
         """
         if self._items is None:
             raise RuntimeError("FrozenTeacherSampler has no teacher: call set_teacher(...) before fit")
@@ -167,9 +192,11 @@ class FrozenTeacherSampler(TransformerNegativeSamplerBase):
         if self._items.shape[0] != rows:
             raise ValueError(f"the teacher must have {rows} rows for this data set, it has {self._items.shape[0]}")
         size, length = batch_dict["x"].shape
-        negatives = torch.randint(lowest_id, highest_id, (size, session_len_limit or length, self.n_negatives))
         target = batch_dict["y"]
         real = target != 0
+        # Out of one item fewer; those from the target on give way to it.
+        negatives = torch.randint(lowest_id, highest_id - 1, (size, session_len_limit or length, self.n_negatives))
+        negatives += real[..., None] & (negatives >= target[..., None])
         query, catalog = self._teach(batch_dict, lowest_id)
         ranked = rank_slice(
             query[:, -negatives.shape[1] :][real],
@@ -188,11 +215,19 @@ class FrozenTeacherSampler(TransformerNegativeSamplerBase):
     def _teach(self, batch: dict[str, Tensor], lowest_id: int) -> tuple[Tensor, Tensor]:
         """The teacher's vectors of all positions (B, L, d) and of the catalog (V, d)."""
         if self._model is not None:
+            if not self._scores_compared:
+                _compare_scores(self._model, batch)
+                self._scores_compared = True
             return _vectors(self._model, batch, self._items)
         assert self._items is not None
         catalog = torch.cat((self._items.new_zeros(lowest_id, self._items.shape[1]), self._items))
         count = (batch["x"] >= lowest_id).cumsum(1).clamp(min=1)
         return catalog[batch["x"]].float().cumsum(1) / count[..., None], catalog
+
+
+def _ranks(start: int | None, stop: int | None, range_min: int | None, range_max: int | None) -> tuple[int, int]:
+    first, last = one_of("start", start, "range_min", range_min), one_of("stop", stop, "range_max", range_max)
+    return START if first is None else first, STOP if last is None else last
 
 
 def _check_similarity(model: Any) -> None:
@@ -209,3 +244,29 @@ def _vectors(model: Any, batch: dict[str, Tensor], items: Tensor | None = None) 
     if similarity.distance == Distance.COSINE:
         return similarity._get_embeddings_norm(sessions), similarity._get_embeddings_norm(items)
     return sessions, items
+
+
+@torch.no_grad()
+def _compare_scores(model: Any, batch: dict[str, Tensor]) -> None:
+    """Raises ValueError where the vectors' scores for two sessions are not the model's own.
+
+    The similarity module is asked for the catalog at the last position, and the model for some items at every one: all
+    items at every one are a tensor that must not be made.
+    """
+    two = {name: values[:2] for name, values in batch.items()}
+    with comparable(model):
+        items = model.item_model.get_all_embeddings()
+        encoded = model.encode_sessions(two, items)
+        sessions, catalog = _vectors(model, two, items)
+        some = torch.linspace(0, items.shape[0] - 1, min(items.shape[0], 100), device=items.device).long()
+        same = same_scores(sessions[:, -1:] @ catalog.T, model.similarity_module(encoded[:, -1:], items))
+        candidates = some.expand(*sessions.shape[:2], -1)
+        real = two["x"] != 0  # what a model computes for padding is its own affair
+        same &= same_scores((sessions @ catalog[some].T)[real], model(two, candidate_item_ids=candidates)[real])
+    if not same:
+        kind = model.similarity_module.distance.value
+        raise ValueError(
+            f"the scores of {type(model).__name__} with {type(model.similarity_module).__name__} are not those of "
+            f"distance={kind!r} between encode_sessions and get_all_embeddings, which is what is ranked and trained "
+            "here"
+        )

@@ -211,6 +211,57 @@ def test_models_of_another_kind_are_refused_by_name(name: str, message: str) -> 
         model.calculate_loss(batch)
 
 
+def shrunk(model: Any, **changes: Any) -> tuple[Any, Any]:
+    """`one_batch` with embeddings so small that every score is near zero, and every loss near log V."""
+    network, batch = one_batch(model, **changes)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.weight.data *= 1e-3
+    return network, batch
+
+
+class Sharpened(fast.stock.GRU4Rec):
+    """Divides its scores by a temperature of its own."""
+
+    def full_sort_predict(self, interaction: Any) -> torch.Tensor:
+        return super().full_sort_predict(interaction) / 0.7
+
+    def calculate_loss(self, interaction: Any) -> torch.Tensor:
+        return self.loss_fct(self.full_sort_predict(interaction), interaction[self.POS_ITEM_ID])
+
+
+class GRU4Rec(fast.SequentialMixin, Sharpened):
+    pass
+
+
+@pytest.mark.parametrize("model", [fast.NPE, GRU4Rec], ids=["NPE", "GRU4Rec"])
+def test_small_embeddings_hide_no_other_score(model: Any) -> None:
+    """NPE's scores are over relu(item_embedding.weight)."""
+    network, batch = shrunk(model)
+    with pytest.raises(ValueError, match=f"the gradients of {model.__name__} are not those of session_vectors @ "):
+        network.calculate_loss(batch)
+    with pytest.raises(ValueError, match=f"the scores of {model.__name__} are not those of session_vectors @ "):
+        network.compare_scores(batch)
+
+
+@pytest.mark.parametrize("name", ["SASRec", "GRU4Rec", "CORE"])
+def test_small_embeddings_pass(name: str) -> None:
+    network, batch = shrunk(getattr(fast, name))
+    assert network.calculate_loss(batch).isfinite()
+    network.compare_scores(batch)
+
+
+class RectifiedNPE(fast.NPE):
+    def item_vectors(self) -> torch.Tensor:
+        return self.relu(self.item_embedding.weight)
+
+
+def test_the_hook_for_another_score_is_enough() -> None:
+    network, batch = shrunk(type("NPE", (RectifiedNPE,), {}))
+    assert network.calculate_loss(batch).isfinite()
+    network.compare_scores(batch)
+
+
 def test_pairwise_training_is_refused() -> None:
     negatives = {"distribution": "uniform", "sample_num": 1, "dynamic": False, "alpha": 1.0, "candidate_num": 0}
     with pytest.raises(ValueError, match="loss_type must be CE, got BPR"):
@@ -312,7 +363,16 @@ def test_models_by_name() -> None:
     [
         ({"loss": "bpr"}, "loss must be one of full, sampled, slice"),
         ({"distribution": "zipf"}, "distribution must be one of"),
-        ({"negatives": 0}, "negatives must be at least 1"),
+        ({"negatives": 0}, "alterrec_fast: negatives must be at least 1"),
+        ({"negatives": 1e3}, "alterrec_fast: negatives must be an integer"),
+        ({"start": -1}, "alterrec_fast: expected 0 <= start <= stop, got start=-1, stop=2000"),
+        ({"start": 30, "stop": 20}, "alterrec_fast: expected 0 <= start <= stop, got start=30, stop=20"),
+        ({"range_min": 3000}, "alterrec_fast: expected 0 <= start <= stop, got start=3000, stop=2000"),
+        ({"stop": "20"}, "alterrec_fast: stop must be an integer, got '20'"),
+        ({"hard_fraction": 1.5}, r"alterrec_fast: hard_fraction must lie in \[0, 1\], got 1.5"),
+        ({"precision": "fp16"}, "alterrec_fast: precision must be None, 'fp32' or 'bf16', got 'fp16'"),
+        ({"keep_bytes": -1}, "alterrec_fast: keep_bytes must be at least 0, got -1"),
+        ({"stop": 9, "range_max": 9}, "alterrec_fast: stop and range_max are the same"),
         ({"negative": 10}, "takes loss, negatives"),
         ("sampled", "takes loss, negatives"),
     ],
@@ -320,3 +380,8 @@ def test_models_by_name() -> None:
 def test_options_are_checked(given: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fast.Options.of({"alterrec_fast": given})
+
+
+def test_ranks_go_by_either_name() -> None:
+    options = fast.Options.of({"alterrec_fast": {"loss": "slice", "range_min": 3, "range_max": 30}})
+    assert options == fast.Options(loss="slice", start=3, stop=30)

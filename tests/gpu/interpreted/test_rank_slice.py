@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -73,6 +74,28 @@ def test_searches_that_a_few_scores_narrow(
     exclude = torch.randint(-2, 2_301, (2, 7), generator=generator)
     same(few, many, start, stop, top, luck, exclude=exclude, first_item=77)
     same(few, integers(2_301, 4, 2).repeat(1, 5), start, stop, top, luck)  # ties
+
+
+@pytest.mark.parametrize(("luck", "dealt"), [(NO_LUCK[0], 1), (NO_LUCK[0], 2), (NO_LUCK[1], 2), (NO_LUCK[2], 1)])
+def test_ids_are_in_order_where_tiles_are_dealt_in_groups(
+    luck: dict[str, float], dealt: int, monkeypatch: pytest.MonkeyPatch, guarded: list[Tensor]
+) -> None:
+    """As in catalogs of many more tiles than a row has places to count them."""
+    plan = kernels.plan
+    monkeypatch.setattr(kernels, "plan", lambda *call: replace(plan(*call), dealt=dealt))
+    query, catalog = integers(2, 16, 1), integers(1_201, 16, 2)
+    exclude = torch.randint(-2, 1_201, (2, 7), generator=torch.Generator().manual_seed(3))
+    popular = torch.where(torch.arange(1_201) < 300, 50.0, 0.0)
+    same(query, catalog, 10, 40, 5, luck, exclude=exclude, bias=popular, first_item=70)
+
+
+def test_tiles_are_dealt_in_groups_where_there_are_too_many_to_count() -> None:
+    blocks = tiles.Blocks(b=64, v=128, d=64, warps=8, stages=3)
+    for items, least in ((1_000_000, 0), (10_000_000, 1), (100_000_000, 4)):
+        cut = kernels.plan(512, items, 20, 20_000, 5, False, 0, 132, 1.0, blocks)
+        assert 2 * (items // (blocks.v << cut.dealt) + 2) <= cut.pairs
+        assert cut.dealt >= least
+    assert kernels.plan(512, 40_258, 20, 20_000, 5, True, 0, 132, 1.0, blocks).dealt == 0
 
 
 @pytest.mark.parametrize(("b", "v", "d"), [(65, 130, 8), (1, 1, 1), (1, 63, 1_024)])
