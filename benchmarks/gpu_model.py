@@ -5,8 +5,8 @@ roof is the larger of their times at what was measured on an H100 (`cost_model.H
 says how many instructions a tile takes, which decides how near to the roof its loop can come.
 
 Passes. A kernel that reads its memory several times reads it from device memory each time where all rows together are
-larger than what is assumed of the L2 cache. Every kernel also takes the time of its instructions, which are counted in
-its loops; and a launch takes a gap.
+larger than what is assumed of the L2 cache. Kernels that pass over a row's entries also take the time of their
+instructions, which are counted in their loops; and a launch takes a gap.
 
 Issue slots. A processor has four schedulers, each of which issues one instruction of one warp in a cycle. A tile of BB
 sessions x BV items with a width of d takes 2 BB BV d / 4,096 cycles of the matrix unit, which is 989.4 TFLOP/s of dense
@@ -96,15 +96,16 @@ def passes(size: float, times: int) -> float:
 
 
 def rank_slice_work(
-    call: Call, sampled: int, pairs: int, groups: int, narrow: tuple[bool, bool] = (False, False)
+    call: Call, sampled: int, pairs: int, groups: int, narrow: tuple[bool, bool] = (False, False), windows: int = 1
 ) -> list[Work]:
     """sampled: items scored for the bracket; pairs: what a row's buffer holds, 12 bytes each; groups: of tiles, whose
     members are put in order where the result is ids, 0 where it is bits; narrow: whether the sample, and the buffer,
-    are searched after a few of their scores; else in 24 passes.
+    are searched after a few of their scores; else in 24 passes; windows: in which groups are counted.
 
-    A few are up to 2,048 for each row, each in a sector of its own; then there is one pass. The buffer is read, and
-    what holds no candidate overwritten: a quarter of it, or less. Ids are written to the buffer, read twice, and
-    written in order; the two numbers of a group are cleared, set, read, and one of them written and read.
+    A few are up to 2,048 for each row, each in a sector of its own; then there is one pass. What the stream leaves
+    empty, a quarter of the buffer or less, it fills at its end, when nobody multiplies any more: each pair a sector.
+    Ids are written to the buffer, read twice in each window, and written in order; the two numbers of a group are
+    cleared, set, read, and one of them written and read.
     """
     b, d = call.sessions, call.width
     few = 2048.0 * SECTOR * b
@@ -115,11 +116,10 @@ def rank_slice_work(
         Work("_sample_kernel", 2.0 * b * sampled * d, call.element * d * (b + sampled) + sample),
         Work("_limits_kernel", 0.0, few + sample if narrow[0] else passes(sample, SEARCHED)),
         Work("_stream_kernel", call.product, call.matrices + words + buffer),
-        Work(
-            "_select_kernel", 0.0, scores / 4 + (few + scores if narrow[1] else passes(scores, SEARCHED)) + buffer / 12
-        ),
+        Work("_stream_kernel, its end", 0.0, SECTOR * b * pairs / 4),
+        Work("_select_kernel", 0.0, (few + scores if narrow[1] else passes(scores, SEARCHED)) + buffer / 12),
         Work("_place_kernel", 0.0, buffer + ids),
-        Work("_ascending_kernel", 0.0, passes(ids, 2) + ids + passes(8.0 * b * groups, 4)),
+        Work("_ascending_kernel", 0.0, passes(ids, 2 * windows) + ids + passes(8.0 * b * groups, 4)),
     ]
 
 
@@ -293,14 +293,12 @@ def scan_of(code: str, warps: int, block: int) -> Scan:
 
 
 def flat_slots(code: str, warps: int, rows: int, trips: int) -> float:
-    """Of all rows, at most: every loop without another in it runs so many times."""
+    """Of all rows, at most: every loop that has no other in it runs so many times."""
     listing, labels = parse(code)
     loops = {(labels[one.target], i + 1) for i, one in enumerate(listing) if one.target and labels[one.target] <= i}
     loops = {(begin, end) for begin, end in loops if end - begin > 1}
-    nested = {
-        (a, b) for a, b in loops for c, d in loops if (a, b) != (c, d) and ((c <= a and b <= d) or (a <= c and d <= b))
-    }
-    return float(rows * warps * trips * sum(end - begin for begin, end in loops - nested))
+    outer = {(a, b) for a, b in loops for c, d in loops if (a, b) != (c, d) and a <= c and d <= b}
+    return float(rows * warps * trips * sum(end - begin for begin, end in loops - outer))
 
 
 # --- both together ---
@@ -456,11 +454,12 @@ def predict(call: Call, start: int = 20) -> Prediction:
     entries = {"_limits_kernel": cut.sampled, "_select_kernel": 2 * cut.pairs, "_place_kernel": 2 * cut.pairs}
     works = []
     groups = 0 if cut.bits else math.ceil(call.items / (loop.block_v << cut.dealt))
-    for work in rank_slice_work(call, cut.sampled, cut.pairs, groups, narrow):
+    windows = math.ceil(groups / cut.pairs)
+    for work in rank_slice_work(call, cut.sampled, cut.pairs, groups, narrow, windows):
         slots = 0.0
         if work.kernel == "_ascending_kernel" and groups:
             (launch,) = [one for one in found if one.name == work.kernel]
-            trips = math.ceil(max(2 * groups, call.size) / launch.options["BLOCK"])
+            trips = math.ceil(max(groups, windows * call.size) / launch.options["BLOCK"])
             code = gpu_proof.disassembled(launch.compiled)[1]
             slots = flat_slots(code, launch.compiled.metadata.num_warps, call.sessions, trips)
         elif launch := by_name.get(work.kernel):

@@ -2,7 +2,8 @@
 
 The stream's programs take groups of neighbouring tiles in turn, each meets its items in order, and each has a part of
 the row's buffer. So the members of a group stand together already, in order, and only the groups must be: each is moved
-as a whole. Where a row was redone, whoever came first was first, and its members are sorted bit by bit.
+as a whole, as many groups at a time as there is memory to count. Where a row was redone, whoever came first was first,
+and its members are sorted bit by bit.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["pairs", "first_group", "groups", "shift", "wanted", "bits"])
+@triton.jit(do_not_specialize=["pairs", "window", "first_group", "groups", "shift", "wanted", "bits"])
 def _ascending_kernel(
     Members,
     Groups,
@@ -19,6 +20,7 @@ def _ascending_kernel(
     Redone,
     Ids,
     pairs,
+    window,
     first_group,
     groups,
     shift,
@@ -28,9 +30,9 @@ def _ascending_kernel(
 ):
     """One program for each row writes its ids, ascending and filled up with -1, to Ids (B, wanted) int32.
 
-    Members (B, 2 pairs) int32 holds Found[row] ids at a row's front. Groups (B, pairs) int32 is memory for two numbers
-    a group; item i is in group (i >> shift) - first_group. Redone[row] is negative where the stream's order holds.
-    bits: of the largest id, an even number.
+    Members (B, 2 pairs) int32 holds Found[row] ids at a row's front, at most `pairs`. Behind them, and in Groups
+    (B, pairs) int32, is memory for two numbers a group, of `window` groups at a time; item i is in group (i >> shift) -
+    first_group. Redone[row] is negative where the stream's order holds. bits: of the largest id, an even number.
     """
     row = tl.program_id(0).to(tl.int64)
     members, ids = Members + row * 2 * pairs, Ids + row * wanted
@@ -57,33 +59,38 @@ def _ascending_kernel(
             there = begin + offs < size
             tl.store(ids + begin + offs, tl.load(members + begin + offs, mask=there), mask=there)
     else:
-        first = Groups + row * pairs  # where a group's members begin, and then how far they move
-        end = first + groups
-        for begin in range(0, 2 * groups, BLOCK):
-            tl.store(first + begin + offs, tl.zeros([BLOCK], tl.int32), mask=begin + offs < 2 * groups)
-        tl.debug_barrier()
-        for begin in range(0, size + 1, BLOCK):
-            place = begin + offs
-            group = tl.load(members + place, mask=place < size, other=0)
-            group = tl.where(place < size, (group >> shift) - first_group, groups)
-            before = tl.load(members + place - 1, mask=(place > 0) & (place <= size), other=0)
-            before = tl.where(place > 0, (before >> shift) - first_group, groups)
-            changes = (place <= size) & (group != before)
-            tl.store(first + group, place, mask=changes & (group < groups))
-            tl.store(end + before, place, mask=changes & (before < groups))
-        tl.debug_barrier()
+        first = members + pairs  # where a group's members begin, and then how far they move
+        end = Groups + row * pairs
         lower = tl.zeros([], tl.int32)  # members of the groups so far
-        for begin in range(0, groups, BLOCK):
-            there = begin + offs < groups
-            opened = tl.load(first + begin + offs, mask=there, other=0)
-            count = tl.load(end + begin + offs, mask=there, other=0) - opened
-            tl.store(first + begin + offs, lower + tl.cumsum(count, 0) - count - opened, mask=there)
-            lower += tl.sum(count, 0)
-        tl.debug_barrier()
-        for begin in range(0, size, BLOCK):
-            place = begin + offs
-            item = tl.load(members + place, mask=place < size, other=0)
-            moved = tl.load(first + (item >> shift) - first_group, mask=place < size, other=0)
-            tl.store(ids + place + moved, item, mask=place < size)
+        for opening in range(0, groups, window):
+            some = tl.minimum(groups - opening, window)
+            for begin in range(0, some, BLOCK):
+                tl.store(first + begin + offs, tl.zeros([BLOCK], tl.int32), mask=begin + offs < some)
+                tl.store(end + begin + offs, tl.zeros([BLOCK], tl.int32), mask=begin + offs < some)
+            tl.debug_barrier()
+            for begin in range(0, size + 1, BLOCK):
+                place = begin + offs
+                group = tl.load(members + place, mask=place < size, other=0)
+                group = tl.where(place < size, (group >> shift) - first_group - opening, -1)
+                before = tl.load(members + place - 1, mask=(place > 0) & (place <= size), other=0)
+                before = tl.where(place > 0, (before >> shift) - first_group - opening, -1)
+                changes = (place <= size) & (group != before)
+                tl.store(first + group, place, mask=changes & (group >= 0) & (group < some))
+                tl.store(end + before, place, mask=changes & (before >= 0) & (before < some))
+            tl.debug_barrier()
+            for begin in range(0, some, BLOCK):
+                there = begin + offs < some
+                opened = tl.load(first + begin + offs, mask=there, other=0)
+                count = tl.load(end + begin + offs, mask=there, other=0) - opened
+                tl.store(first + begin + offs, lower + tl.cumsum(count, 0) - count - opened, mask=there)
+                lower += tl.sum(count, 0)
+            tl.debug_barrier()
+            for begin in range(0, size, BLOCK):
+                place = begin + offs
+                item = tl.load(members + place, mask=place < size, other=0)
+                group = (item >> shift) - first_group - opening
+                inside = (place < size) & (group >= 0) & (group < some)
+                tl.store(ids + place + tl.load(first + group, mask=inside, other=0), item, mask=inside)
+            tl.debug_barrier()  # before the next window clears what is read here
     for begin in range(size, wanted, BLOCK):
         tl.store(ids + begin + offs, tl.full([BLOCK], -1, tl.int32), mask=begin + offs < wanted)

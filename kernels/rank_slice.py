@@ -233,7 +233,7 @@ def _stream_kernel(
         if CHECK:
             wrong = ranked[None, :] & in_b[:, None] & ~(tl.abs(scores) < float("inf"))
             tiles.report(Bad, scores, wrong, rows)
-        if (tile * BLOCK_V < first_item) | ((tile + 1) * BLOCK_V > V):
+        if (tile * BLOCK_V < first_item) | (tile * BLOCK_V > V - BLOCK_V):
             scores = tl.where(ranked[None, :], scores, float("nan"))
         left, right = tl.split(tl.reshape(scores, [BLOCK_B, 16, WORDS, 2]))
         # A bit for each item, first of all: a limit then costs five instructions for two scores, and what follows from
@@ -430,6 +430,7 @@ def _select_kernel(
     rank = wanted - over + at_high  # among all candidates
     held = (rank >= at_high) & (rank < at_low)
     missed = (tl.sum((~held & ~unused).to(tl.int32), 0) > 0) | (tl.max(filled, 0) > capacity)
+    missed |= entries > 0xFFFF * BLOCK  # more than the 16 bits of a count hold
 
     # Bisection over scores as integers: the one sought lies in [low, high), which at_low and at_high candidates reach.
     low = score_key(lowest)
@@ -676,9 +677,12 @@ def plan(
     # A redone row's buffer holds exactly what is wanted, one item to a pair.
     exact = top + (0 if bits else wanted)
     capacity = max(capacity, triton.cdiv(exact, splits), 1)
-    # `ascending` keeps two numbers for each group of tiles in the memory of the pairs.
+    # Fewer groups of tiles are less to count for `_ascending_kernel`, but one that is all candidates, as catalogs sorted
+    # by popularity have them, must not take more than a quarter of a program's part.
     dealt = 0
-    while not bits and 2 * (triton.cdiv(ranked, blocks.v << dealt) + 1) > splits * capacity:
+    while wanted and not bits and triton.cdiv(ranked, blocks.v << dealt) > splits * capacity:
+        if blocks.v << dealt > capacity // 4:
+            break
         dealt += 1
     return Plan(sampled, splits, capacity, dealt, bits, open_ranks > 0, has_start, has_stop)
 
@@ -927,6 +931,7 @@ def ranks(
             found,
             redone,
             ids,
+            p.pairs,
             p.pairs,
             first_item >> shift,
             (v - 1 >> shift) + 1 - (first_item >> shift),

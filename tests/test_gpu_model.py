@@ -35,10 +35,13 @@ def test_passes_beyond_the_cache_are_counted() -> None:
     before = by_kernel(gpu_model.rank_slice_work(big, sampled=90_000, pairs=30_000, groups=9_766))
     assert before["_ascending_kernel"].bytes == (2 + 1) * 4 * 512 * big.size + 4 * 8 * 512 * 9_766
     assert before["_limits_kernel"].bytes == 24 * 4 * 512 * 90_000
-    assert before["_select_kernel"].bytes == scores / 4 + 24 * scores + 512 * 30_000
+    assert before["_select_kernel"].bytes == 24 * scores + 512 * 30_000
     works = by_kernel(gpu_model.rank_slice_work(big, 90_000, 30_000, 9_766, narrow=(True, True)))
+    assert works["_stream_kernel, its end"].bytes == 32 * 512 * 30_000 / 4
+    twice = by_kernel(gpu_model.rank_slice_work(big, 90_000, 30_000, 39_063, windows=2))
+    assert twice["_ascending_kernel"].bytes == (4 + 1) * 4 * 512 * big.size + 4 * 8 * 512 * 39_063
     assert works["_limits_kernel"].bytes == 4 * 512 * 90_000 + 512 * 2_048 * 32
-    assert works["_select_kernel"].bytes == scores / 4 + scores + 512 * 2_048 * 32 + 512 * 30_000
+    assert works["_select_kernel"].bytes == scores + 512 * 2_048 * 32 + 512 * 30_000
 
 
 def test_instructions_may_take_longer_than_the_roof() -> None:
@@ -146,6 +149,10 @@ def test_a_scan_by_its_loops() -> None:
     assert both.slots(rows=2, entries=250, near=101) == 2 * 4 * (24 * (7 + 5 + 2 * 6) + 3 * 10 + 2 * 2)
     search_alone = gpu_model.scan_of(code.replace("STG", "LDG"), 4, 100)
     assert search_alone == gpu_model.Scan(few=0, once=0, step=10, read=3, after=2, warps=4, block=100)
+
+
+def test_the_innermost_loops_take_their_slots() -> None:
+    assert gpu_model.flat_slots(SASS, warps=4, rows=2, trips=5) == 2 * 4 * 5 * 3
 
 
 def test_code_that_does_not_fit_its_tile_is_refused() -> None:

@@ -76,26 +76,57 @@ def test_searches_that_a_few_scores_narrow(
     same(few, integers(2_301, 4, 2).repeat(1, 5), start, stop, top, luck)  # ties
 
 
-@pytest.mark.parametrize(("luck", "dealt"), [(NO_LUCK[0], 1), (NO_LUCK[0], 2), (NO_LUCK[1], 2), (NO_LUCK[2], 1)])
-def test_ids_are_in_order_where_tiles_are_dealt_in_groups(
-    luck: dict[str, float], dealt: int, monkeypatch: pytest.MonkeyPatch, guarded: list[Tensor]
+@pytest.mark.parametrize(("luck", "dealt", "window"), [({}, 0, 16), ({}, 1, 99), ({}, 2, 4), ({"slack": 0.0}, 1, 99)])
+def test_ids_are_in_order_without_a_sort(
+    luck: dict[str, float], dealt: int, window: int, monkeypatch: pytest.MonkeyPatch, guarded: list[Tensor]
 ) -> None:
-    """As in catalogs of many more tiles than a row has places to count them."""
-    plan = kernels.plan
+    """As in catalogs of many more tiles than a row has places to count them: in groups, and so many at a time."""
+    plan, redone, launcher = kernels.plan, [], tiles._launcher
     monkeypatch.setattr(kernels, "plan", lambda *call: replace(plan(*call), dealt=dealt))
-    query, catalog = integers(2, 16, 1), integers(1_201, 16, 2)
-    exclude = torch.randint(-2, 1_201, (2, 7), generator=torch.Generator().manual_seed(3))
-    popular = torch.where(torch.arange(1_201) < 300, 50.0, 0.0)
-    same(query, catalog, 10, 40, 5, luck, exclude=exclude, bias=popular, first_item=70)
+
+    def record(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        named = dict(zip(kernel.arg_names, args, strict=False))
+        if kernel is kernels._ascending_kernel:
+            redone.extend((named["Redone"] >= 0).tolist())
+            args = tuple(window if name == "window" else value for name, value in named.items())
+        launcher(kernel, grid, *args, **options)
+
+    monkeypatch.setattr(tiles, "_launcher", record)
+    query, catalog = integers(2, 16, 1), integers(2_501, 16, 2)
+    exclude = torch.randint(-2, 2_501, (2, 7), generator=torch.Generator().manual_seed(3))
+    same(query, catalog, 10, 40, 5, luck, exclude=exclude, first_item=70)
+    assert redone == [bool(luck)] * 2
 
 
-def test_tiles_are_dealt_in_groups_where_there_are_too_many_to_count() -> None:
+def test_a_group_of_tiles_never_fills_a_part() -> None:
+    """In a catalog sorted by popularity one group after the other is all candidates."""
     blocks = tiles.Blocks(b=64, v=128, d=64, warps=8, stages=3)
-    for items, least in ((1_000_000, 0), (10_000_000, 1), (100_000_000, 4)):
-        cut = kernels.plan(512, items, 20, 20_000, 5, False, 0, 132, 1.0, blocks)
-        assert 2 * (items // (blocks.v << cut.dealt) + 2) <= cut.pairs
-        assert cut.dealt >= least
-    assert kernels.plan(512, 40_258, 20, 20_000, 5, True, 0, 132, 1.0, blocks).dealt == 0
+    for rows in (1, 64, 256, 512):
+        for items in (40_258, 1_000_000, 10_000_000, 100_000_000):
+            for stop in (500, 20_000):
+                cut = kernels.plan(rows, items, 20, stop, 5, False, 0, 132, 1.0, blocks)
+                assert cut.dealt == 0 or (blocks.v << cut.dealt) // 2 <= cut.capacity // 4
+    assert kernels.plan(512, 10_000_000, 20, 20_000, 5, False, 0, 132, 1.0, blocks).dealt == 1
+    assert kernels.plan(512, 1_000_000, 0, 0, 2_000, False, 0, 132, 1.0, blocks).dealt == 0  # nothing to put in order
+
+
+@pytest.mark.parametrize("top", [5, 300])
+def test_a_catalog_sorted_by_popularity_misses_nothing(top: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    missed = []
+
+    def record(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        kernel[grid](*args, **options)
+        if kernel is kernels._select_kernel:
+            missed.append(int(args[kernel.arg_names.index("MissedCount")]))
+
+    monkeypatch.setattr(tiles, "_launcher", record)
+    generator = torch.Generator().manual_seed(5)
+    query, catalog = torch.randn(2, 16, generator=generator), torch.randn(6_000, 16, generator=generator)
+    popular = -6.0 * torch.arange(1.0, 6_001).log()
+    found = af.rank_slice(query, catalog, 20, 150, top, bias=popular, backend="triton")
+    want = af.rank_slice(query, catalog, 20, 150, top, bias=popular, backend="reference")
+    assert torch.equal(found.indices(), want.indices())
+    assert missed == [0]
 
 
 @pytest.mark.parametrize(("b", "v", "d"), [(65, 130, 8), (1, 1, 1), (1, 63, 1_024)])
