@@ -17,6 +17,7 @@ from alterrec_fast.benchmarks.machine import Machine
 from alterrec_fast.benchmarks.records import FLOOR, NOT_BEGUN, Record, Results, both
 
 BASELINE = Path(__file__).with_name("baseline.json")
+SEEN = math.log(1.3)  # how much slower an op may get before its baseline must tell, in logarithms
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,11 @@ def main() -> None:
     if options.other:
         print(agreement(runs[0], Results.read(options.other)))
         return
-    stored = json.loads(BASELINE.read_text()) | {kinds.pop(): baseline_of(*runs)}
+    found = baseline_of(*runs)
+    told = {name: known for name, known in found.items() if known["noise"] < SEEN}
+    for name in sorted(found.keys() - told.keys()):
+        print(f"not stored, since its noise of {100 * math.expm1(found[name]['noise']):.0f}% hides a third: {name}")
+    stored = json.loads(BASELINE.read_text()) | {kinds.pop(): told}
     BASELINE.write_text(json.dumps(stored, indent=1) + "\n")
 
 

@@ -677,8 +677,8 @@ def plan(
     # A redone row's buffer holds exactly what is wanted, one item to a pair.
     exact = top + (0 if bits else wanted)
     capacity = max(capacity, triton.cdiv(exact, splits), 1)
-    # Fewer groups of tiles are less to count for `_ascending_kernel`, but one that is all candidates, as catalogs sorted
-    # by popularity have them, must not take more than a quarter of a program's part.
+    # Fewer groups of tiles are less to count for `_ascending_kernel`. But one that is all candidates, as catalogs that
+    # are sorted by popularity have them, must not take more than a quarter of a program's part.
     dealt = 0
     while wanted and not bits and triton.cdiv(ranked, blocks.v << dealt) > splits * capacity:
         if blocks.v << dealt > capacity // 4:
