@@ -59,7 +59,7 @@ def test_mining_finds_the_same_and_says_so(here: None, monkeypatch: pytest.Monke
 def test_every_way_of_training_is_measured(here: None, shop: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(integrations_sasrec, "STOP", 100)
     (section,) = integrations_sasrec.sections(shop.path, 2, 1, 1)
-    assert len(section["rows"]) == 4 and all("±" in row[1] for row in section["rows"])
+    assert len(section["rows"]) == 4 and all("±" in row[2] for row in section["rows"])
     assert "table" not in section and "2 seeds" in section["text"]
     integrations.markdown(section)
 
