@@ -80,7 +80,9 @@ def train(
     seeds: Annotated[str | None, typer.Option(help="several seeds, separated by commas")] = None,
     text_model: Annotated[str | None, typer.Option(help="hub name, path, or 'packaged'")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE for any other setting")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with the run in --out, which was begun with the same settings")
+    ] = False,
 ) -> None:
     """Train one variant; leaves a run directory with checkpoints, metrics.json and report.html."""
     with _Errors("stopped; the same command with --resume goes on from the last checkpoint"):

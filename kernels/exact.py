@@ -20,7 +20,7 @@ from .order import LAST, score_key
 from .tiles import launch
 
 DIGITS = tl.constexpr(256)
-TARGETS = tl.constexpr(4)
+TARGETS = tl.constexpr(4)  # the items of rank start, stop - 1 and top - 1, which bound what is wanted; one place unused
 
 
 @triton.jit(

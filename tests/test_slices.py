@@ -132,6 +132,11 @@ def test_mix_follows_its_law(form: int, fraction: float, weighted: bool) -> None
     assert (share[expected == 0] == 0).all()
 
 
+def test_a_slice_prints_its_sizes() -> None:
+    assert repr(RankSlice.uniform(3, 2_000, 7)) == "RankSlice(3 sessions, 7 of 2000 items as ids, 0.00 MiB, cpu)"
+    assert "as bits, 0.00 MiB" in repr(RankSlice.uniform(3, 200, 100))
+
+
 def test_mix_with_fraction_one_is_the_slice_itself() -> None:
     slice_ = RankSlice.from_mask(random_mask(3, 20, 0))
     assert slice_.mix(1.0) is slice_

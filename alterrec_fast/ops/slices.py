@@ -42,7 +42,7 @@ def unpack_bits(bits: Tensor, num_items: int) -> Tensor:
     return spread.view(bits.shape[0], bits.shape[1] * 8)[:, :num_items].bool()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RankSlice:
     """For each of B sessions a set of catalog items; what `rank_slice` returns and `slice_cross_entropy` takes.
 
@@ -71,6 +71,12 @@ class RankSlice:
     def nbytes(self) -> int:
         """Bytes held by all tensors together."""
         return sum(t.numel() * t.element_size() for t in self._tensors().values())
+
+    def __repr__(self) -> str:
+        """Sizes, not the tensors, which may be of many megabytes."""
+        form = "ids" if self.bits is None else "bits"
+        sizes = f"{self.batch_size} sessions, {self.size} of {self.num_items} items as {form}"
+        return f"RankSlice({sizes}, {self.nbytes / 2**20:.2f} MiB, {self.device})"
 
     def to(self, device: torch.device | str) -> RankSlice:
         moved: dict[str, Any] = {name: t.to(device) for name, t in self._tensors().items()}

@@ -1,0 +1,329 @@
+"""What the stream has left open: the keys that bound the slice, found among a row's candidates, and who lies within."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .bracket import LIMITS, OPEN, START_HIGH, START_LOW, STOP_HIGH, STOP_LOW, around
+from .exact import TARGETS
+from .order import FIRST, LAST, item_key, key_score, score_key
+
+
+@triton.jit
+def _three(vector):
+    """The first three of [TARGETS]: comparing a block with each of them leaves it where its threads hold it."""
+    column = tl.arange(0, TARGETS)
+    first, second = tl.where(column == 0, vector, 0), tl.where(column == 1, vector, 0)
+    return tl.sum(first, 0), tl.sum(second, 0), tl.sum(tl.where(column == 2, vector, 0), 0)
+
+
+@triton.jit
+def _sums(first, second, third):
+    """The sums of three blocks as [TARGETS], the last of which is 0."""
+    column = tl.arange(0, TARGETS)
+    found = tl.where(column == 1, tl.sum(second, 0), tl.where(column == 2, tl.sum(third, 0), 0))
+    return tl.where(column == 0, tl.sum(first, 0), found)
+
+
+@triton.jit(do_not_specialize=["splits", "capacity", "room", "V", "start", "stop", "top"])
+def _select_kernel(
+    Limits,
+    Scores,
+    Pairs,
+    Counts,
+    Certain,
+    Above,
+    Zone,
+    Values,
+    Offsets,
+    Bounds,
+    Ranks,
+    Redone,
+    Missed,
+    MissedCount,
+    splits,
+    capacity,
+    V,
+    room,
+    start,
+    stop,
+    top,
+    spread,
+    HAS_START: tl.constexpr,
+    HAS_STOP: tl.constexpr,
+    NARROW: tl.constexpr,
+    SKIP_EXCLUDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    EXCLUDED: tl.constexpr,
+):
+    """One program for each row finds the keys of rank start, stop - 1 and top - 1 among its candidates.
+
+    Writes them to Bounds; where counts show that a limit did not hold or a part was full, the row goes to Missed, and
+    its buffer is emptied: it holds NaN where there is no candidate. With NARROW a few of the candidates
+    say where the scores sought probably lie, and the first pass over the buffer, which is larger than the cache, copies
+    what lies there to Zone, (2, room) for each row: scores and their places. The search then needs no other pass,
+    unless the few have misled it.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, PARTS)
+    own = row * splits + part
+    filled = tl.load(Counts + own, mask=part < splits, other=0)
+    above = tl.sum(tl.load(Above + own, mask=part < splits, other=0), 0)
+    certain = tl.sum(tl.load(Certain + own, mask=part < splits, other=0), 0)
+    column = tl.arange(0, TARGETS)
+    wanted = tl.where(column == 0, start, tl.where(column == 1, stop - 1, tl.where(column == 2, top - 1, -1)))
+    unused = (wanted < 0) | ((column < 2) & (start == stop))
+
+    # Each target's zone [lowest, highest), and how many items are above it.
+    limits = Limits + row * LIMITS
+    open_low = tl.load(limits + OPEN)
+    lowest = open_low + tl.zeros([TARGETS], tl.float32)
+    highest = tl.full([TARGETS], float("nan"), tl.float32)  # which no score reaches
+    over = tl.zeros([TARGETS], tl.int32)
+    if HAS_START:
+        lowest = tl.where(column == 0, tl.load(limits + START_LOW), lowest)
+        highest = tl.where(column == 0, tl.load(limits + START_HIGH), highest)
+        over = tl.where(column == 0, above, over)
+    if HAS_STOP:
+        lowest = tl.where(column == 1, tl.load(limits + STOP_LOW), lowest)
+        highest = tl.where(column == 1, tl.load(limits + STOP_HIGH), highest)
+        over = tl.where(column == 1, above + certain, over)
+
+    entries = 2 * splits * capacity
+    buffer = Scores + row * entries
+    first_pair = Pairs + row * splits * capacity
+    zone = Zone + row * 2 * room
+    offs = tl.arange(0, BLOCK)
+    begin_excluded, end_excluded = tl.load(Offsets + row), tl.load(Offsets + row + 1)
+    near_low, near_high = score_key(lowest), tl.full([TARGETS], 0x7FFFFFFF, tl.int32)
+    if NARROW:
+        stride = (entries // BLOCK - 1) | 1  # odd, so that left and right items are drawn
+        few = tl.load(buffer + offs * stride)
+        some = tl.sum((few[None, :] >= lowest[:, None]).to(tl.int32), 1)
+        beyond = tl.sum((few[None, :] >= highest[:, None]).to(tl.int32), 1)
+        expected = beyond + (wanted - over + 0.5) * (BLOCK / entries)
+        low, high = around(few, expected, tl.maximum(some, 1), spread, TARGETS)
+        near_low = tl.maximum(near_low, low)
+        near_high = tl.where(highest == highest, tl.minimum(high, score_key(highest)), high)
+    high_pivot = key_score(near_high)
+    low_0, low_1, low_2 = _three(tl.where(unused, float("nan"), key_score(near_low)))
+    high_0, high_1, high_2 = _three(high_pivot)
+
+    # Every thread counts for itself, and all are added up once: candidates that reach a zone's lower limit, and its
+    # upper one, the second number 16 bits higher; in `near_0` to `near_2` the same for what is near each target.
+    ZONED: tl.constexpr = HAS_START or HAS_STOP  # otherwise all targets share the open zone
+    reach = tl.zeros([TARGETS if ZONED else 1, BLOCK], tl.int32)
+    near_0, near_1, near_2 = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+    near = tl.zeros([], tl.int32)  # entries near any target
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    for begin in range(0, entries, BLOCK):
+        score = tl.load(buffer + begin + offs, mask=begin + offs < entries, other=float("nan"))
+        if SKIP_EXCLUDED:
+            item = 2 * tl.load(first_pair + (begin + offs) // 2, mask=score == score, other=0) + offs % 2
+            for place in range(begin_excluded, end_excluded, EXCLUDED):
+                offs_e = place + tl.arange(0, EXCLUDED)
+                value = tl.load(Values + offs_e, mask=offs_e < end_excluded, other=-1)
+                drop = tl.sum((item[:, None] == value[None, :]).to(tl.int32), 1) > 0
+                score = tl.where(drop, float("nan"), score)
+            tl.store(buffer + begin + offs, score, mask=(begin + offs < entries) & (score != score))
+        if ZONED:
+            reach += (score[None, :] >= lowest[:, None]).to(tl.int32)
+            reach += tl.where(score[None, :] >= highest[:, None], 1 << 16, 0)
+        else:
+            reach += (score >= open_low).to(tl.int32)[None, :]
+        best = tl.maximum(best, score)  # never NaN
+        if NARROW:
+            near_0 += (score >= low_0).to(tl.int32) + tl.where(score >= high_0, 1 << 16, 0)
+            near_1 += (score >= low_1).to(tl.int32) + tl.where(score >= high_1, 1 << 16, 0)
+            near_2 += (score >= low_2).to(tl.int32) + tl.where(score >= high_2, 1 << 16, 0)
+            keep = (score >= low_0) & ~(score >= high_0) | (score >= low_1) & ~(score >= high_1)
+            keep |= (score >= low_2) & ~(score >= high_2)
+            at = near + tl.cumsum(keep.to(tl.int32), 0) - 1
+            tl.store(zone + at, score.to(tl.int32, bitcast=True), mask=keep & (at < room))
+            tl.store(zone + room + at, begin + offs, mask=keep & (at < room))
+            near += tl.sum(keep.to(tl.int32), 0)
+    tl.debug_barrier()  # what other threads have written is read below
+    at_low = tl.zeros([TARGETS], tl.int32) + tl.sum(reach & 0xFFFF, 1)
+    at_high = tl.zeros([TARGETS], tl.int32) + tl.sum(reach >> 16, 1)
+    over_low = _sums(near_0 & 0xFFFF, near_1 & 0xFFFF, near_2 & 0xFFFF)
+    over_high = _sums(near_0 >> 16, near_1 >> 16, near_2 >> 16)
+    rank = wanted - over + at_high  # among all candidates
+    held = (rank >= at_high) & (rank < at_low)
+    missed = (tl.sum((~held & ~unused).to(tl.int32), 0) > 0) | (tl.max(filled, 0) > capacity)
+    missed |= entries > 0xFFFF * BLOCK  # more than the 16 bits of a count hold
+
+    # Bisection over scores as integers: the one sought lies in [low, high), which at_low and at_high candidates reach.
+    low = score_key(lowest)
+    high = tl.where(highest == highest, score_key(highest), score_key(tl.max(best, 0)) + 1)
+    searched = held & ~unused & ~missed
+    narrow = tl.zeros([], tl.int32) > 0
+    source, size = buffer, entries  # of the scores that are searched
+    listed = tl.zeros([], tl.int32)  # of these, those whose places are in a list
+    hidden = tl.zeros([TARGETS], tl.int32)  # candidates above a target's zone that Zone does not hold
+    if NARROW:
+        inside = (rank >= over_high) & (rank < over_low)
+        narrow = (near <= room) & (tl.sum((searched & ~inside).to(tl.int32), 0) == 0)
+        source = tl.where(narrow, zone.to(Scores.dtype, bitcast=True), buffer)
+        size = tl.where(narrow, near, entries)
+        listed = tl.where(narrow, near, 0)
+        low, at_low = tl.where(narrow, near_low, low), tl.where(narrow, over_low, at_low)
+        high = tl.where(narrow, tl.minimum(near_high, high), high)
+        at_high = tl.where(narrow, over_high, at_high)
+        if narrow:
+            hidden += over_high
+            for begin in range(0, size, BLOCK):
+                score = tl.load(source + begin + offs, mask=begin + offs < size, other=float("nan"))
+                hidden -= tl.sum((score[None, :] >= high_pivot[:, None]).to(tl.int32), 1)
+    going = tl.sum((searched & (at_low - at_high > 1) & (high > low + 1)).to(tl.int32), 0)
+    while going > 0:
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        pivot_0, pivot_1, pivot_2 = _three(key_score(middle))
+        here_0, here_1, here_2 = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+        for begin in range(0, size, BLOCK):
+            score = tl.load(source + begin + offs, mask=begin + offs < size, other=float("nan"))
+            here_0 += (score >= pivot_0).to(tl.int32)
+            here_1 += (score >= pivot_1).to(tl.int32)
+            here_2 += (score >= pivot_2).to(tl.int32)
+        reached = hidden + _sums(here_0, here_1, here_2)
+        enough = reached > rank
+        low, at_low = tl.where(enough, middle, low), tl.where(enough, reached, at_low)
+        high, at_high = tl.where(enough, high, middle), tl.where(enough, at_high, reached)
+        going = tl.sum((searched & (at_low - at_high > 1) & (high > low + 1)).to(tl.int32), 0)
+
+    # Bisection over ids where the score is tied: the one sought lies in [low_item, high_item).
+    pivot, ceiling = key_score(low), key_score(high)
+    low_item = tl.zeros([TARGETS], tl.int32)
+    high_item = tl.zeros([TARGETS], tl.int32) + V
+    ties = searched & (at_low - at_high > 1)
+    going = tl.sum((ties & (high_item - low_item > 1)).to(tl.int32), 0)
+    while going > 0:
+        middle = low_item + (high_item - low_item) // 2
+        lower = tl.zeros([TARGETS], tl.int32)
+        for begin in range(0, size, BLOCK):
+            score = tl.load(source + begin + offs, mask=begin + offs < size, other=float("nan"))
+            entry = tl.load(zone + room + begin + offs, mask=begin + offs < listed, other=0)
+            entry = tl.where(narrow, entry, begin + offs)
+            item = 2 * tl.load(first_pair + entry // 2, mask=score == score, other=0) + entry % 2
+            tied = (score[None, :] == pivot[:, None]) & (item[None, :] < middle[:, None])
+            lower += tl.sum(tied.to(tl.int32), 1)
+        enough = ties & (lower > rank - at_high)
+        low_item, high_item = tl.where(enough, low_item, middle), tl.where(enough, middle, high_item)
+        low_item = tl.where(ties, low_item, 0)
+        high_item = tl.where(ties, high_item, V)
+        going = tl.sum((ties & (high_item - low_item > 1)).to(tl.int32), 0)
+
+    found = tl.full([TARGETS], LAST, tl.int64)
+    for begin in range(0, size, BLOCK):
+        score = tl.load(source + begin + offs, mask=begin + offs < size, other=float("nan"))
+        entry = tl.load(zone + room + begin + offs, mask=begin + offs < listed, other=0)
+        entry = tl.where(narrow, entry, begin + offs)
+        item = 2 * tl.load(first_pair + entry // 2, mask=score == score, other=0) + entry % 2
+        this = (score[None, :] >= pivot[:, None]) & ~(score[None, :] >= ceiling[:, None])
+        this &= (item[None, :] >= low_item[:, None]) & (item[None, :] < high_item[:, None])
+        key = item_key(score, item.to(tl.int64), V)
+        found = tl.maximum(found, tl.max(tl.where(this, key[None, :], LAST), 1))
+
+    # Where nothing is wanted no key lies between the bounds.
+    none = tl.where(column == 0, LAST, FIRST)
+    tl.store(Bounds + row * TARGETS + column, tl.where(unused, none, tl.where(missed, 0, found)))
+    tl.store(Ranks + row * TARGETS + column, tl.where(unused, -1, wanted))
+    tl.store(Redone + row, tl.where(missed, 0, -1))
+    if missed:
+        for begin in range(0, entries, BLOCK):
+            tl.store(buffer + begin + offs, tl.full([BLOCK], float("nan"), tl.float32), mask=begin + offs < entries)
+        tl.store(Missed + tl.atomic_add(MissedCount, 1), row.to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["pairs", "V", "top", "stride_words", "wanted"])
+def _place_kernel(
+    Scores,
+    Pairs,
+    Bounds,
+    Words,
+    Found,
+    Best,
+    Values,
+    Offsets,
+    pairs,
+    V,
+    top,
+    stride_words,
+    wanted,
+    BITS: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    TOP: tl.constexpr,
+    SORTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EXCLUDED: tl.constexpr,
+):
+    """One program for each row puts its candidates where they belong, now that the bounds are known.
+
+    Members become bits in Words, whose bits above the slice are cleared; or their ids, but for those excluded, move to
+    the front of the row's Scores, in the order of the buffer, and Found says how many there are, at most `wanted`. The
+    keys of the `top` best items go to Best, filled up with LAST; in order with SORTS, where TOP keys hold them all.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    bounds = Bounds + row * TARGETS
+    first, last, best = tl.load(bounds), tl.load(bounds + 1), tl.load(bounds + 2)
+    begin, end = tl.load(Offsets + row), tl.load(Offsets + row + 1)
+    ids = tl.zeros([], tl.int32)
+    tops = tl.zeros([], tl.int32)
+    row_scores, row_best = Scores + 2 * row * pairs, Best + row * top
+    for entry in range(0, 2 * pairs, BLOCK):
+        offs_n = entry + tl.arange(0, BLOCK)
+        score = tl.load(row_scores + offs_n, mask=offs_n < 2 * pairs, other=float("nan"))
+        there = score == score
+        item = 2 * tl.load(Pairs + row * pairs + offs_n // 2, mask=there, other=0).to(tl.int64) + offs_n % 2
+        key = item_key(score, item, V)
+        member = there & (key <= first) & (key >= last)
+        if BITS:
+            word = Words + row * stride_words + item // 32
+            bit = 1 << (item % 32).to(tl.int32)
+            tl.atomic_or(word, bit, mask=member, sem="relaxed")
+            tl.atomic_and(word, ~bit, mask=there & (key > first), sem="relaxed")
+        if HAS_IDS:
+            for place in range(begin, end, EXCLUDED):
+                offs = place + tl.arange(0, EXCLUDED)
+                value = tl.load(Values + offs, mask=offs < end, other=-1)
+                member &= tl.sum((item[:, None] == value[None, :]).to(tl.int32), 1) == 0
+        if HAS_IDS or TOP > 0:
+            # Members and, 16 bits higher, the best are counted in one number.
+            chosen = there & (key >= best)
+            one = (member.to(tl.int32) if HAS_IDS else 0) + tl.where(chosen, 1 << 16, 0)
+            upto = tl.cumsum(one, 0)
+            both = tl.sum(one, 0)
+        if HAS_IDS:
+            # Behind what is read next, and all of this block has been read: the sum asks every thread.
+            rank = ids + (upto & 0xFFFF) - 1
+            tl.store(row_scores + rank, item.to(tl.int32).to(tl.float32, bitcast=True), mask=member & (rank < wanted))
+            ids += both & 0xFFFF
+        if TOP > 0:
+            rank = tops + (upto >> 16) - 1
+            tl.store(row_best + rank, key, mask=chosen & (rank < top))
+            tops += both >> 16
+    if HAS_IDS:
+        tl.store(Found + row, tl.minimum(ids, wanted))
+    if TOP > 0:
+        tl.debug_barrier()  # other threads' keys are read below
+        offs_t = tl.arange(0, TOP)
+        if SORTS:
+            keys = tl.load(row_best + offs_t, mask=offs_t < tl.minimum(tops, top), other=LAST)
+            tl.store(row_best + offs_t, tl.sort(keys, descending=True), mask=offs_t < top)
+        else:
+            for place in range(tops, top, TOP):
+                tl.store(row_best + place + offs_t, tl.full([TOP], LAST, tl.int64), mask=place + offs_t < top)
+
+
+@triton.jit(do_not_specialize=["V", "stride_words"])
+def _clear_excluded_kernel(Words, Values, Offsets, V, stride_words, EXCLUDED: tl.constexpr):
+    """Clears the bits of a row's excluded items."""
+    row = tl.program_id(0).to(tl.int64)
+    begin, end = tl.load(Offsets + row), tl.load(Offsets + row + 1)
+    for place in range(begin, end, EXCLUDED):
+        offs = place + tl.arange(0, EXCLUDED)
+        item = tl.load(Values + offs, mask=offs < end, other=-1)
+        bit = 1 << (item % 32).to(tl.int32)
+        real = (item >= 0) & (item < V)
+        tl.atomic_and(Words + row * stride_words + item // 32, ~bit, mask=real, sem="relaxed")
