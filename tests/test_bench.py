@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -161,7 +162,7 @@ def test_others_are_what_is_busy_less_what_is_ours(monkeypatch: pytest.MonkeyPat
     assert watch.others() == pytest.approx(0.5)
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system does not tell")
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="CPU time of processes is read from /proc")
 def test_the_work_of_contestants_that_have_ended_is_our_own(arena: Arena) -> None:
     before = machine.own_seconds(), time.process_time()
     spins = replace(bench_stubs.GOOD[0], task=Task(bench_stubs.spins, bench_stubs.compare))
@@ -359,8 +360,11 @@ def simulated(rng: np.random.Generator, processes: int, turns: int, number: int 
 def test_the_interval_covers_what_another_run_finds(processes: int) -> None:
     rng = np.random.default_rng(processes)
     one, other = simulated(rng, processes, 3), simulated(rng, processes, 3)
-    outside = [(a, b) for a, b in zip(one, other, strict=True) if not a.interval[0] <= b.ratio <= a.interval[1]]  # type: ignore[index,operator]
-    assert len(outside) <= 1
+    outside = 0
+    for a, b in zip(one, other, strict=True):
+        assert a.interval is not None and b.ratio is not None
+        outside += not a.interval[0] <= b.ratio <= a.interval[1]
+    assert outside <= 1
     noise = statistics.median(record.noise or 0.0 for record in one)
     assert 0.06 / math.sqrt(processes) < noise < 0.6  # neither blind to processes nor inflated by the slow turns
 
@@ -443,8 +447,9 @@ def test_the_stored_baseline_sees_an_op_that_takes_a_third_longer(stored: Result
         for name, known in baseline.items():
             own, label, contestant = name.split(" | ")
             ratio = known.ratio * (1.3 if own == op else 1.0)
-            records.append(replace(stored.records[1], op=own, contestant=contestant, ratio=ratio, noise=known.noise))
-            records[-1].shape = _Labelled(label)  # type: ignore[assignment]
+            shape: Any = _Labelled(label)
+            like = replace(stored.records[1], op=own, shape=shape, contestant=contestant)
+            records.append(replace(like, ratio=ratio, noise=known.noise))
         reported = {worse.name for worse in compare(replace(stored, records=records), baseline)}
         wanted = {name for name in baseline if name.startswith(f"{op} |")}
         assert reported == wanted, f"{kind}: {op} alone was slower"

@@ -46,6 +46,20 @@ def same(
         assert torch.equal(thresholds, want.thresholds), engine
 
 
+@pytest.fixture
+def missed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of each call so far, the rows whose limits did not hold or whose buffer was too small."""
+    found: list[int] = []
+
+    def record(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        kernel[grid](*args, **options)
+        if kernel is kernels._select_kernel:
+            found.append(int(args[kernel.arg_names.index("MissedCount")]))
+
+    monkeypatch.setattr(tiles, "_launcher", record)
+    return found
+
+
 # All forms: bits or ids, the skipped ranks buffered or counted, nothing but the top, everything.
 RANGES = [(20, 1_500, 5), (600, 1_500, 0), (1_000, 1_020, 5), (10, 30, 40), (7, 7, 3), (0, 2_200, 0)]
 CASES = [(*ranks, luck) for ranks in RANGES for luck in NO_LUCK[:2]] + [(*ranks, NO_LUCK[2]) for ranks in RANGES[::3]]
@@ -111,15 +125,7 @@ def test_a_group_of_tiles_never_fills_a_part() -> None:
 
 
 @pytest.mark.parametrize("top", [5, 300])
-def test_a_catalog_sorted_by_popularity_misses_nothing(top: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    missed = []
-
-    def record(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-        kernel[grid](*args, **options)
-        if kernel is kernels._select_kernel:
-            missed.append(int(args[kernel.arg_names.index("MissedCount")]))
-
-    monkeypatch.setattr(tiles, "_launcher", record)
+def test_a_catalog_sorted_by_popularity_misses_nothing(top: int, missed: list[int]) -> None:
     generator = torch.Generator().manual_seed(5)
     query, catalog = torch.randn(2, 16, generator=generator), torch.randn(6_000, 16, generator=generator)
     popular = -6.0 * torch.arange(1.0, 6_001).log()
@@ -201,15 +207,7 @@ def test_the_launches_are_the_same_whatever_the_values(monkeypatch: pytest.Monke
     assert len(sequences[0]) > 5
 
 
-def test_luck_is_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    missed = []
-
-    def record(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-        kernel[grid](*args, **options)
-        if kernel is kernels._select_kernel:
-            missed.append(int(args[kernel.arg_names.index("MissedCount")]))
-
-    monkeypatch.setattr(tiles, "_launcher", record)
+def test_luck_is_the_rule(missed: list[int]) -> None:
     generator = torch.Generator().manual_seed(3)
     catalog = torch.randn(4_000, 16, generator=generator) + torch.arange(4_000)[:, None] / 2_000  # sorted, in a way
     query = torch.randn(6, 16, generator=generator)
