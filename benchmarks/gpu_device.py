@@ -16,6 +16,7 @@ T = TypeVar("T")
 PATTERNS = ((0xFF, 0xFF), (0xC0, 0x7F))
 GUARD = 64  # elements on either side of a guarded tensor
 SENTINEL = 85  # in every byte of them
+PROFILED = 3  # calls whose kernels are timed
 MAX_POISONED = 1 << 30  # bytes of large blocks; a call that needs more gets the rest unpoisoned
 
 
@@ -60,6 +61,24 @@ class Cuda:
         end.record()
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1e3
+
+    def by_kernel(self, call: Callable[[], object]) -> dict[str, tuple[float, float]]:
+        """For each kernel that one call launches, by its name: how often, and seconds in all."""
+        from torch.profiler import ProfilerActivity, profile
+
+        call()
+        self.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            for _ in range(PROFILED):
+                self._flushed.zero_()
+                call()
+            self.synchronize()
+        found: dict[str, tuple[float, float]] = {}
+        for event in profiler.key_averages():
+            seconds = event.self_device_time_total / PROFILED * 1e-6
+            if seconds > 0.0 and "FillFunctor<unsigned char>" not in event.key:  # the flush
+                found[event.key] = (event.count / PROFILED, seconds)
+        return found
 
     def peak_bytes(self, call: Callable[[], object]) -> int | None:
         """The most memory that tensors take during one call, beyond what they take before."""
@@ -132,6 +151,9 @@ class Interpreted:
         begun = time.perf_counter()
         call()
         return time.perf_counter() - begun
+
+    def by_kernel(self, call: Callable[[], object]) -> dict[str, tuple[float, float]]:
+        return {"interpreted": (1.0, self.seconds(call))}
 
     def peak_bytes(self, call: Callable[[], object]) -> int | None:
         call()

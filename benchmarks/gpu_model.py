@@ -96,28 +96,28 @@ def passes(size: float, times: int) -> float:
 
 
 def rank_slice_work(
-    call: Call, sampled: int, pairs: int, groups: int, narrow: tuple[bool, bool] = (False, False), windows: int = 1
+    call: Call, sampled: int, entries: int, groups: int, narrow: tuple[bool, bool] = (False, False), windows: int = 1
 ) -> list[Work]:
-    """sampled: items scored for the bracket; pairs: what a row's buffer holds, 12 bytes each; groups: of tiles, whose
+    """sampled: items scored for the bracket; entries: of a row's buffer, 8 bytes each; groups: of tiles, whose
     members are put in order where the result is ids, 0 where it is bits; narrow: whether the sample, and the buffer,
     are searched after a few of their scores; else in 24 passes; windows: in which groups are counted.
 
-    A few are up to 2,048 for each row, each in a sector of its own; then there is one pass. What the stream leaves
-    empty, a quarter of the buffer or less, it fills at its end, when nobody multiplies any more: each pair a sector.
+    A few are up to 4,096 for each row, each in a sector of its own; then there is one pass. What the stream leaves
+    empty, a third of the buffer or less, it fills at its end, when nobody multiplies any more: each entry a sector.
     Ids are written to the buffer, read twice in each window, and written in order; the two numbers of a group are
     cleared, set, read, and one of them written and read.
     """
     b, d = call.sessions, call.width
-    few = 2048.0 * SECTOR * b
-    sample, scores, buffer = 4.0 * b * sampled, 8.0 * b * pairs, 12.0 * b * pairs
+    few = 4096.0 * SECTOR * b
+    sample, scores, buffer = 4.0 * b * sampled, 4.0 * b * entries, 8.0 * b * entries
     words = 0.0 if groups else b * call.items / 8.0
     ids = 4.0 * b * call.size if groups else 0.0
     return [
         Work("_sample_kernel", 2.0 * b * sampled * d, call.element * d * (b + sampled) + sample),
         Work("_limits_kernel", 0.0, few + sample if narrow[0] else passes(sample, SEARCHED)),
         Work("_stream_kernel", call.product, call.matrices + words + buffer),
-        Work("_stream_kernel, its end", 0.0, SECTOR * b * pairs / 4),
-        Work("_select_kernel", 0.0, (few + scores if narrow[1] else passes(scores, SEARCHED)) + buffer / 12),
+        Work("_stream_kernel, its end", 0.0, SECTOR * b * entries / 3),
+        Work("_select_kernel", 0.0, (few + scores if narrow[1] else passes(scores, SEARCHED)) + buffer / 8),
         Work("_place_kernel", 0.0, buffer + ids),
         Work("_ascending_kernel", 0.0, passes(ids, 2 * windows) + ids + passes(8.0 * b * groups, 4)),
     ]
@@ -136,19 +136,18 @@ def top_k_work(call: Call, k: int, block: int) -> list[Work]:
     ]
 
 
-def slice_loss_work(call: Call, splits: int, columns: int) -> list[Work]:
-    """Over bits. splits: programs that share the catalog; columns: of a gradient that one program holds, each of which
-    recomputes the scores: backward is 1 + ceil(d / columns) products for each gradient."""
+def slice_loss_work(call: Call, splits: int) -> list[Work]:
+    """Over bits. splits: programs that share the catalog. Backward writes a slope for each score, of some columns at a
+    time, and multiplies them with the catalog and with the queries."""
     b, v, d = call.sessions, call.items, call.width
-    bits = b * v / 8.0
-    again = math.ceil(d / columns)
-    backward = call.product * (again + 1)
+    bits, slopes = b * v / 8.0, float(call.element) * b * v
     return [
         Work("_partition_kernel", call.product, call.matrices + bits + 8.0 * splits * b),
         Work("_loss_kernel", 2.0 * b * call.wanted * d, 8.0 * splits * b + call.element * d * b * (1 + call.wanted)),
-        Work("_query_grad_kernel", backward, call.matrices + bits + 4.0 * splits * b * d),
-        Work("_query_sum_kernel", 0.0, 4.0 * splits * b * d + call.element * b * d * (1 + call.wanted)),
-        Work("_catalog_grad_kernel", backward, call.matrices + bits + float(call.element) * v * d),
+        Work("_pulls_kernel", 0.0, b * (16.0 + 16.0 * call.wanted)),
+        Work("_slopes_kernel", call.product, call.matrices + bits + slopes),
+        Work("mm, the queries' gradient", call.product, slopes + float(call.element) * v * d + 4.0 * b * d),
+        Work("mm, the catalog's gradient", call.product, slopes + call.matrices),
     ]
 
 
@@ -349,13 +348,13 @@ class Loop:
 
 
 def chance_of(share: float) -> float:
-    """That one of a warp's threads has a candidate, where this share of pairs are."""
-    return 1.0 - (1.0 - min(1.0, share)) ** LANES
+    """That one of two neighbours in one of a warp's threads is a candidate, where this share of all items are."""
+    return 1.0 - (1.0 - min(1.0, share)) ** (2 * LANES)
 
 
 def stream_loop(width: int, start: int, stop: int, share: float, top: int = 5) -> Loop:
     """The stream kernel's, compiled for sm_90 in the form that [start, stop) of the paper's catalog has; share: of all
-    pairs that are candidates."""
+    items that are candidates."""
     from alterrec_fast.benchmarks import gpu_proof
 
     gpu = next(gpu for gpu in gpu_proof.GPUS if gpu.name == "sm_90")
@@ -397,7 +396,7 @@ def plan_of(call: Call, start: int, top: int = 5) -> Any:
     blocks = tiles.scoring_blocks("bf16", query, query)
     shape = (rows, call.items, start, start + call.size, top, bits, 0, PROCESSORS, 1.0)
     with gpu_proof.compiling_for(next(gpu for gpu in gpu_proof.GPUS if gpu.name == "sm_90")):
-        stream = rank_slice.stream_blocks(rank_slice.plan(*shape, blocks), rows, "bf16", query, query, blocks)
+        stream = rank_slice.stream_blocks(rank_slice.plan(*shape, blocks), "bf16", query, query, blocks)
     return rank_slice.plan(*shape, stream)
 
 
@@ -446,16 +445,16 @@ def predict(call: Call, start: int = 20) -> Prediction:
     cut = plan_of(call, start)
     # The code depends on the form of the call, so a call of the same form on the paper's catalog stands for it. The
     # buffer's room, which has its deviations' worth of slack, stands for the candidates.
-    share = cut.pairs / (call.items / 2)
+    share = cut.entries / call.items
     loop = stream_loop(call.width, start, 20_000 if cut.bits else 500, share)
     extra, found = dry_run(call, start)
     by_name = {launch.name: launch for launch in found if launch.name in SCANS}
     narrow = by_name["_limits_kernel"].options["NARROW"], by_name["_select_kernel"].options["NARROW"]
-    entries = {"_limits_kernel": cut.sampled, "_select_kernel": 2 * cut.pairs, "_place_kernel": 2 * cut.pairs}
+    entries = {"_limits_kernel": cut.sampled, "_select_kernel": cut.entries, "_place_kernel": cut.entries}
     works = []
     groups = 0 if cut.bits else math.ceil(call.items / (loop.block_v << cut.dealt))
-    windows = math.ceil(groups / cut.pairs)
-    for work in rank_slice_work(call, cut.sampled, cut.pairs, groups, narrow, windows):
+    windows = math.ceil(groups / (cut.entries // 2))
+    for work in rank_slice_work(call, cut.sampled, cut.entries, groups, narrow, windows):
         slots = 0.0
         if work.kernel == "_ascending_kernel" and groups:
             (launch,) = [one for one in found if one.name == work.kernel]
@@ -606,14 +605,14 @@ def report() -> str:
     found = [predict(call) for call in CALLS]
     loops = [(f"V={one.call.items:,} d={one.call.width}", one.loop) for one in found]
     paper_cut = plan_of(paper, 20)
-    share = paper_cut.pairs / (paper.items / 2)
+    share = paper_cut.entries / paper.items
     loops.append(("V=40,258 d=320", stream_loop(320, 20, 20_000, share)))
     parts: list[tuple[str, Callable[[], str]]] = [
         ("`rank_slice`, ranks 20 to 20,000:", lambda: predictions_table(found)),
         ("The stream kernel's loop, instructions of a warp for a tile:", lambda: loops_table(loops)),
         (f"`rank_slice`, B=512, V={big.items:,}, d=128:", lambda: works_table(found[0].works)),
         ("`top_k`, 20 of the same:", lambda: works_table(top_k_work(big, 20, 1024))),
-        ("`slice_cross_entropy`, B=512, V=40,258, d=300:", lambda: works_table(slice_loss_work(paper, 33, 128))),
+        ("`slice_cross_entropy`, B=512, V=40,258, d=300:", lambda: works_table(slice_loss_work(paper, 99))),
         ("`sampled_softmax`, 2,048 negatives of each session:", lambda: works_table(sampled_softmax_work(paper, 2048))),
     ]
     import triton

@@ -118,6 +118,7 @@ STAGES: dict[str, Callable[[Device, Journal, int], None]] = {
     "huge": check_huge,
     **{tool: functools.partial(sanitize, tool=tool) for tool in SANITIZERS},
     "ceilings": gpu_times.measure_ceilings,
+    "kernels": gpu_times.measure_kernels,
     **{f"times, {name}": functools.partial(gpu_times.measure, name=name) for name in ("paper", "1M", "10M")},
 }
 

@@ -31,6 +31,7 @@ START, STOP, TOP = 20, 20_000, 20  # the paper's ranks, and a page of recommenda
 SAMPLED, SHARED = 1_000, 8_192  # negatives of a session, and of all together
 GRAPH_BYTES = 1 << 30  # a graph keeps its memory: torch's only where float32 scores are smaller
 MAX_TURNS = 20
+SHORTEST = 4e-6  # seconds, of a kernel that is listed
 ROWS = 4  # sessions whose ranks are compared with float64
 
 Call = Callable[[], object]
@@ -95,6 +96,30 @@ def measure_ceilings(device: Device, journal: Journal, _seed: int) -> None:
         torch.mm(a, b)
         best = min(device.seconds(partial(torch.mm, a, b)) for _ in range(8))
         journal.write("ceiling", name, value=2.0 * n**3 / best, unit="FLOP/s")
+
+
+def measure_kernels(device: Device, journal: Journal, seed: int) -> None:
+    """Where the time of our ops goes, kernel by kernel."""
+    for name in ("paper", "1M", "10M"):
+        shape = shapes(name, device.kind)[0]
+        contest = Contest(device, shape, seed)
+        for op in ("rank_slice", "top_k", "full_softmax"):
+            if journal.spent() or (name == "10M" and op == "full_softmax"):
+                continue
+            call = contest.ops()[op][1]["ours"]()
+            for kernel, (calls, seconds) in sorted(device.by_kernel(call).items(), key=lambda item: -item[1][1]):
+                if seconds >= SHORTEST:
+                    journal.write(
+                        "kernel", _short_name(kernel), shape=str(shape), op=op, calls=calls, microseconds=1e6 * seconds
+                    )
+        del contest
+        device.release()
+
+
+def _short_name(kernel: str) -> str:
+    """A C++ kernel's name without its arguments and most of its template's."""
+    plain = kernel.removeprefix("void ").split("(")[0]
+    return plain if len(plain) <= 60 else f"{plain[:28]}...{plain[-28:]}"
 
 
 # --- contests ---
@@ -201,11 +226,15 @@ class Contest:
 
             return self.trained(lambda q, e: linear_cross_entropy(q, e, self.target))
 
-        return {
+        made: dict[str, Make] = {
             "ours": lambda: self.trained(ours),
             "torch F.cross_entropy": lambda: self.trained(torchs),
             "Cut Cross-Entropy": cut,
+            GRAPHED: self.graphed(self.trained(ours)),
         }
+        if 4 * self.shape.b * self.shape.v <= GRAPH_BYTES:
+            made["torch F.cross_entropy, CUDA graph"] = self.graphed(self.trained(torchs))
+        return made
 
     def slice_cross_entropy(self) -> dict[str, Make]:
         """Over one slice, made before: the loss and both gradients alone."""

@@ -5,7 +5,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
-#include <bit>
+#include <cstring>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -130,8 +130,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sampled_softmax(
           log_partition.data_ptr<float>(), check ? reinterpret_cast<uint64_t*>(fault.data_ptr<int64_t>()) : nullptr,
           stream_of(query));
   const uint64_t found = check ? static_cast<uint64_t>(fault.item<int64_t>()) : kNoFault;
-  TORCH_CHECK_VALUE(found == kNoFault, "scores: row ", found >> 32, " has a score of ",
-                    std::bit_cast<float>(static_cast<uint32_t>(found)), ", expected a finite one");
+  const uint32_t bits = static_cast<uint32_t>(found);
+  float score;
+  std::memcpy(&score, &bits, sizeof(score));  // torch before 2.13 compiles extensions as C++17, without std::bit_cast
+  TORCH_CHECK_VALUE(found == kNoFault, "scores: row ", found >> 32, " has a score of ", score,
+                    ", expected a finite one");
   return {losses, log_partition, kept};
 }
 

@@ -12,14 +12,14 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["pairs", "window", "first_group", "groups", "shift", "wanted", "bits"])
+@triton.jit(do_not_specialize=["room", "window", "first_group", "groups", "shift", "wanted", "bits"])
 def _ascending_kernel(
     Members,
-    Groups,
+    Memory,
     Found,
     Redone,
     Ids,
-    pairs,
+    room,
     window,
     first_group,
     groups,
@@ -30,17 +30,19 @@ def _ascending_kernel(
 ):
     """One program for each row writes its ids, ascending and filled up with -1, to Ids (B, wanted) int32.
 
-    Members (B, 2 pairs) int32 holds Found[row] ids at a row's front, at most `pairs`. Behind them, and in Groups
-    (B, pairs) int32, is memory for two numbers a group, of `window` groups at a time; item i is in group (i >> shift) -
-    first_group. Redone[row] is negative where the stream's order holds. bits: of the largest id, an even number.
+    Members (B, room) int32 holds Found[row] ids at a row's front. Memory (B, room) int32 is for two numbers a group, of
+    `window` groups at a time; item i is in group (i >> shift) - first_group. Redone[row] is negative where the stream's
+    order holds. bits: of the largest id, an even number.
     """
     row = tl.program_id(0).to(tl.int64)
-    members, ids = Members + row * 2 * pairs, Ids + row * wanted
+    members, memory, ids = Members + row * room, Memory + row * room, Ids + row * wanted
     size = tl.load(Found + row)
     offs = tl.arange(0, BLOCK)
     if tl.load(Redone + row) >= 0:
         for bit in range(bits):
-            source, other = members + bit % 2 * pairs, members + (1 - bit % 2) * pairs
+            source, other = members, memory
+            if bit % 2 == 1:
+                source, other = memory, members
             zeros = tl.zeros([], tl.int32)
             for begin in range(0, size, BLOCK):
                 item = tl.load(source + begin + offs, mask=begin + offs < size, other=-1)
@@ -59,8 +61,8 @@ def _ascending_kernel(
             there = begin + offs < size
             tl.store(ids + begin + offs, tl.load(members + begin + offs, mask=there), mask=there)
     else:
-        first = members + pairs  # where a group's members begin, and then how far they move
-        end = Groups + row * pairs
+        first = memory  # where a group's members begin, and then how far they move
+        end = memory + window
         lower = tl.zeros([], tl.int32)  # members of the groups so far
         for opening in range(0, groups, window):
             some = tl.minimum(groups - opening, window)

@@ -8,7 +8,7 @@ import triton.language as tl
 from . import tiles
 from .order import key_score, score_key
 
-SPREAD = 4.5  # standard deviations of a sample's order statistic to either side: 3e-6 of all limits do not hold
+SPREAD = 5.0  # standard deviations of a sample's order statistic to either side: 3e-7 of all limits do not hold
 LIMITS = tl.constexpr(8)  # columns of the limits: 5 are used, a power of two for the kernels
 OPEN, START_HIGH, START_LOW, STOP_HIGH, STOP_LOW = (tl.constexpr(i) for i in range(5))
 _BITS = tl.constexpr(24)  # of a limit's 32 that are found, the rest are not worth it

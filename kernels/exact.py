@@ -40,7 +40,7 @@ def _exact_kernel(
     Histogram,
     Words,
     Scores,
-    Pairs,
+    Items,
     Redone,
     Values,
     Offsets,
@@ -68,7 +68,7 @@ def _exact_kernel(
 ):
     """Counts digits, or with `write` writes what the bounds enclose: one binary, so that both see the same scores.
 
-    The redone rows' buffers are filled from their beginning, Redone[row] entries, each a pair with one item in it.
+    The redone rows' buffers are filled from their beginning, Redone[row] entries.
     """
     missed = tl.load(MissedCount)
     low_digits = shift < 32  # the part of the key that is the id
@@ -127,10 +127,8 @@ def _exact_kernel(
                 )
                 keep = wanted & (entry < room)
                 at = rows[:, None] * room + entry
-                tl.store(Pairs + at, tl.broadcast_to((items // 2).to(tl.int32)[None, :], at.shape), mask=keep)
-                side = 2 * at + (items % 2)[None, :]
-                tl.store(Scores + side, scores, mask=keep)
-                tl.store(Scores + (side ^ 1), tl.full(at.shape, float("nan"), tl.float32), mask=keep)
+                tl.store(Items + at, tl.broadcast_to(items.to(tl.int32)[None, :], at.shape), mask=keep)
+                tl.store(Scores + at, scores, mask=keep)
             else:
                 digit = tl.where(low_digits, rest, key) >> by
                 for target in range(3):
@@ -189,10 +187,11 @@ def redo(
     """Finds the bounds of the missed rows and writes their members and candidates.
 
     rows: missed (B,) and its length (1,) int32, bounds (B, 4) int64 that hold 0 in missed rows, and the ranks (B, 4)
-    int32 that are sought, negative for none. buffer: scores, pairs and redone, with `room` pairs a row.
+    int32 that are sought, negative for none. buffer: scores, items and redone, with `room` entries a row.
     """
     b, v = query.shape[0], catalog.shape[0]
-    blocks = replace(tiles.scoring_blocks(precision, query, catalog), v=32)  # its scores need more registers each
+    # Its scores need more registers each.
+    blocks = replace(tiles.scoring_blocks(precision, query, catalog), v=32, warps=8)
     missed, missed_count, bounds, rank = rows
     histogram = torch.zeros(b, TARGETS.value, DIGITS.value, dtype=torch.int32, device=query.device)
     programs = 2 * tiles.processors(query.device)

@@ -45,9 +45,11 @@ class Problem:
         bf16: bool,
         check: bool,
     ) -> Problem:
-        first = target.long().unsqueeze(1)
-        wanted = first if positives is None else torch.cat([first, positives.long()], 1)
-        wanted = wanted.masked_fill((first == ignore_index) | (first < 0), -1)
+        wanted = target.long().contiguous().unsqueeze(1)
+        if positives is not None or ignore_index >= 0:
+            none = (wanted == ignore_index) | (wanted < 0)
+            wanted = wanted if positives is None else torch.cat([wanted, positives.long()], 1)
+            wanted = wanted.masked_fill(none, -1)
         return cls(
             query,
             catalog,
@@ -127,12 +129,56 @@ class Slopes:
     @classmethod
     def of(cls, p: Problem, grad_losses: Tensor, log_partition: Tensor, logits: Tensor) -> Slopes:
         """logits (B, 1 + P) are those of the wanted items."""
-        some = ~log_partition.isneginf()
-        gain = torch.sigmoid(log_partition.unsqueeze(1) - logits)
-        gain[:, 1:] *= p.positive_weight
-        gain = gain.masked_fill((p.wanted < 0) | ~some.unsqueeze(1), 0.0)
-        pulls = gain * (-p.scale * grad_losses.float().unsqueeze(1))
-        return cls(-pulls.sum(1), log_partition.masked_fill(~some, 0.0), pulls)
+        (b, k), grad = p.wanted.shape, grad_losses.float()
+        found = cls(p.floats(b), p.floats(b), p.floats(b, k))
+        launch(
+            _pulls_kernel,
+            (b,),
+            p.wanted,
+            logits,
+            log_partition,
+            grad,
+            found.weights,
+            found.log_partition,
+            found.pulls,
+            grad.stride(0),
+            p.scale,
+            p.positive_weight,
+            k,
+            BLOCK_K=triton.next_power_of_2(k),
+            num_warps=1,
+        )
+        return found
+
+
+@triton.jit(do_not_specialize=["stride_grad", "scale", "positive_weight", "K"])
+def _pulls_kernel(
+    Wanted,
+    Logits,
+    LogPartition,
+    GradLosses,
+    Weights,
+    Partition,
+    Pulls,
+    stride_grad,
+    scale,
+    positive_weight,
+    K,
+    BLOCK_K: tl.constexpr,
+):
+    """A session's `Slopes`."""
+    row = tl.program_id(0).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K)
+    wanted = tl.load(Wanted + row * K + offs_k, mask=offs_k < K, other=-1)
+    logits = tl.load(Logits + row * K + offs_k, mask=offs_k < K, other=0.0)
+    partition = tl.load(LogPartition + row)
+    grad = tl.load(GradLosses + row * stride_grad)
+    gain = tl.where(offs_k == 0, 1.0, positive_weight) / (1.0 + tl.exp(logits - partition))
+    some = partition > float("-inf")
+    pulls = tl.where(some, tl.where(wanted >= 0, gain * (-scale * grad), 0.0), 0.0)
+    tl.store(Pulls + row * K + offs_k, pulls, mask=offs_k < K)
+    tl.store(Weights + row, -tl.sum(pulls, 0))
+    tl.store(Partition + row, tl.where(some, partition, 0.0))
 
 
 @triton.jit

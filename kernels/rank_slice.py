@@ -24,6 +24,7 @@ from .tiles import launch
 
 ROWS = 1024  # sessions at a time, which bounds the memory beside the result
 FEW = 2048  # scores that are looked at first, of which a thread holds a handful
+MANY = 1 << 14  # entries of a row from which on programs take larger blocks of them
 NARROWED = 4  # times as many or more are not searched before the few have narrowed the search
 MOST_SORTED = 256  # keys of a row that a program sorts by itself
 
@@ -34,7 +35,7 @@ class Plan:
 
     sampled: int  # S
     splits: int  # programs that share a row block's catalog
-    capacity: int  # pairs that a program may buffer for a row
+    capacity: int  # items that a program may buffer for a row
     dealt: int  # log2 of the neighbouring tiles that a program takes at a time
     bits: bool
     has_open: bool  # a zone of all scores above a limit: the top, and where few ranks are skipped also those
@@ -42,14 +43,14 @@ class Plan:
     has_stop: bool  # limits around rank stop - 1
 
     @property
-    def pairs(self) -> int:
-        """Pairs that a row's buffer holds."""
+    def entries(self) -> int:
+        """Items that a row's buffer holds."""
         return self.splits * self.capacity
 
     @property
     def zone(self) -> int:
         """Entries that may be near what is sought: an eighth of all, more than what a few are expected to leave."""
-        return self.pairs // 4
+        return self.entries // 8
 
 
 def plan(
@@ -71,33 +72,37 @@ def plan(
     has_start = wanted > 0 and not open_start
     has_stop = wanted > 0 and (bits or has_start)
     open_ranks = max(top + left_out, 0 if has_start or not wanted else start + 1 if bits else stop)
-    room = 56 << 20  # bytes for the sample, which the buffer for candidates takes over
-    sampled = min(ranked, max(2048, min(ranked // 64, (room + 12 * wanted * rows) // (4 * rows))))
+    # Bytes of a row for the sample, which the buffer for candidates takes over.
+    room = (40 << 20) // max(1, rows) + 16 * wanted
+    sampled = min(ranked, max(2048, min(ranked // 64, room // 4)))
+    share = sampled / ranked
 
-    def reach(rank: int) -> float:
-        """Items between the middle of a bracket and its limit."""
-        share = sampled / ranked
-        width = SPREAD * math.sqrt(max(rank * share * (1.0 - rank / ranked) * (1.0 - share), 0.0)) + 3.0
-        return (width + 3.0 * math.sqrt(width)) / share
+    def width(rank: int) -> float:
+        """Sampled items between the middle of a bracket and its limit."""
+        return SPREAD * math.sqrt(max(rank * share * (1.0 - rank / ranked) * (1.0 - share), 0.0)) + 3.0
+
+    def most_between(few: float) -> float:
+        """Items that lie between two limits with so many sampled ones between them, with luck."""
+        return (few + SPREAD * math.sqrt(few * (1.0 - share))) / share
 
     candidates = 0.0
     if open_ranks:
-        candidates += open_ranks + reach(open_ranks)
+        candidates += most_between(open_ranks * share + width(open_ranks))
     if has_start:
-        candidates += 2.0 * reach(start)
+        candidates += most_between(2.0 * width(start))
     if has_stop:
-        candidates += 2.0 * reach(stop) if bits else wanted + reach(start) + reach(stop)
+        candidates += most_between(2.0 * width(stop) if bits else wanted * share + width(start) + width(stop))
     all_tiles = triton.cdiv(ranked, blocks.v) + 1
     splits = max(1, min(triton.cdiv(2 * processors, triton.cdiv(rows, blocks.b)), all_tiles, 1024))
-    most = triton.cdiv(all_tiles, splits) * (blocks.v // 2)  # the pairs that a program can meet
-    share = candidates * slack / splits
-    capacity = min(most, math.ceil(share + SPREAD * math.sqrt(share)) + 8)
+    most = triton.cdiv(all_tiles, splits) * blocks.v  # the items that a program can meet
+    part = candidates * slack / splits
+    capacity = min(most, math.ceil(part + SPREAD * math.sqrt(part)) + 8)
     # Brackets deep in a huge catalog may hold more than memory does; such rows are redone.
-    budget = (2 * 8 * wanted * rows + (48 << 20)) // (12 * rows) + 2 * open_ranks
+    budget = (2 * 8 * wanted * rows + (48 << 20)) // (8 * rows) + 2 * open_ranks
     capacity = min(capacity, budget // splits)
-    # A redone row's buffer holds exactly what is wanted, one item to a pair.
+    # A redone row's buffer holds exactly what is wanted.
     exact = top + (0 if bits else wanted)
-    capacity = max(capacity, triton.cdiv(exact, splits), 1)
+    capacity = max(capacity, triton.cdiv(exact, splits), 2)
     # Fewer groups of tiles are less to count for `_ascending_kernel`. But one that is all candidates, as catalogs that
     # are sorted by popularity have them, must not take more than a quarter of a program's part.
     dealt = 0
@@ -108,26 +113,26 @@ def plan(
     return Plan(sampled, splits, capacity, dealt, bits, open_ranks > 0, has_start, has_stop)
 
 
-def stream_blocks(
-    p: Plan, rows: int, precision: str, query: Tensor, catalog: Tensor, blocks: tiles.Blocks
-) -> tiles.Blocks:
-    """The stream kernel's shape on this target.
+def stream_blocks(p: Plan, precision: str, query: Tensor, catalog: Tensor, blocks: tiles.Blocks) -> tiles.Blocks:
+    """The stream kernel's shape on this target; the best of those that were measured on an H100 (docs/gpu.md).
 
     On Hopper and data-centre Blackwell the matrix unit takes operands from shared memory. That leaves 4 warps enough
     registers, and two programs share a processor: one compares scores while the matrix unit serves the other. Narrow
-    queries then stay in shared memory; where only the open zone is looked for, registers suffice for twice the
-    sessions, which halves what the catalog takes of the L2 cache's bandwidth.
+    queries then stay in shared memory. Wide ones are read anew for each tile: where only the open zone is looked for,
+    registers suffice for twice the sessions, which halves what the catalog takes of the L2 cache's bandwidth.
     """
     width, narrow = query.shape[1], tiles.narrow(precision, query, catalog)
     same = query.dtype == catalog.dtype and (narrow or precision != "bf16")
     if not tiles.has_wide_matrix_unit(query.device) or blocks.v < 128 or p.has_start or not same:
         return blocks
-    if not narrow or width > 128:
-        return replace(blocks, warps=4)
-    whole = max(16, triton.next_power_of_2(width))
-    if p.has_stop or rows <= 64:
-        return replace(blocks, warps=4, d=whole)
-    return replace(blocks, b=128, d=whole, stages=2)
+    if narrow and width <= 128:
+        whole = max(16, triton.next_power_of_2(width))
+        if tiles.is_hopper(query.device) or p.has_stop or query.shape[0] <= 64:
+            return replace(blocks, warps=4, d=whole)
+        return replace(blocks, b=128, d=whole, stages=2)  # which spills nothing on Blackwell
+    if narrow and not p.has_stop and query.shape[0] > 64:
+        return replace(blocks, b=128, d=min(blocks.d, 32), stages=4)
+    return replace(blocks, warps=4)
 
 
 def ranks(
@@ -163,7 +168,7 @@ def ranks(
     left_out = triton.cdiv(2 * values.numel(), max(b, 1)) if skip_excluded else 0
     blocks, product = tiles.scoring_blocks(precision, query, catalog), tiles.arithmetic(precision, query, catalog)
     call = (b, ranked, start, stop, top, words is not None, left_out, tiles.processors(device), slack)
-    stream = stream_blocks(plan(*call, blocks), b, precision, query, catalog, blocks)
+    stream = stream_blocks(plan(*call, blocks), precision, query, catalog, blocks)
     p = plan(*call, stream)
     matrices = (tiles.strides(query), tiles.strides(catalog), 0 if bias is None else bias.stride(0))
     has_bias = {"HAS_BIAS": bias is not None}
@@ -171,11 +176,10 @@ def ranks(
     int32 = {"dtype": torch.int32, "device": device}
 
     # The sample has been read when the buffer is filled: one memory serves both.
-    scores_size, pairs_size = b * p.pairs * 2, b * p.pairs
-    memory = torch.empty(max(scores_size + pairs_size, b * p.sampled), **int32)
-    sample = memory[: b * p.sampled].view(torch.float32)
-    scores = memory[:scores_size].view(torch.float32)
-    pairs = memory[scores_size : scores_size + pairs_size]
+    size = b * p.entries
+    memory = torch.empty(max(2 * size, b * p.sampled), **int32)
+    sample, scores = memory[: b * p.sampled].view(torch.float32), memory[:size].view(torch.float32)
+    items = memory[size : 2 * size]
     limits = torch.empty(b, LIMITS.value, dtype=torch.float32, device=device)
     counts, certain, above = torch.empty(3, b, p.splits, **int32)
     redone = torch.empty(b, **int32)  # entries written by the redo, -1 where there was none
@@ -183,6 +187,7 @@ def ranks(
     rank = torch.empty(b, TARGETS.value, **int32)
     missed, missed_count = torch.empty(b, **int32), torch.zeros(1, **int32)
 
+    backend, _ = tiles.target(device)
     launch(
         _sample_kernel,
         (row_blocks, triton.cdiv(p.sampled, blocks.v)),
@@ -199,6 +204,8 @@ def ranks(
         **has_bias,
         **product,
         **blocks.options(),
+        # For more programs on a processor it would spill.
+        **({"maxnreg": 168} if backend == "cuda" and product["PRODUCT"] == "ieee" else {}),
     )
     launch(
         _limits_kernel,
@@ -223,9 +230,8 @@ def ranks(
         num_warps=4,
     )
     stride_words = 0 if words is None else words.stride(0)
-    backend, generation = tiles.target(device)
     # To have two programs on a processor, NVIDIA's assembler would spill a few of the loop's registers.
-    roomy = {"maxnreg": 168} if backend == "cuda" and int(generation) // 10 == 10 and p.has_start else {}
+    roomy = {"maxnreg": 168} if tiles.is_blackwell(device) and p.has_start else {}
     launch(
         _stream_kernel,
         (triton.cdiv(b, stream.b), p.splits),
@@ -235,7 +241,7 @@ def ranks(
         limits,
         words,
         scores,
-        pairs,
+        items,
         counts,
         certain,
         above,
@@ -260,8 +266,9 @@ def ranks(
     )
     sizes = (p.splits, p.capacity, v)
     skip = skip_excluded and values.numel() > 0
-    block = FEW // 2  # entries, as many as leave registers for what each split needs
-    room = p.zone if 2 * p.pairs >= NARROWED * block else 0
+    many = p.entries >= MANY
+    block = MANY // 4 if many else FEW // 2  # entries at a time: waiting for each other costs the more, the more often
+    room = p.zone if p.entries >= NARROWED * block else 0
     # The ids' memory is free until they are placed.
     zone = ids if ids is not None and ids.shape[1] >= 2 * room else torch.empty(b, 2 * room, **int32)
     launch(
@@ -269,7 +276,7 @@ def ranks(
         (b,),
         limits,
         scores,
-        pairs,
+        items,
         counts,
         certain,
         above,
@@ -295,8 +302,8 @@ def ranks(
         EXCLUDED=4,
         PARTS=triton.next_power_of_2(p.splits),
         num_warps=8,
-        # For more programs on a processor, too, it would spill.
-        **({"maxnreg": 128} if backend == "cuda" else {}),
+        # For more programs on a processor it would spill.
+        **({"maxnreg": 255 if many else 128} if backend == "cuda" else {}),
     )
     redo(
         query,
@@ -304,10 +311,10 @@ def ranks(
         bias,
         (missed, missed_count, bounds, rank),
         words,
-        (scores, pairs, redone),
+        (scores, items, redone),
         exclude,
         first_item,
-        p.pairs,
+        p.entries,
         matrices,
         product | has_bias | {"BITS": p.bits, "SKIP_EXCLUDED": skip},
         precision,
@@ -320,14 +327,14 @@ def ranks(
         _place_kernel,
         (b,),
         scores,
-        pairs,
+        items,
         bounds,
         words,
         found,
         best,
         values,
         offsets,
-        p.pairs,
+        p.entries,
         v,
         top,
         stride_words,
@@ -336,9 +343,9 @@ def ranks(
         HAS_IDS=has_ids,
         TOP=min(MOST_SORTED, max(16, triton.next_power_of_2(top))) if top else 0,
         SORTS=sorts,
-        BLOCK=1024,
+        BLOCK=256 if has_ids else 1024,
         EXCLUDED=8,
-        num_warps=4,
+        num_warps=8,
     )
     if words is not None and values.numel():
         launch(_clear_excluded_kernel, (b,), words, values, offsets, v, stride_words, EXCLUDED=128, num_warps=4)
@@ -348,19 +355,19 @@ def ranks(
             _ascending_kernel,
             (b,),
             memory,
-            pairs,
+            items,
             found,
             redone,
             ids,
-            p.pairs,
-            p.pairs,
+            p.entries,
+            p.entries // 2,
             first_item >> shift,
             (v - 1 >> shift) + 1 - (first_item >> shift),
             shift,
             stop - start,
             triton.cdiv((v - 1).bit_length(), 2) * 2,
-            BLOCK=1024,
-            num_warps=4,
+            BLOCK=4096 if many else 1024,
+            num_warps=16 if many else 4,
         )
     return best if sorts else best.sort(dim=1, descending=True).values, bounds
 

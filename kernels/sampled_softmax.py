@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .losses import Problem, Slopes, losses_fwd, query_bwd, report, shift_of, widened
-from .slice_cross_entropy import Columns, column_grads, query_grad, slice_cross_entropy_fwd
+from .slice_cross_entropy import Columns, dense_bwd, slice_cross_entropy_fwd
 from .tiles import launch
 
 BLOCK_N = 64  # negatives at a time
@@ -241,16 +241,22 @@ def sampled_softmax_bwd(
     """
     shared = negatives.ndim == 1
     negatives = negatives.contiguous()
+    d = p.query.shape[1]
     columns = Columns(negatives.numel(), 0, negatives, None)
+    column_sums = p.floats(columns.count, d) if shared and needs[1] else None
+    column_bias = p.floats(columns.count) if shared and (needs[1] or needs[2]) else None
     grad_query = p.query.new_empty(0)
-    if needs[0]:
-        grad_query = query_grad(p, columns, x) if shared else _query_grad(p, negatives, kept, x)
+    if shared:
+        part = dense_bwd(p, columns, x, needs[0], column_sums, column_bias)
+        grad_query = grad_query if part is None else query_bwd(p, x, part[None])
+    elif needs[0]:
+        grad_query = _query_grad(p, negatives, kept, x)
     items = p.wanted.new_empty(0)
     grad_catalog, grad_bias = p.catalog.new_empty(0), p.floats(0)
     if not (needs[1] or needs[2]):
         return Gradients(grad_query, grad_catalog, grad_bias, items)
 
-    v, d = p.catalog.shape
+    v = p.catalog.shape[0]
     ids = torch.cat([p.wanted.flatten(), negatives.flatten().long()])
     rows, order = torch.where((ids < 0) | (ids >= v), v, ids).sort(stable=True)
     limit = v
@@ -258,10 +264,6 @@ def sampled_softmax_bwd(
         items, rows = rows.unique_consecutive(return_inverse=True)
         limit = int((items < v).sum())
         items = items[:limit]
-    column_sums = p.floats(columns.count, d) if shared and needs[1] else None
-    column_bias = p.floats(columns.count) if shared else None
-    if shared:
-        column_grads(p, columns, x, None, column_sums, column_bias)
     # Rows without entries are not written; a sparse gradient has none.
     if needs[1]:
         grad_catalog = torch.zeros(limit, d, dtype=p.catalog.dtype, device=p.catalog.device)

@@ -30,7 +30,7 @@ def _sums(first, second, third):
 def _select_kernel(
     Limits,
     Scores,
-    Pairs,
+    Items,
     Counts,
     Certain,
     Above,
@@ -91,15 +91,14 @@ def _select_kernel(
         highest = tl.where(column == 1, tl.load(limits + STOP_HIGH), highest)
         over = tl.where(column == 1, above + certain, over)
 
-    entries = 2 * splits * capacity
-    buffer = Scores + row * entries
-    first_pair = Pairs + row * splits * capacity
+    entries = splits * capacity
+    buffer, items = Scores + row * entries, Items + row * entries
     zone = Zone + row * 2 * room
     offs = tl.arange(0, BLOCK)
     begin_excluded, end_excluded = tl.load(Offsets + row), tl.load(Offsets + row + 1)
     near_low, near_high = score_key(lowest), tl.full([TARGETS], 0x7FFFFFFF, tl.int32)
     if NARROW:
-        stride = (entries // BLOCK - 1) | 1  # odd, so that left and right items are drawn
+        stride = (entries // BLOCK - 1) | 1  # odd, so that places in the parts differ
         few = tl.load(buffer + offs * stride)
         some = tl.sum((few[None, :] >= lowest[:, None]).to(tl.int32), 1)
         beyond = tl.sum((few[None, :] >= highest[:, None]).to(tl.int32), 1)
@@ -121,7 +120,7 @@ def _select_kernel(
     for begin in range(0, entries, BLOCK):
         score = tl.load(buffer + begin + offs, mask=begin + offs < entries, other=float("nan"))
         if SKIP_EXCLUDED:
-            item = 2 * tl.load(first_pair + (begin + offs) // 2, mask=score == score, other=0) + offs % 2
+            item = tl.load(items + begin + offs, mask=score == score, other=0)
             for place in range(begin_excluded, end_excluded, EXCLUDED):
                 offs_e = place + tl.arange(0, EXCLUDED)
                 value = tl.load(Values + offs_e, mask=offs_e < end_excluded, other=-1)
@@ -205,7 +204,7 @@ def _select_kernel(
             score = tl.load(source + begin + offs, mask=begin + offs < size, other=float("nan"))
             entry = tl.load(zone + room + begin + offs, mask=begin + offs < listed, other=0)
             entry = tl.where(narrow, entry, begin + offs)
-            item = 2 * tl.load(first_pair + entry // 2, mask=score == score, other=0) + entry % 2
+            item = tl.load(items + entry, mask=score == score, other=0)
             tied = (score[None, :] == pivot[:, None]) & (item[None, :] < middle[:, None])
             lower += tl.sum(tied.to(tl.int32), 1)
         enough = ties & (lower > rank - at_high)
@@ -219,7 +218,7 @@ def _select_kernel(
         score = tl.load(source + begin + offs, mask=begin + offs < size, other=float("nan"))
         entry = tl.load(zone + room + begin + offs, mask=begin + offs < listed, other=0)
         entry = tl.where(narrow, entry, begin + offs)
-        item = 2 * tl.load(first_pair + entry // 2, mask=score == score, other=0) + entry % 2
+        item = tl.load(items + entry, mask=score == score, other=0)
         this = (score[None, :] >= pivot[:, None]) & ~(score[None, :] >= ceiling[:, None])
         this &= (item[None, :] >= low_item[:, None]) & (item[None, :] < high_item[:, None])
         key = item_key(score, item.to(tl.int64), V)
@@ -236,17 +235,17 @@ def _select_kernel(
         tl.store(Missed + tl.atomic_add(MissedCount, 1), row.to(tl.int32))
 
 
-@triton.jit(do_not_specialize=["pairs", "V", "top", "stride_words", "wanted"])
+@triton.jit(do_not_specialize=["entries", "V", "top", "stride_words", "wanted"])
 def _place_kernel(
     Scores,
-    Pairs,
+    Items,
     Bounds,
     Words,
     Found,
     Best,
     Values,
     Offsets,
-    pairs,
+    entries,
     V,
     top,
     stride_words,
@@ -270,12 +269,12 @@ def _place_kernel(
     begin, end = tl.load(Offsets + row), tl.load(Offsets + row + 1)
     ids = tl.zeros([], tl.int32)
     tops = tl.zeros([], tl.int32)
-    row_scores, row_best = Scores + 2 * row * pairs, Best + row * top
-    for entry in range(0, 2 * pairs, BLOCK):
+    row_scores, row_best = Scores + row * entries, Best + row * top
+    for entry in range(0, entries, BLOCK):
         offs_n = entry + tl.arange(0, BLOCK)
-        score = tl.load(row_scores + offs_n, mask=offs_n < 2 * pairs, other=float("nan"))
+        score = tl.load(row_scores + offs_n, mask=offs_n < entries, other=float("nan"))
         there = score == score
-        item = 2 * tl.load(Pairs + row * pairs + offs_n // 2, mask=there, other=0).to(tl.int64) + offs_n % 2
+        item = tl.load(Items + row * entries + offs_n, mask=there, other=0).to(tl.int64)
         key = item_key(score, item, V)
         member = there & (key <= first) & (key >= last)
         if BITS:

@@ -1,13 +1,16 @@
-"""Cross-entropy against a dense set of negatives: every tile of scores is computed where it is needed, never stored.
+"""Cross-entropy against a dense set of negatives: tiles of scores are computed where they are needed, never all stored.
 
-Forward leaves one log-partition a session. Backward computes the tiles again, once with sessions in the rows for the
-query's gradient and once with items in the rows for the catalog's, where one program owns a tile of items and goes over
-the sessions: nothing is added by atomics, and every sum has one order.
+Forward leaves one log-partition a session. Backward computes the tiles again, some columns of all sessions at a time:
+what each score pulls, its slope, goes to a buffer of bounded size, whose products with catalog and queries are the
+gradients. Each item's gradient is one product over all sessions: nothing is added by atomics, and every sum has one
+order. float32 that the matrix unit may not take for TF32 is multiplied by torch into the same buffer: its library's
+plain multiply-adds are twice as fast as Triton's.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .losses import Problem, Slopes, losses_fwd, query_bwd, report, shift_of
+from .losses import Problem, Slopes, losses_fwd, report, shift_of
 from .tiles import launch
+
+BUFFER_BYTES = 256 << 20  # of slopes at a time, for as many columns as that holds of all sessions
 
 
 @dataclass(frozen=True)
@@ -48,63 +53,44 @@ class Columns:
 
 
 @triton.jit
-def _down(x, SWAP: tl.constexpr):
-    """Along the sessions of a tile: [BLOCK_B, BLOCK_V], or with SWAP [BLOCK_V, BLOCK_B]."""
-    if SWAP:
-        return x[None, :]
-    else:
-        return x[:, None]
-
-
-@triton.jit
-def _across(x, SWAP: tl.constexpr):
-    """Along the items of a tile."""
-    if SWAP:
-        return x[:, None]
-    else:
-        return x[None, :]
-
-
-@triton.jit
-def _words(Bits, rows, in_b, tile, stride_bits, HAS_BITS: tl.constexpr, BLOCK_V: tl.constexpr, SWAP: tl.constexpr):
-    """The tile's bits, [BLOCK_B, BLOCK_V // 32], or swapped; without bits all are set."""
-    word = tile * (BLOCK_V // 32) + tl.arange(0, BLOCK_V // 32)
-    inside = _down(in_b, SWAP) & _across(word < stride_bits, SWAP)
+def _words(Bits, rows, in_b, tile, stride_bits, HAS_BITS: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The tile's bits, [BLOCK_B, BLOCK_V // 32]; without bits all are set."""
+    word = (tile * (BLOCK_V // 32) + tl.arange(0, BLOCK_V // 32))[None, :]
+    inside = in_b[:, None] & (word < stride_bits)
     if HAS_BITS:
-        return tl.load(Bits + _down(rows * stride_bits, SWAP) + _across(word, SWAP), mask=inside, other=0)
+        return tl.load(Bits + (rows * stride_bits)[:, None] + word, mask=inside, other=0)
     else:
-        return tl.where(_down(in_b, SWAP) & _across(word >= 0, SWAP), -1, 0)
+        return tl.where(in_b[:, None] & (word >= 0), -1, 0)
 
 
 @triton.jit
-def _items(Ids, columns, first_column, column, HAS_IDS: tl.constexpr):
-    """The items of these columns; -1 for none."""
-    inside = (column >= first_column) & (column < columns)
-    if HAS_IDS:
-        return tl.load(Ids + column, mask=inside, other=-1).to(tl.int64)
-    else:
-        return tl.where(inside, column, -1)
-
-
-@triton.jit
-def _tile(
+def _logits(
+    query,
     Query,
     Catalog,
     Bias,
     LogQ,
+    Ids,
+    Dots,
     Bad,
     rows,
     in_b,
     target,
-    items,
     words,
+    tile,
     B,
     V,
+    columns,
+    first_column,
+    first_tile,
+    width,
     scale,
     stride_qb,
     stride_cv,
     HAS_BIAS: tl.constexpr,
     HAS_LOG_Q: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    HAS_BITS: tl.constexpr,
     CHECK: tl.constexpr,
     D: tl.constexpr,
     UNIT_Q: tl.constexpr,
@@ -114,34 +100,24 @@ def _tile(
     BLOCK_B: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SWAP: tl.constexpr,
 ):
-    """Logits, and whether they are of negatives. Rows and items that are none read others' embeddings."""
-    safe_rows, safe_items = tl.minimum(rows, B - 1), tl.minimum(tl.maximum(items, 0), V - 1)
-    if SWAP:
-        dots = tiles.score_tile(
-            Catalog,
-            Query,
-            safe_items,
-            safe_rows,
-            stride_cv,
-            stride_qb,
-            D,
-            UNIT_C,
-            UNIT_Q,
-            PRODUCT,
-            UPCAST,
-            BLOCK_V,
-            BLOCK_B,
-            BLOCK_D,
-        )
-        bits = (words[:, None, :] >> tl.arange(0, 32)[None, :, None]) & 1
-        member = tl.reshape(bits, [BLOCK_V, BLOCK_B]) != 0
+    """Logits of a tile's negatives, -inf of all else; ids fit 32 bits, which halves what they take of the registers.
+
+    query as `_queries` has it; Dots (B, width tiles) holds products from `first_tile` on, where they come from there.
+    """
+    column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside = (column >= first_column) & (column < columns)
+    items = tl.load(Ids + column, mask=inside, other=-1).to(tl.int32) if HAS_IDS else column
+    safe_items = tl.minimum(tl.maximum(items, 0), V - 1).to(tl.int64)  # what is none reads others' embeddings
+    if PRODUCT == "ieee":
+        dots = tl.load(Dots + _places(rows, tile - first_tile, width, BLOCK_V), mask=in_b[:, None], other=0.0)
+    elif D <= BLOCK_D:
+        dots = tiles.score_rows(query, Catalog, safe_items, stride_cv, D, UNIT_C, PRODUCT, UPCAST, BLOCK_D)
     else:
         dots = tiles.score_tile(
             Query,
             Catalog,
-            safe_rows,
+            tl.minimum(rows, B - 1),
             safe_items,
             stride_qb,
             stride_cv,
@@ -154,23 +130,56 @@ def _tile(
             BLOCK_V,
             BLOCK_D,
         )
-        bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-        member = tl.reshape(bits, [BLOCK_B, BLOCK_V]) != 0
-    shift = shift_of(Bias, LogQ, safe_items, items < V, scale, HAS_BIAS, HAS_LOG_Q)
-    logits = dots * scale + _across(shift, SWAP)
+    logits = dots * scale
+    if HAS_BIAS or HAS_LOG_Q or HAS_IDS:
+        logits += shift_of(Bias, LogQ, safe_items, items < V, scale, HAS_BIAS, HAS_LOG_Q)[None, :]
     if CHECK:
-        scored = _down(in_b, SWAP) & _across((items >= 0) & (items < V), SWAP)
-        report(Bad, tl.broadcast_to(_down(rows, SWAP), logits.shape), logits, scored)
-    others = _across(items.to(tl.int32), SWAP) != _down(target, SWAP)  # 32 bits: half the work on every score
-    member &= _across(items >= 0, SWAP) & _down(target >= 0, SWAP) & others
-    return logits, member
+        scored = in_b[:, None] & (inside & (items >= 0) & (items < V))[None, :]
+        report(Bad, tl.broadcast_to(rows[:, None], logits.shape), logits, scored)
+    logits = tl.where(items[None, :] != target[:, None], logits, float("-inf"))
+    if HAS_IDS:
+        logits = tl.where((items >= 0)[None, :], logits, float("-inf"))
+    elif (tile * BLOCK_V < first_column) | (tile * BLOCK_V > columns - BLOCK_V):
+        logits = tl.where(inside[None, :], logits, float("-inf"))
+    if HAS_BITS:
+        bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+        logits = tl.where(tl.reshape(bits, [BLOCK_B, BLOCK_V]) != 0, logits, float("-inf"))
+    return logits
+
+
+@triton.jit
+def _places(rows, tile, width, BLOCK_V: tl.constexpr):
+    """Of a tile in a buffer (B, width tiles), which is small enough for 32 bits. From products with a constant the
+    compiler sees how far they are aligned: without that there are no wide loads and stores, and a register for each."""
+    return (rows.to(tl.int32) * width * BLOCK_V)[:, None] + tile * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+
+
+@triton.jit
+def _queries(
+    Query, rows, B, stride_qb, D: tl.constexpr, UNIT_Q: tl.constexpr, PRODUCT: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """The rows' queries where they are one step, which then stay; else nothing."""
+    if D <= BLOCK_D and PRODUCT != "ieee":
+        return tiles.load_rows(Query, tl.minimum(rows, B - 1), stride_qb, D, UNIT_Q, BLOCK_D)
+    else:
+        return 0.0
+
+
+@triton.jit
+def _any_of(words, HAS_BITS: tl.constexpr):
+    """Whether a tile has a negative; without bits nothing is asked, since its loads can then be begun early."""
+    if HAS_BITS:
+        return tl.max(tl.ravel((words != 0).to(tl.int32)), 0) > 0
+    else:
+        return True
 
 
 @triton.jit(
     do_not_specialize=[
-        "B", "V", "columns", "first_column", "scale", "stride_qb", "stride_cv", "stride_bits", "K",
+        *("B", "V", "columns", "first_column", "first_tile", "end", "width"),
+        *("scale", "stride_qb", "stride_cv", "stride_bits", "K"),
     ]
-)  # fmt: skip
+)
 def _partition_kernel(
     Query,
     Catalog,
@@ -179,6 +188,7 @@ def _partition_kernel(
     Ids,
     Bits,
     Wanted,
+    Dots,
     Tops,
     Sums,
     Bad,
@@ -186,6 +196,9 @@ def _partition_kernel(
     V,
     columns,
     first_column,
+    first_tile,
+    end,
+    width,
     scale,
     stride_qb,
     stride_cv,
@@ -205,55 +218,40 @@ def _partition_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The largest logit of a session's negatives and the sum of exponentials relative to it, over one split's tiles."""
+    """The largest logit of a session's negatives and the sum of exponentials relative to it, over one split's tiles of
+    columns from `first_tile` up to `end`; unless that is the first of all, together with what Tops and Sums hold."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     split, splits = tl.program_id(1), tl.num_programs(1)
     in_b = rows < B
+    query = _queries(Query, rows, B, stride_qb, D, UNIT_Q, PRODUCT, BLOCK_D)
     target = tl.load(Wanted + rows * K, mask=in_b, other=-1).to(tl.int32)
-    top = tl.full([BLOCK_B], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_B], tl.float32)
-    for tile in range(first_column // BLOCK_V + split, tl.cdiv(columns, BLOCK_V), splits):
-        column = (tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
-        words = _words(Bits, rows, in_b, tile, stride_bits, HAS_BITS, BLOCK_V, False)
-        if CHECK or tl.max(tl.ravel((words != 0).to(tl.int32)), 0) > 0:
-            items = _items(Ids, columns, first_column, column, HAS_IDS)
-            logits, member = _tile(
-                Query, Catalog, Bias, LogQ, Bad, rows, in_b, target, items, words, B, V, scale, stride_qb, stride_cv,
-                HAS_BIAS, HAS_LOG_Q, CHECK, D, UNIT_Q, UNIT_C, PRODUCT, UPCAST, BLOCK_B, BLOCK_V, BLOCK_D, False,
+    at = split.to(tl.int64) * B + rows
+    top = tl.where(first_tile > 0, tl.load(Tops + at, mask=in_b, other=float("-inf")), float("-inf"))
+    total = tl.where(first_tile > 0, tl.load(Sums + at, mask=in_b, other=0.0), 0.0)
+    for tile in range(tl.maximum(first_column // BLOCK_V, first_tile) + split, tl.cdiv(end, BLOCK_V), splits):
+        words = _words(Bits, rows, in_b, tile, stride_bits, HAS_BITS, BLOCK_V)
+        if CHECK or _any_of(words, HAS_BITS):
+            logits = _logits(
+                query, Query, Catalog, Bias, LogQ, Ids, Dots, Bad, rows, in_b, target, words, tile, B, V, columns,
+                first_column, first_tile, width, scale, stride_qb, stride_cv, HAS_BIAS, HAS_LOG_Q, HAS_IDS, HAS_BITS,
+                CHECK, D, UNIT_Q, UNIT_C, PRODUCT, UPCAST, BLOCK_B, BLOCK_V, BLOCK_D,
             )  # fmt: skip
-            logits = tl.where(member, logits, float("-inf"))
             largest = tl.maximum(top, tl.max(logits, 1))
             safe = tl.where(largest == float("-inf"), 0.0, largest)
             total = total * tl.exp(top - safe) + tl.sum(tl.exp(logits - safe[:, None]), 1)
             top = largest
-    at = split.to(tl.int64) * B + rows
-    tl.store(Tops + at, top, mask=in_b)
-    tl.store(Sums + at, total, mask=in_b)
-
-
-@triton.jit
-def _slopes(Weights, LogPartition, rows, in_b, logits, member, SWAP: tl.constexpr):
-    weight = tl.load(Weights + rows, mask=in_b, other=0.0)
-    partition = tl.load(LogPartition + rows, mask=in_b, other=0.0)
-    return tl.where(member, _down(weight, SWAP) * tl.exp(logits - _down(partition, SWAP)), 0.0)
-
-
-@triton.jit
-def _rows(X, rows, offs_d, stride, D: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns offs_d of these rows, which must lie within X; zero beyond D."""
-    at = X + rows[:, None] * (stride * UNIT) + offs_d[None, :]
-    if D % BLOCK == 0:
-        return tl.load(at)
-    else:
-        return tl.load(at, mask=offs_d[None, :] < D, other=0.0)
+    # Rows whose target is ignored have no negatives.
+    tl.store(Tops + at, tl.where(target >= 0, top, float("-inf")), mask=in_b)
+    tl.store(Sums + at, tl.where(target >= 0, total, 0.0), mask=in_b)
 
 
 @triton.jit(
     do_not_specialize=[
-        "B", "V", "columns", "first_column", "scale", "stride_qb", "stride_cv", "stride_bits", "K",
+        *("B", "V", "columns", "first_column", "first_tile", "end", "width"),
+        *("scale", "stride_qb", "stride_cv", "stride_bits", "K"),
     ]
-)  # fmt: skip
-def _query_grad_kernel(
+)
+def _slopes_kernel(
     Query,
     Catalog,
     Bias,
@@ -263,82 +261,18 @@ def _query_grad_kernel(
     Wanted,
     Weights,
     LogPartition,
-    Parts,
-    Bad,
-    B,
-    V,
-    columns,
-    first_column,
-    scale,
-    stride_qb,
-    stride_cv,
-    stride_bits,
-    K,
-    HAS_BIAS: tl.constexpr,
-    HAS_LOG_Q: tl.constexpr,
-    HAS_IDS: tl.constexpr,
-    HAS_BITS: tl.constexpr,
-    CHECK: tl.constexpr,
-    D: tl.constexpr,
-    UNIT_Q: tl.constexpr,
-    UNIT_C: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """BLOCK_C columns of the sessions' gradient, over one split's tiles."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    split, splits = tl.program_id(1), tl.num_programs(1)
-    offs_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_b = rows < B
-    target = tl.load(Wanted + rows * K, mask=in_b, other=-1).to(tl.int32)
-    grad = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
-    precision: tl.constexpr = "tf32" if PRODUCT == "tf32" else "ieee"
-    for tile in range(first_column // BLOCK_V + split, tl.cdiv(columns, BLOCK_V), splits):
-        column = (tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
-        words = _words(Bits, rows, in_b, tile, stride_bits, HAS_BITS, BLOCK_V, False)
-        if tl.max(tl.ravel((words != 0).to(tl.int32)), 0) > 0:
-            items = _items(Ids, columns, first_column, column, HAS_IDS)
-            logits, member = _tile(
-                Query, Catalog, Bias, LogQ, Bad, rows, in_b, target, items, words, B, V, scale, stride_qb, stride_cv,
-                HAS_BIAS, HAS_LOG_Q, False, D, UNIT_Q, UNIT_C, PRODUCT, UPCAST, BLOCK_B, BLOCK_V, BLOCK_D, False,
-            )  # fmt: skip
-            slopes = tiles.operand(_slopes(Weights, LogPartition, rows, in_b, logits, member, False), PRODUCT, UPCAST)
-            e = _rows(Catalog, tl.minimum(tl.maximum(items, 0), V - 1), offs_c, stride_cv, D, UNIT_C, BLOCK_C)
-            grad = tl.dot(slopes, tiles.operand(e, PRODUCT, UPCAST), grad, input_precision=precision)
-    at = Parts + (split.to(tl.int64) * B + rows)[:, None] * D + offs_c[None, :]
-    tl.store(at, grad, mask=in_b[:, None] & (offs_c < D)[None, :])
-
-
-@triton.jit(
-    do_not_specialize=[
-        "B", "V", "columns", "first_column", "scale", "stride_qb", "stride_cv", "stride_bits", "K",
-    ]
-)  # fmt: skip
-def _catalog_grad_kernel(
-    Query,
-    Catalog,
-    Bias,
-    LogQ,
-    Ids,
-    Bits,
-    Wanted,
-    Weights,
-    LogPartition,
-    PullItems,
-    PullRows,
     Pulls,
-    Begins,
-    Grad,
-    GradBias,
+    Dots,
+    Slopes,
+    Sums,
     Bad,
     B,
     V,
     columns,
     first_column,
+    first_tile,
+    end,
+    width,
     scale,
     stride_qb,
     stride_cv,
@@ -349,8 +283,7 @@ def _catalog_grad_kernel(
     HAS_IDS: tl.constexpr,
     HAS_BITS: tl.constexpr,
     HAS_PULLS: tl.constexpr,
-    HAS_GRAD: tl.constexpr,
-    HAS_GRAD_BIAS: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
     CHECK: tl.constexpr,
     D: tl.constexpr,
     UNIT_Q: tl.constexpr,
@@ -360,191 +293,209 @@ def _catalog_grad_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):
-    """BLOCK_C columns of one tile of items' gradient, over all sessions. The pulls of wanted items come sorted by item;
-    Begins says where those of each tile begin. A block of them is a product as well: a matrix with a pull in each
-    column, times the queries that pull."""
-    tile = tl.program_id(0)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    offs_b = tl.arange(0, BLOCK_B)
-    column = (tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
-    items = _items(Ids, columns, first_column, column, HAS_IDS)
-    grad = tl.zeros([BLOCK_V, BLOCK_C], tl.float32)
-    grad_bias = tl.zeros([BLOCK_V], tl.float32)
-    precision: tl.constexpr = "tf32" if PRODUCT == "tf32" else "ieee"
-    for begin in range(0, B, BLOCK_B):
-        rows = (begin + offs_b).to(tl.int64)
-        in_b = rows < B
-        words = _words(Bits, rows, in_b, tile, stride_bits, HAS_BITS, BLOCK_V, True)
-        if tl.max(tl.ravel((words != 0).to(tl.int32)), 0) > 0:
-            target = tl.load(Wanted + rows * K, mask=in_b, other=-1).to(tl.int32)
-            logits, member = _tile(
-                Query, Catalog, Bias, LogQ, Bad, rows, in_b, target, items, words, B, V, scale, stride_qb, stride_cv,
-                HAS_BIAS, HAS_LOG_Q, False, D, UNIT_Q, UNIT_C, PRODUCT, UPCAST, BLOCK_B, BLOCK_V, BLOCK_D, True,
+    """d loss / d (q . e) of the columns from `first_tile` up to `end` to Slopes (B, width tiles), which may be Dots.
+
+    With HAS_PULLS those of wanted items are among them, where column i is item i. Sums (session blocks, width tiles)
+    float32 gets each column's sum, from which the bias's gradient comes without the rounding of what is multiplied.
+    """
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    in_b = rows < B
+    query = _queries(Query, rows, B, stride_qb, D, UNIT_Q, PRODUCT, BLOCK_D)
+    target = tl.load(Wanted + rows * K, mask=in_b, other=-1).to(tl.int32)
+    weight = tl.load(Weights + rows, mask=in_b, other=0.0)
+    partition = tl.load(LogPartition + rows, mask=in_b, other=0.0)
+    for tile in range(first_tile + tl.program_id(1), tl.cdiv(end, BLOCK_V), tl.num_programs(1)):
+        slopes = tl.zeros([BLOCK_B, BLOCK_V], tl.float32)
+        words = _words(Bits, rows, in_b, tile, stride_bits, HAS_BITS, BLOCK_V)
+        if _any_of(words, HAS_BITS):
+            logits = _logits(
+                query, Query, Catalog, Bias, LogQ, Ids, Dots, Bad, rows, in_b, target, words, tile, B, V, columns,
+                first_column, first_tile, width, scale, stride_qb, stride_cv, HAS_BIAS, HAS_LOG_Q, HAS_IDS, HAS_BITS,
+                CHECK, D, UNIT_Q, UNIT_C, PRODUCT, UPCAST, BLOCK_B, BLOCK_V, BLOCK_D,
             )  # fmt: skip
-            slopes = _slopes(Weights, LogPartition, rows, in_b, logits, member, True)
-            grad_bias += tl.sum(slopes, 1)
-            if HAS_GRAD:
-                q = _rows(Query, tl.minimum(rows, B - 1), offs_c, stride_qb, D, UNIT_Q, BLOCK_C)
-                left, right = tiles.operand(slopes, PRODUCT, UPCAST), tiles.operand(q, PRODUCT, UPCAST)
-                grad = tl.dot(left, right, grad, input_precision=precision)
-    if HAS_PULLS:
-        stop = tl.load(Begins + tile + 1)
-        for begin in range(tl.load(Begins + tile), stop, BLOCK_B):
-            place = begin + offs_b
-            pull_item = tl.load(PullItems + place, mask=place < stop, other=-1)
-            pull_row = tl.load(PullRows + place, mask=place < stop, other=0)
-            pull = tl.load(Pulls + place, mask=place < stop, other=0.0)
-            slopes = tl.where(column[:, None] == pull_item[None, :], pull[None, :], 0.0)
-            grad_bias += tl.sum(slopes, 1)
-            if HAS_GRAD:
-                q = _rows(Query, pull_row, offs_c, stride_qb, D, UNIT_Q, BLOCK_C)
-                left, right = tiles.operand(slopes, PRODUCT, UPCAST), tiles.operand(q, PRODUCT, UPCAST)
-                grad = tl.dot(left, right, grad, input_precision=precision)
-    inside = column < columns
-    if HAS_GRAD:
-        tl.store(Grad + column[:, None] * D + offs_c[None, :], grad, mask=inside[:, None] & (offs_c < D)[None, :])
-    if HAS_GRAD_BIAS and tl.program_id(1) == 0:
-        tl.store(GradBias + column, grad_bias, mask=inside)
+            # Where nothing is pulled, whatever an embedding holds must not reach others' gradients.
+            slopes = tl.where(weight[:, None] != 0.0, weight[:, None] * tl.exp(logits - partition[:, None]), 0.0)
+        if HAS_PULLS:
+            for k in range(K):
+                wanted = tl.load(Wanted + rows * K + k, mask=in_b, other=-1).to(tl.int32) - tile * BLOCK_V
+                here = (wanted >= 0) & (wanted < BLOCK_V)
+                if tl.max(here.to(tl.int32), 0) > 0:
+                    pull = tl.load(Pulls + rows * K + k, mask=here, other=0.0)
+                    slopes += tl.where(tl.arange(0, BLOCK_V)[None, :] == wanted[:, None], pull[:, None], 0.0)
+        if HAS_SUMS:
+            at = (tl.program_id(0) * width + tile - first_tile) * BLOCK_V + tl.arange(0, BLOCK_V)
+            tl.store(Sums + at, tl.sum(slopes, 0))
+        at = _places(rows, tile - first_tile, width, BLOCK_V)
+        tl.store(Slopes + at, tiles.operand(slopes, PRODUCT, UPCAST), mask=in_b[:, None])
 
 
-@dataclass(frozen=True)
-class Sorted:
-    """The wanted items' pulls, sorted by item."""
-
-    items: Tensor  # (B (1 + P),) int64, V where there is none
-    rows: Tensor  # the session that pulls
-    pulls: Tensor
-
-    @classmethod
-    def of(cls, p: Problem, x: Slopes) -> Sorted:
-        v = p.catalog.shape[0]
-        items, order = torch.where((p.wanted < 0) | (p.wanted >= v), v, p.wanted).flatten().sort(stable=True)
-        return cls(items, order // p.wanted.shape[1], x.pulls.flatten()[order])
+def _blocks(p: Problem, product: str) -> tiles.Blocks:
+    """Where products were computed before, as many logits a thread as the shapes that compute them have."""
+    if product == "ieee":
+        return tiles.Blocks(b=32, v=128, d=16, warps=4, stages=1)
+    return tiles.resident_blocks(p.precision, p.query, p.catalog)
 
 
-def _score_options(p: Problem, blocks: tiles.Blocks, product: str) -> dict[str, int]:
-    """The options of a launch. To have two programs on a processor, NVIDIA's assembler spills a few of the loop's
-    registers where it is short or does without the matrix unit; it is told not to."""
-    tight = product == "ieee" or triton.cdiv(p.query.shape[1], blocks.d) == 2
-    return blocks.options() | ({"maxnreg": 168} if tight and tiles.target(p.query.device)[0] == "cuda" else {})
-
-
-def _score_blocks(p: Problem, product: str) -> tiles.Blocks:
-    """Smaller where plain multiply-adds take the registers that a matrix unit leaves free."""
-    blocks = tiles.scoring_blocks(p.precision, p.query, p.catalog)
-    return replace(blocks, b=32, v=64) if product == "ieee" else blocks
-
-
-def _gradient_blocks(p: Problem, product: str, columns: Columns) -> dict[str, int]:
-    """Scores beside columns of a gradient, each recomputing the scores: what the registers of 8 warps hold. Lists of
-    ids take some of them."""
-    width = p.query.shape[1]
-    rows, most, step = {"bf16": (64, 128, 64), "tf32": (64, 64, 32), "ieee": (32, 64, 64)}[product]
-    if product == "bf16" and columns.ids is not None:
-        most, step = 64, 32
-    if product != "ieee":
-        step = tiles.step(width, step if product == "tf32" or tiles.narrow(p.precision, p.query, p.catalog) else 32)
-    block, stages = min(most, max(16, triton.next_power_of_2(width))), 2 if product == "ieee" else 3
-    backend, generation = tiles.target(p.query.device)
-    # As in _score_options.
-    roomy = {"maxnreg": 255} if backend == "cuda" and int(generation) // 10 == 10 else {}
-    return roomy | {
-        "BLOCK_B": rows, "BLOCK_V": rows, "BLOCK_D": step, "BLOCK_C": block, "num_warps": 8, "num_stages": stages
-    }  # fmt: skip
+def _options(p: Problem, blocks: tiles.Blocks, product: str) -> dict[str, int]:
+    """The options of a launch. To have more programs on a processor, NVIDIA's assembler spills a few of the loop's
+    registers where it is short, and on Blackwell elsewhere; it is told not to."""
+    tight = (product != "ieee" and triton.cdiv(p.query.shape[1], blocks.d) == 2) or tiles.is_blackwell(p.query.device)
+    return blocks.options() | ({"maxnreg": 255} if tight and tiles.target(p.query.device)[0] == "cuda" else {})
 
 
 def _splits(p: Problem, programs: int, tiles_in_all: int) -> int:
-    """How many programs share the catalog, so that with `programs` beside them every processor has two."""
-    return max(1, min(2 * tiles.processors(p.query.device) // max(1, programs), tiles_in_all))
+    """How many programs share the catalog, so that with `programs` beside them every processor has six."""
+    return max(1, min(6 * tiles.processors(p.query.device) // max(1, programs), tiles_in_all))
+
+
+def _dtype_of_products(p: Problem) -> torch.dtype:
+    return torch.bfloat16 if p.precision == "bf16" else torch.float32
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The columns in parts, and memory for a number of each session and column of one part."""
+
+    memory: Tensor  # (B, width)
+    count: int  # columns in all
+
+    @classmethod
+    def of(cls, p: Problem, columns: Columns, block: int) -> Parts:
+        """As many whole blocks of columns as BUFFER_BYTES hold."""
+        b, dtype = p.query.shape[0], _dtype_of_products(p)
+        fitting = max(1, BUFFER_BYTES // (dtype.itemsize * max(1, b)) // block)
+        width = block * min(fitting, triton.cdiv(columns.count, block))
+        return cls(torch.empty(b, width, dtype=dtype, device=p.query.device), columns.count)
+
+    @property
+    def width(self) -> int:
+        return self.memory.shape[1]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Columns [begin, end) of each part."""
+        for begin in range(0, self.count, max(1, self.width)):
+            yield begin, min(begin + self.width, self.count)
+
+
+def _multiply(p: Problem, columns: Columns, parts: Parts, begin: int, end: int) -> None:
+    """The products of all queries with the embeddings of columns [begin, end), float32, to the parts' memory."""
+    embeddings = _embeddings(p, columns, begin, end).float()
+    torch.mm(p.query.float(), embeddings.T, out=parts.memory[:, : end - begin])
 
 
 def slice_cross_entropy_fwd(p: Problem, columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
     """-> losses (B,), log_partition (B,), logits (B, 1 + P) of the wanted items; all float32."""
     b, arguments = p.query.shape[0], p.arguments()
-    blocks = _score_blocks(p, arguments["PRODUCT"])
+    product = arguments["PRODUCT"]
+    blocks = _blocks(p, product)
     sessions = triton.cdiv(b, blocks.b)
-    splits = _splits(p, sessions, triton.cdiv(columns.count, blocks.v))
+    parts = Parts.of(p, columns, blocks.v) if product == "ieee" else None
+    splits = _splits(p, sessions, triton.cdiv(columns.count if parts is None else parts.width, blocks.v))
     tops, sums = p.floats(splits, b), p.floats(splits, b)
-    launch(
-        _partition_kernel,
-        (sessions, splits),
-        **arguments,
-        **columns.arguments(),
-        Tops=tops,
-        Sums=sums,
-        **_score_options(p, blocks, arguments["PRODUCT"]),
-    )
+    for begin, end in [(0, columns.count)] if parts is None or columns.count == 0 else parts:
+        if parts is not None:
+            _multiply(p, columns, parts, begin, end)
+        launch(
+            _partition_kernel,
+            (sessions, splits),
+            **arguments,
+            **columns.arguments(),
+            Dots=None if parts is None else parts.memory,
+            Tops=tops,
+            Sums=sums,
+            first_tile=begin // blocks.v,
+            end=end,
+            width=0 if parts is None else parts.width // blocks.v,
+            **_options(p, blocks, product),
+        )
     return losses_fwd(p, tops, sums)
 
 
-def query_grad(p: Problem, columns: Columns, x: Slopes) -> Tensor:
-    """-> (B, d) in the query's dtype."""
-    (b, d), arguments = p.query.shape, p.arguments()
-    blocks = _gradient_blocks(p, arguments["PRODUCT"], columns)
-    sessions, widths = triton.cdiv(b, blocks["BLOCK_B"]), triton.cdiv(d, blocks["BLOCK_C"])
-    splits = _splits(p, sessions * widths, triton.cdiv(columns.count, blocks["BLOCK_V"]))
-    parts = p.floats(splits, b, d)
-    launch(
-        _query_grad_kernel,
-        (sessions, splits, widths),
-        **arguments,
-        **columns.arguments(),
-        Weights=x.weights,
-        LogPartition=x.log_partition,
-        Parts=parts,
-        **blocks,
-    )
-    return query_bwd(p, x, parts)
+def dense_bwd(
+    p: Problem, columns: Columns, x: Slopes, needs_query: bool, rows: Tensor | None, bias: Tensor | None
+) -> Tensor | None:
+    """Writes the gradient of each column's embedding to rows (columns, d), of its bias to bias (columns,) float32.
 
-
-def column_grads(
-    p: Problem, columns: Columns, x: Slopes, pulls: Sorted | None, out: Tensor | None, bias: Tensor | None
-) -> None:
-    """Writes the gradient of each column's embedding to out (columns, d), and of its bias to bias (columns,) float32.
-
-    pulls: those of the wanted items, where column i is item i.
+    -> that of the queries (B, d) float32 with `needs_query`. Where column i is item i, the pulls of wanted items are in
+    all of them; where columns are a list of ids, in none.
     """
-    d, arguments = p.query.shape[1], p.arguments()
-    blocks = _gradient_blocks(p, arguments["PRODUCT"], columns)
-    count = triton.cdiv(columns.count, blocks["BLOCK_V"])
-    begins = None
-    if pulls is not None:
-        edges = torch.arange(count + 1, device=p.query.device) * blocks["BLOCK_V"]
-        begins = torch.searchsorted(pulls.items, edges.clamp(max=columns.count))
-    launch(
-        _catalog_grad_kernel,
-        (count, triton.cdiv(d, blocks["BLOCK_C"]) if out is not None else 1),
-        **arguments,
-        **columns.arguments(),
-        Weights=x.weights,
-        LogPartition=x.log_partition,
-        PullItems=None if pulls is None else pulls.items,
-        PullRows=None if pulls is None else pulls.rows,
-        Pulls=None if pulls is None else pulls.pulls,
-        Begins=begins,
-        Grad=out,
-        GradBias=bias,
-        HAS_PULLS=pulls is not None,
-        HAS_GRAD=out is not None,
-        HAS_GRAD_BIAS=bias is not None,
-        **blocks,
-    )
+    grad_query = None
+    if p.query.shape[0] == 0 or columns.count == 0:
+        for out in (rows, bias):
+            if out is not None:
+                out.zero_()
+        return p.query.new_zeros(p.query.shape, dtype=torch.float32) if needs_query else None
+    query, arguments = p.query.to(_dtype_of_products(p)), p.arguments()
+    product = arguments["PRODUCT"]
+    blocks = _blocks(p, product)
+    sessions = triton.cdiv(p.query.shape[0], blocks.b)
+    parts = Parts.of(p, columns, blocks.v)
+    sums = None if bias is None else p.floats(sessions, parts.width)
+    for begin, end in parts:
+        size = end - begin
+        if product == "ieee":
+            _multiply(p, columns, parts, begin, end)
+        launch(
+            _slopes_kernel,
+            (sessions, _splits(p, sessions, triton.cdiv(size, blocks.v))),
+            **arguments,
+            **columns.arguments(),
+            Weights=x.weights,
+            LogPartition=x.log_partition,
+            Pulls=x.pulls,
+            Dots=parts.memory,
+            Slopes=parts.memory,
+            Sums=sums,
+            first_tile=begin // blocks.v,
+            end=end,
+            width=parts.width // blocks.v,
+            HAS_PULLS=columns.ids is None,
+            HAS_SUMS=sums is not None,
+            **_options(p, blocks, product),
+        )
+        slopes = parts.memory[:, :size]
+        if needs_query:
+            part = _product(slopes, _embeddings(p, columns, begin, end).to(slopes.dtype))
+            grad_query = part if grad_query is None else grad_query.add_(part)
+        if rows is not None:
+            _multiply_into(rows[begin:end], slopes.T, query)
+        if bias is not None and sums is not None:
+            torch.sum(sums[:, :size], 0, out=bias[begin:end])
+    return grad_query
+
+
+def _embeddings(p: Problem, columns: Columns, begin: int, end: int) -> Tensor:
+    """(end - begin, d): the catalog's rows of these columns; slopes of columns that are none are 0."""
+    if columns.ids is None:
+        return p.catalog[begin:end]
+    return p.catalog.index_select(0, columns.ids[begin:end].clamp(0, p.catalog.shape[0] - 1))
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in float32, of two matrices in float32 or two in bfloat16, which no sum is rounded to."""
+    if left.dtype == torch.bfloat16 and left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.mm(left.float(), right.float())
+
+
+def _multiply_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """As `_product`, without a copy where the matrix unit writes what is wanted."""
+    if left.is_cuda and out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(_product(left, right))
 
 
 def slice_cross_entropy_bwd(
     p: Problem, columns: Columns, x: Slopes, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of query and catalog in their dtypes, of bias in float32; empty where they are not needed."""
-    v, d = p.catalog.shape
-    grad_query = query_grad(p, columns, x) if needs[0] else p.query.new_empty(0)
-    grad_catalog = torch.empty(v, d, dtype=p.catalog.dtype, device=p.catalog.device) if needs[1] else None
-    grad_bias = p.floats(v) if needs[2] else None
-    if needs[1] or needs[2]:
-        column_grads(p, columns, x, Sorted.of(p, x), grad_catalog, grad_bias)
+    grad_catalog = torch.empty_like(p.catalog, memory_format=torch.contiguous_format) if needs[1] else None
+    grad_bias = p.floats(p.catalog.shape[0]) if needs[2] else None
+    grad_query = dense_bwd(p, columns, x, needs[0], grad_catalog, grad_bias)
     return (
-        grad_query,
+        p.query.new_empty(0) if grad_query is None else grad_query.to(p.query.dtype),
         p.catalog.new_empty(0) if grad_catalog is None else grad_catalog,
         p.floats(0) if grad_bias is None else grad_bias,
     )

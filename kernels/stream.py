@@ -28,9 +28,9 @@ def _of_warp(words, PTX: tl.constexpr):
 
 
 @triton.jit
-def _store_pairs(Scores, Pairs, before, hits, any_hits, bit, left, right, first, pair, PTX: tl.constexpr):
-    """Appends the pairs whose `bit` is set in `hits`, a word of a row's pairs: `before` places after Scores and Pairs,
-    and as many more as the word has lower bits. first + pair is a pair's number.
+def _store_items(Scores, Items, before, hits, any_hits, bit, left, right, item, PTX: tl.constexpr):
+    """Appends scores, and the ids `item` and item + 1, of those of two neighbours whose bits, `bit` and the next, are
+    set in `hits`, a word of a row's items: `before` places behind Scores and Items, and one more for each lower bit.
 
     A scattered tl.store first brings addresses, values and mask into a layout of its own, through shared memory. The
     PTX stores from where values are, and a warp without a hit, the rule in a large catalog, jumps over it: `any_hits`
@@ -42,27 +42,37 @@ def _store_pairs(Scores, Pairs, before, hits, any_hits, bit, left, right, first,
             {
                 .reg .pred %hit;
                 .reg .b32 %t;
+                .reg .b32 %n;
                 .reg .b64 %at;
-                and.b32 %t, $5, $6;
+                mul.lo.u32 %n, $6, 3;
+                and.b32 %t, $5, %n;
                 setp.eq.s32 %hit, %t, 0;
                 @%hit bra NONE;
-                and.b32 %t, $4, $6;
-                setp.ne.s32 %hit, %t, 0;
                 sub.s32 %t, $6, 1;
                 and.b32 %t, %t, $4;
-                popc.b32 %t, %t;
-                add.s32 %t, %t, $3;
-                mad.wide.s32 %at, %t, 8, $1;
-                @%hit st.global.v2.f32 [%at], {$7, $8};
-                mad.wide.s32 %at, %t, 4, $2;
-                add.s32 %t, $9, $10;
+                popc.b32 %n, %t;
+                add.s32 %n, %n, $3;
+                and.b32 %t, $4, $6;
+                setp.ne.s32 %hit, %t, 0;
+                mad.wide.s32 %at, %n, 4, $1;
+                @%hit st.global.f32 [%at], $7;
+                mad.wide.s32 %at, %n, 4, $2;
+                @%hit st.global.b32 [%at], $9;
+                @%hit add.s32 %n, %n, 1;
+                shl.b32 %t, $6, 1;
+                and.b32 %t, %t, $4;
+                setp.ne.s32 %hit, %t, 0;
+                mad.wide.s32 %at, %n, 4, $1;
+                @%hit st.global.f32 [%at], $8;
+                mad.wide.s32 %at, %n, 4, $2;
+                add.s32 %t, $9, 1;
                 @%hit st.global.b32 [%at], %t;
             NONE:
                 mov.b32 $0, 0;
             }
             """,
-            "=r,l,l,r,r,r,r,f,f,r,r",
-            [Scores.to(tl.int64), Pairs.to(tl.int64), before, hits, any_hits, bit, left, right, first, pair],
+            "=r,l,l,r,r,r,r,f,f,r",
+            [Scores.to(tl.int64), Items.to(tl.int64), before, hits, any_hits, bit, left, right, item],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
@@ -70,9 +80,12 @@ def _store_pairs(Scores, Pairs, before, hits, any_hits, bit, left, right, first,
     else:
         place = before + popcount(hits & (bit - 1))
         keep = (hits & bit) != 0
-        tl.store(Pairs + place, tl.broadcast_to(first + pair, place.shape), mask=keep)
-        tl.store(Scores + 2 * place, left, mask=keep)
-        tl.store(Scores + 2 * place + 1, right, mask=keep)
+        tl.store(Items + place, tl.broadcast_to(item, place.shape), mask=keep)
+        tl.store(Scores + place, left, mask=keep)
+        place += keep.to(tl.int32)
+        keep = (hits & (2 * bit)) != 0
+        tl.store(Items + place, tl.broadcast_to(item + 1, place.shape), mask=keep)
+        tl.store(Scores + place, right, mask=keep)
 
 
 @triton.jit
@@ -111,7 +124,7 @@ def _stream_kernel(
     Limits,
     Words,
     Scores,
-    Pairs,
+    Items,
     Counts,
     Certain,
     Above,
@@ -143,7 +156,6 @@ def _stream_kernel(
 ):
     """Scores every item once. What is certainly a member goes to Words as a bit; what may matter goes to a buffer.
 
-    Items are buffered in pairs of neighbours, as a thread holds them: one place to find and one store for two scores.
     Each program owns a part of every row's buffer and fills it in the order of ids, so there are no atomics and nothing
     to wait for. Groups of 2 ** dealt neighbouring tiles are dealt to the programs in turn, which fills all parts alike.
     Counts may exceed `capacity`: that row is redone.
@@ -163,13 +175,13 @@ def _stream_kernel(
     # A thread of the matrix unit holds columns 2 q and 2 q + 1 of every 2 WORDS of a row. Items are dealt to columns so
     # that these are the 32 items of word q: no word is put together from several threads.
     WORDS: tl.constexpr = BLOCK_V // 32
-    tl.static_assert(WORDS <= 4, "the pairs of a row are counted in the bytes of one number")
+    tl.static_assert(WORDS <= 4, "the items of a row are counted in the bytes of one number")
     column = tl.arange(0, BLOCK_V)
     offs_v = column // 2 % WORDS * 32 + column // (2 * WORDS) * 2 + column % 2
     word = tl.arange(0, WORDS)[None, :]
     left_bit = (1 << (2 * tl.arange(0, 16)))[None, :, None]
     buffer = ((rows * splits + split) * capacity)[:, None, None]
-    filled = tl.zeros([BLOCK_B], tl.int32)  # pairs buffered
+    filled = tl.zeros([BLOCK_B], tl.int32)  # items buffered
     certain = tl.zeros([BLOCK_B, WORDS], tl.int32)  # members by their score alone
     above = tl.zeros([BLOCK_B, WORDS], tl.int32)  # items above all that is wanted
     query = tiles.load_rows(Query, tl.minimum(rows, B - 1), stride_qb, D, UNIT_Q, BLOCK_D) if WHOLE else 0.0
@@ -208,7 +220,7 @@ def _stream_kernel(
             scores = tl.where(ranked[None, :], scores, float("nan"))
         left, right = tl.split(tl.reshape(scores, [BLOCK_B, 16, WORDS, 2]))
         # A bit for each item, first of all: a limit then costs five instructions for two scores, and what follows from
-        # several limits is worked out for 32 items at once. A pair's bit is that of its left item.
+        # several limits is worked out for 32 items at once.
         hits = tl.zeros([BLOCK_B, WORDS], tl.int32)
         if HAS_STOP:
             over_stop = _words(left >= stop_high, left_bit) | _words(right >= stop_high, 2 * left_bit)
@@ -219,10 +231,8 @@ def _stream_kernel(
             if BITS:
                 near_start = _words(left >= start_low, left_bit) | _words(right >= start_low, 2 * left_bit)
                 hits |= near_start & ~over_start
-        hits |= hits >> 1
         if HAS_OPEN:
-            hits |= _words(tl.maximum(left, right, propagate_nan=tl.PropagateNan.NONE) >= open_low, left_bit)
-        hits &= 0x55555555
+            hits |= _words(left >= open_low, left_bit) | _words(right >= open_low, 2 * left_bit)
         if BITS:
             members = over_stop & ~over_start if HAS_START else over_stop
             at = Words + rows[:, None] * stride_words + tile * WORDS + word
@@ -230,30 +240,27 @@ def _stream_kernel(
             certain += popcount(members)
 
         count = popcount(hits)
-        # A byte for the pairs of each word; the product adds up those of the words before.
+        # A byte for the items of each word; the product adds up those of the words before.
         counts = tl.sum(count << (8 * word), 1)
         before = filled[:, None] + ((counts[:, None] * 0x01010100) >> (8 * word) & 0xFF)
         hits = tl.where(before + count <= capacity, hits, 0)  # a row that runs out of room is redone as a whole
-        _store_pairs(
-            Scores + 2 * buffer,
-            Pairs + buffer,
+        _store_items(
+            Scores + buffer,
+            Items + buffer,
             before[:, None, :],
             hits[:, None, :],
             _of_warp(hits, PTX)[:, None, :],
             left_bit,
             left,
             right,
-            ((tile * WORDS + word) * 16)[:, None, :],
-            tl.arange(0, 16)[None, :, None],
+            ((tile * WORDS + word) * 32)[:, None, :] + 2 * tl.arange(0, 16)[None, :, None],
             PTX,
         )
-        filled += (counts * 0x01010101) >> 24
+        filled += (counts * 0x01010101) >> 24 & 0xFF
     own = rows * splits + split
     # What stays empty holds no number, so that nobody has to ask how far a part is filled.
     for place in range(tl.min(tl.where(in_b, filled, capacity), 0), capacity):
-        at = Scores + 2 * (own * capacity + place)
-        tl.store(at, float("nan"), mask=in_b & (place >= filled))
-        tl.store(at + 1, float("nan"), mask=in_b & (place >= filled))
+        tl.store(Scores + own * capacity + place, float("nan"), mask=in_b & (place >= filled))
     tl.store(Counts + own, filled, mask=in_b)
     tl.store(Certain + own, tl.sum(certain, 1), mask=in_b)
     tl.store(Above + own, tl.sum(above, 1), mask=in_b)

@@ -1,8 +1,9 @@
 """The k best items of the whole catalog, exactly and without luck: the best blocks hold the best items.
 
-One pass keeps the best item of every block of the catalog. Whoever is among the k best of all lies in one of the k best
-blocks, by their best items: every other block has k items before its own. So these blocks alone are scored again, and
-their k best are taken. Where k blocks are much of the catalog, the kernels of rank_slice find the k best instead.
+One pass keeps the best score of every block of the catalog. Whoever is among the k best of all lies in one of the k
+best blocks, by their best scores and of two that tie the one with lower ids: every other block has k items before its
+own. So these blocks alone are scored again, and their k best are taken. Where k blocks are much of the catalog, the
+kernels of rank_slice find the k best instead.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .order import FIRST, LAST, item_key, split_keys
+from .order import FIRST, LAST, first_key, item_key, split_keys
 from .rank_slice import ROWS, ranks
 from .tiles import launch
 
@@ -46,43 +47,44 @@ def _block_best_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Best[row, block] is the key of the best item of TILES x BLOCK_V neighbours."""
+    """Best[row, block] is the key of TILES x BLOCK_V neighbours: the best score among them, over blocks - 1 - block."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    WHOLE: tl.constexpr = D <= BLOCK_D  # the queries are read once and stay
+    query = tiles.load_rows(Query, tl.minimum(rows, B - 1), stride_qb, D, UNIT_Q, BLOCK_D) if WHOLE else 0.0
     for block in range(tl.program_id(1), blocks, tl.num_programs(1)):
         best_score = tl.full([BLOCK_B], float("-inf"), tl.float32)
-        best_item = tl.full([BLOCK_B], -1, tl.int32)
         for tile in range(block * TILES, tl.minimum((block + 1) * TILES, tl.cdiv(V - first_item, BLOCK_V))):
             offs_v = first_item + tile * BLOCK_V + tl.arange(0, BLOCK_V)
             inside = tl.minimum(offs_v, V - 1).to(tl.int64)
-            scores = tiles.score_tile(
-                Query,
-                Catalog,
-                tl.minimum(rows, B - 1),
-                inside,
-                stride_qb,
-                stride_cv,
-                D,
-                UNIT_Q,
-                UNIT_C,
-                PRODUCT,
-                UPCAST,
-                BLOCK_B,
-                BLOCK_V,
-                BLOCK_D,
-            )
+            if WHOLE:
+                scores = tiles.score_rows(query, Catalog, inside, stride_cv, D, UNIT_C, PRODUCT, UPCAST, BLOCK_D)
+            else:
+                scores = tiles.score_tile(
+                    Query,
+                    Catalog,
+                    tl.minimum(rows, B - 1),
+                    inside,
+                    stride_qb,
+                    stride_cv,
+                    D,
+                    UNIT_Q,
+                    UNIT_C,
+                    PRODUCT,
+                    UPCAST,
+                    BLOCK_B,
+                    BLOCK_V,
+                    BLOCK_D,
+                )
             if HAS_BIAS:
                 scores += tl.load(Bias + inside * stride_bias).to(tl.float32)[None, :]
             if CHECK:
                 wrong = (offs_v < V)[None, :] & (rows < B)[:, None] & ~(tl.abs(scores) < float("inf"))
                 tiles.report(Bad, scores, wrong, rows)
-            # Neither NaN nor what stands for no item is taken.
-            scores = tl.where((scores == scores) & (offs_v < V)[None, :], scores, float("-inf"))
-            score = tl.max(scores, 1)
-            item = tl.min(tl.where(scores == score[:, None], offs_v[None, :], V), 1)
-            better = (score > best_score) | (best_item < 0)  # earlier tiles have the lower ids
-            best_score = tl.where(better, score, best_score)
-            best_item = tl.where(better, item, best_item)
-        key = item_key(best_score, best_item.to(tl.int64), V)
+            # The largest of all is never NaN; only a last tile holds what stands for no item.
+            if first_item + (tile + 1) * BLOCK_V > V:
+                scores = tl.where((offs_v < V)[None, :], scores, float("-inf"))
+            best_score = tl.maximum(best_score, tl.max(scores, 1))
+        key = first_key(best_score) + (blocks - 1 - block)
         tl.store(Best + rows * blocks + block, key, mask=rows < B)
 
 
@@ -155,7 +157,7 @@ def _score_blocks_kernel(
             else:
                 tl.store(Keys + (row * per_row + place) * size + start + tl.arange(0, BLOCK_V), key)
         if FROM_EXCLUDED:
-            tl.store(Best + row * blocks + block, best)
+            tl.store(Best + row * blocks + block, (best >> 32 << 32) + (blocks - 1 - block))
 
 
 def top_k_fwd(
@@ -232,7 +234,7 @@ def _best_of_blocks(
 ) -> Tensor:
     """The keys (b, k) int64 of the k best items in order."""
     b, v, device = query.shape[0], catalog.shape[0], query.device
-    shape, product = tiles.scoring_blocks(precision, query, catalog), tiles.arithmetic(precision, query, catalog)
+    shape, product = tiles.resident_blocks(precision, query, catalog), tiles.arithmetic(precision, query, catalog)
     matrices = (tiles.strides(query), tiles.strides(catalog), 0 if bias is None else bias.stride(0))
     has_bias = {"HAS_BIAS": bias is not None}
     blocks = triton.cdiv(v - first_item, size)

@@ -17,13 +17,13 @@ def by_kernel(works: list[Work]) -> dict[str, Work]:
 
 
 def test_rank_slice_by_hand() -> None:
-    works = by_kernel(gpu_model.rank_slice_work(CALL, sampled=100, pairs=6, groups=3))
+    works = by_kernel(gpu_model.rank_slice_work(CALL, sampled=100, entries=6, groups=3))
     stream = works["_stream_kernel"]
     assert stream.operations == 2 * 4 * 1_000 * 8
-    assert stream.bytes == 2 * 8 * (4 + 1_000) + 12 * 4 * 6
+    assert stream.bytes == 2 * 8 * (4 + 1_000) + 8 * 4 * 6
     assert works["_sample_kernel"].bytes == 2 * 8 * (4 + 100) + 4 * 4 * 100
-    assert works["_place_kernel"].bytes == 12 * 4 * 6 + 4 * 4 * 10
-    bits = by_kernel(gpu_model.rank_slice_work(CALL, sampled=100, pairs=6, groups=0))
+    assert works["_place_kernel"].bytes == 8 * 4 * 6 + 4 * 4 * 10
+    bits = by_kernel(gpu_model.rank_slice_work(CALL, sampled=100, entries=6, groups=0))
     assert bits["_stream_kernel"].bytes == stream.bytes + 4 * 1_000 / 8
     assert bits["_ascending_kernel"].bytes == 0
     assert works["_ascending_kernel"].bytes == 2 * 4 * 4 * 10 + 8 * 4 * 3  # all in the cache
@@ -31,17 +31,17 @@ def test_rank_slice_by_hand() -> None:
 
 def test_passes_beyond_the_cache_are_counted() -> None:
     big = Call(512, 10_000_000, 128)
-    scores = 8 * 512 * 30_000
-    before = by_kernel(gpu_model.rank_slice_work(big, sampled=90_000, pairs=30_000, groups=9_766))
+    scores = 4 * 512 * 30_000
+    before = by_kernel(gpu_model.rank_slice_work(big, sampled=90_000, entries=30_000, groups=9_766))
     assert before["_ascending_kernel"].bytes == (2 + 1) * 4 * 512 * big.size + 4 * 8 * 512 * 9_766
     assert before["_limits_kernel"].bytes == 24 * 4 * 512 * 90_000
     assert before["_select_kernel"].bytes == 24 * scores + 512 * 30_000
     works = by_kernel(gpu_model.rank_slice_work(big, 90_000, 30_000, 9_766, narrow=(True, True)))
-    assert works["_stream_kernel, its end"].bytes == 32 * 512 * 30_000 / 4
+    assert works["_stream_kernel, its end"].bytes == 32 * 512 * 30_000 / 3
     twice = by_kernel(gpu_model.rank_slice_work(big, 90_000, 30_000, 39_063, windows=2))
     assert twice["_ascending_kernel"].bytes == (4 + 1) * 4 * 512 * big.size + 4 * 8 * 512 * 39_063
-    assert works["_limits_kernel"].bytes == 4 * 512 * 90_000 + 512 * 2_048 * 32
-    assert works["_select_kernel"].bytes == scores + 512 * 2_048 * 32 + 512 * 30_000
+    assert works["_limits_kernel"].bytes == 4 * 512 * 90_000 + 512 * 4_096 * 32
+    assert works["_select_kernel"].bytes == scores + 512 * 4_096 * 32 + 512 * 30_000
 
 
 def test_instructions_may_take_longer_than_the_roof() -> None:
@@ -57,10 +57,11 @@ def test_top_k_by_hand() -> None:
 
 
 def test_losses_by_hand() -> None:
-    dense = by_kernel(gpu_model.slice_loss_work(CALL, splits=2, columns=4))
+    dense = by_kernel(gpu_model.slice_loss_work(CALL, splits=2))
     assert dense["_partition_kernel"].bytes == 2 * 8 * 1_004 + 4 * 1_000 / 8 + 8 * 2 * 4
-    assert dense["_query_grad_kernel"].operations == CALL.product * 3  # scores for each of two blocks, and the gradient
-    assert dense["_catalog_grad_kernel"].bytes == 2 * 8 * 1_004 + 4 * 1_000 / 8 + 2 * 1_000 * 8
+    assert dense["_slopes_kernel"].bytes == 2 * 8 * 1_004 + 4 * 1_000 / 8 + 2 * 4 * 1_000
+    assert dense["mm, the queries' gradient"].bytes == 2 * 4 * 1_000 + 2 * 8 * 1_000 + 4 * 4 * 8
+    assert sum(work.operations for work in dense.values()) == 4 * CALL.product + 2 * 4 * 8
     own = by_kernel(gpu_model.sampled_softmax_work(CALL, negatives=5))
     assert own["_gather_kernel"].operations == 2 * 4 * 5 * 8
     assert own["_gather_kernel"].bytes == 4 * 5 * (2 * 8 + 8 + 4) + 2 * 4 * 8
@@ -90,7 +91,7 @@ def test_a_loop_by_hand() -> None:
 def test_the_chance_of_a_candidate() -> None:
     assert gpu_model.chance_of(0.0) == 0.0
     assert gpu_model.chance_of(1.5) == 1.0
-    assert gpu_model.chance_of(0.01) == pytest.approx(1 - 0.99**32)
+    assert gpu_model.chance_of(0.01) == pytest.approx(1 - 0.99**64)
 
 
 SASS = """

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from alterrec_fast.kernels import slice_cross_entropy as dense
 from torch import Tensor
 
 from alterrec_fast.ops import RankSlice, slice_cross_entropy
@@ -76,6 +77,16 @@ def test_matches_the_reference(
         query, catalog = query.bfloat16(), catalog.bfloat16()
     bias = torch.randn(v, generator=torch.Generator().manual_seed(1))
     compare(query, catalog, options | {"bias": bias, "temperature": 0.5, "positive_weight": 0.7})
+
+
+@pytest.mark.parametrize("form", ["bits", "all"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_catalog_in_many_parts(monkeypatch: pytest.MonkeyPatch, form: str, bf16: bool) -> None:
+    monkeypatch.setattr(dense, "BUFFER_BYTES", 1)  # a block of columns at a time
+    query, catalog, options = problem(5, 530, 20, 3, form)
+    if bf16:
+        query, catalog = query.bfloat16(), catalog.bfloat16()
+    compare(query, catalog, options | {"bias": torch.linspace(-1.0, 1.0, 530), "positive_weight": 0.7})
 
 
 def test_mixed_dtypes_strided_rows_and_no_positives() -> None:
