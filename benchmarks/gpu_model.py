@@ -102,13 +102,13 @@ def rank_slice_work(
     members are put in order where the result is ids, 0 where it is bits; narrow: whether the sample, and the buffer,
     are searched after a few of their scores; else in 24 passes; windows: in which groups are counted.
 
-    A few are up to 4,096 for each row, each in a sector of its own; then there is one pass. What the stream leaves
+    A few are up to 2,048 for each row, each in a sector of its own; then there is one pass. What the stream leaves
     empty, a third of the buffer or less, it fills at its end, when nobody multiplies any more: each entry a sector.
     Ids are written to the buffer, read twice in each window, and written in order; the two numbers of a group are
     cleared, set, read, and one of them written and read.
     """
     b, d = call.sessions, call.width
-    few = 4096.0 * SECTOR * b
+    few = 2048.0 * SECTOR * b
     sample, scores, buffer = 4.0 * b * sampled, 4.0 * b * entries, 8.0 * b * entries
     words = 0.0 if groups else b * call.items / 8.0
     ids = 4.0 * b * call.size if groups else 0.0

@@ -24,7 +24,7 @@ from .tiles import launch
 
 ROWS = 1024  # sessions at a time, which bounds the memory beside the result
 FEW = 2048  # scores that are looked at first, of which a thread holds a handful
-MANY = 1 << 14  # entries of a row from which on programs take larger blocks of them
+MANY = 1 << 14  # entries of a row from which on more threads put ids in order
 NARROWED = 4  # times as many or more are not searched before the few have narrowed the search
 MOST_SORTED = 256  # keys of a row that a program sorts by itself
 
@@ -131,7 +131,7 @@ def stream_blocks(p: Plan, precision: str, query: Tensor, catalog: Tensor, block
             return replace(blocks, warps=4, d=whole)
         return replace(blocks, b=128, d=whole, stages=2)  # which spills nothing on Blackwell
     if narrow and not p.has_stop and query.shape[0] > 64:
-        return replace(blocks, b=128, d=min(blocks.d, 32), stages=4)
+        return replace(blocks, b=128, stages=4)
     return replace(blocks, warps=4)
 
 
@@ -266,9 +266,7 @@ def ranks(
     )
     sizes = (p.splits, p.capacity, v)
     skip = skip_excluded and values.numel() > 0
-    many = p.entries >= MANY
-    block = MANY // 4 if many else FEW // 2  # entries at a time: waiting for each other costs the more, the more often
-    room = p.zone if p.entries >= NARROWED * block else 0
+    room = p.zone if p.entries >= NARROWED * FEW else 0
     # The ids' memory is free until they are placed.
     zone = ids if ids is not None and ids.shape[1] >= 2 * room else torch.empty(b, 2 * room, **int32)
     launch(
@@ -298,12 +296,13 @@ def ranks(
         HAS_STOP=p.has_stop,
         NARROW=room > 0,
         SKIP_EXCLUDED=skip,
-        BLOCK=block,
+        # Half as many where registers are short: for comparing with excluded items, and by other assemblers.
+        BLOCK=FEW if tiles.is_hopper(device) and not skip else FEW // 2,
         EXCLUDED=4,
         PARTS=triton.next_power_of_2(p.splits),
         num_warps=8,
         # For more programs on a processor it would spill.
-        **({"maxnreg": 255 if many else 128} if backend == "cuda" else {}),
+        **({"maxnreg": 128} if backend == "cuda" else {}),
     )
     redo(
         query,
@@ -350,6 +349,7 @@ def ranks(
     if words is not None and values.numel():
         launch(_clear_excluded_kernel, (b,), words, values, offsets, v, stride_words, EXCLUDED=128, num_warps=4)
     if has_ids:
+        many = p.entries >= MANY
         shift = (stream.v << p.dealt).bit_length() - 1
         launch(
             _ascending_kernel,

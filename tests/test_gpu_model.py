@@ -40,8 +40,8 @@ def test_passes_beyond_the_cache_are_counted() -> None:
     assert works["_stream_kernel, its end"].bytes == 32 * 512 * 30_000 / 3
     twice = by_kernel(gpu_model.rank_slice_work(big, 90_000, 30_000, 39_063, windows=2))
     assert twice["_ascending_kernel"].bytes == (4 + 1) * 4 * 512 * big.size + 4 * 8 * 512 * 39_063
-    assert works["_limits_kernel"].bytes == 4 * 512 * 90_000 + 512 * 4_096 * 32
-    assert works["_select_kernel"].bytes == scores + 512 * 4_096 * 32 + 512 * 30_000
+    assert works["_limits_kernel"].bytes == 4 * 512 * 90_000 + 512 * 2_048 * 32
+    assert works["_select_kernel"].bytes == scores + 512 * 2_048 * 32 + 512 * 30_000
 
 
 def test_instructions_may_take_longer_than_the_roof() -> None:
