@@ -106,8 +106,8 @@ def plan(
     # Fewer groups of tiles are less to count for `_ascending_kernel`. But one that is all candidates, as catalogs that
     # are sorted by popularity have them, must not take more than a quarter of a program's part.
     dealt = 0
-    while wanted and not bits and triton.cdiv(ranked, blocks.v << dealt) > splits * capacity:
-        if blocks.v << dealt > capacity // 4:
+    while wanted and not bits and triton.cdiv(ranked, blocks.v << dealt) > splits * capacity // 2:
+        if blocks.v << dealt + 1 > capacity // 4:
             break
         dealt += 1
     return Plan(sampled, splits, capacity, dealt, bits, open_ranks > 0, has_start, has_stop)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from alterrec_fast.kernels import rank_slice as kernels
 from alterrec_fast.kernels import tiles
+from alterrec_fast.kernels.bracket import SPREAD
 from torch import Tensor
 
 import alterrec_fast as af
@@ -119,9 +122,28 @@ def test_a_group_of_tiles_never_fills_a_part() -> None:
         for items in (40_258, 1_000_000, 10_000_000, 100_000_000):
             for stop in (500, 20_000):
                 cut = kernels.plan(rows, items, 20, stop, 5, False, 0, 132, 1.0, blocks)
-                assert cut.dealt == 0 or (blocks.v << cut.dealt) // 2 <= cut.capacity // 4
+                assert cut.dealt == 0 or blocks.v << cut.dealt <= cut.capacity // 4
     assert kernels.plan(512, 10_000_000, 20, 20_000, 5, False, 0, 132, 1.0, blocks).dealt >= 1
     assert kernels.plan(512, 1_000_000, 0, 0, 2_000, False, 0, 132, 1.0, blocks).dealt == 0  # nothing to put in order
+
+
+@pytest.mark.parametrize("items", [100_000, 1_000_000, 10_000_000])
+def test_rows_of_a_huge_catalog_seldom_miss(items: int) -> None:
+    """How many items a sample's limit leaves, and how they fall on the programs' parts, drawn for many rows: a redone
+    row takes ten times as long as all of them."""
+    stop, rows, draw = 20_000, 20_000, np.random.default_rng(items)
+    blocks = tiles.Blocks(b=64, v=128, d=128, warps=4, stages=3)
+    cut = kernels.plan(512, items, 20, stop, 5, False, 0, 132, 1.0, blocks)
+    share = cut.sampled / items
+    middle = (stop - 0.5) * share
+    wanted = math.ceil(middle + SPREAD * math.sqrt(middle * (1.0 - middle / cut.sampled) * (1.0 - share)) + 2.0) + 1
+    # Above the wanted-th of the sample: Gamma, narrower by what the sample holds of the catalog.
+    found = stop + (wanted - middle) / share
+    found = found + (draw.gamma(wanted, 1.0 / share, rows) - wanted / share) * math.sqrt(1.0 - share)
+    parts = draw.poisson(found[:, None] / cut.splits, (rows, cut.splits))
+    assert found.min() >= stop
+    assert parts.max() <= cut.capacity
+    assert parts.max() > 0.7 * cut.capacity  # no more room than luck asks for
 
 
 @pytest.mark.parametrize("top", [5, 300])
