@@ -22,7 +22,7 @@ from alterrec_fast.benchmarks.worker import Shape
 from alterrec_fast.training.checkpoint import write_text
 
 QUICK = Budget(least=2, sittings=3, rounds=3, long=0.5, turn=0.1, first=45.0, memory=0)
-FULL = Budget(least=3, sittings=7, rounds=3, long=4.0, turn=0.2, first=100.0, memory=0)
+FULL = Budget(least=3, sittings=7, rounds=3, long=4.0, turn=0.2, first=100.0, memory=0, floors=3)
 # What contests share; those that have not begun by then are left out, and listed so.
 QUICK_MINUTES, FULL_MINUTES = 4.0, 35.0
 PEERS = ("recbole", "rectools", "replay")  # names of interpreters

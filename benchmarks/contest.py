@@ -28,6 +28,7 @@ from alterrec_fast.benchmarks.machine import measure_bandwidth, version_of
 from alterrec_fast.benchmarks.records import FLOOR, Record, conclude
 from alterrec_fast.benchmarks.worker import Shape, Tensors, describe, limit_memory, serve
 
+SHORT_FLOOR = 0.03  # seconds of a call: what comes and goes with a process is then a large part of it
 PRELOAD = ["alterrec_fast.benchmarks.contestants"]
 
 
@@ -46,6 +47,7 @@ class Budget:
     turn: float  # seconds of one turn, in which short calls are repeated
     first: float  # seconds that making ready and the first call may take
     memory: int  # bytes of a process, 0 for any
+    floors: int = 1  # processes of a floor that is short
 
 
 class Process:
@@ -140,9 +142,13 @@ class Arena:
                 break
             with ThreadPoolExecutor(self.threads) as pool:
                 list(pool.map(lambda runner: self._make_ready(runner, paths), there))
-            self._take_turns(there, random.Random(f"{op.name} {shape} {sitting}"))
-            for runner in there:
+            twins = self._twins(there, op, shape, paths)
+            self._take_turns([*there, *twins], random.Random(f"{op.name} {shape} {sitting}"))
+            for runner in [*there, *twins]:
                 runner.end()
+            for runner in there:
+                if runner.contestant.name == FLOOR:
+                    runner.join(twins)
         for runner in runners:
             runner.finish()
         records = [runner.record for runner in runners]
@@ -161,6 +167,15 @@ class Arena:
                 chosen.append(runner)
                 spent += runner.cost
         return chosen
+
+    def _twins(self, there: list[_Runner], op: Op, shape: Shape, paths: tuple[Path, Path]) -> list[_Runner]:
+        """More processes of a short floor: every ratio of the sitting hangs on it."""
+        floors = [runner for runner in there if runner.contestant.name == FLOOR and runner.record.failed is None]
+        short = [runner for runner in floors if runner.expected < SHORT_FLOOR]
+        twins = [_Runner(op, shape, runner.contestant) for runner in short for _ in range(self.budget.floors - 1)]
+        with ThreadPoolExecutor(self.threads) as pool:
+            list(pool.map(lambda runner: self._make_ready(runner, paths), twins))
+        return twins
 
     def _make_ready(self, runner: _Runner, paths: tuple[Path, Path]) -> None:
         contestant, record = runner.contestant, runner.record
@@ -274,6 +289,14 @@ class _Runner:
         if timed:
             self.record.turns[-1].append(turn["seconds"])
             self.cpu.append(turn["cpu_seconds"])
+
+    def join(self, twins: list[_Runner]) -> None:
+        """Each turn of the sitting becomes the middle one of its own and the twins' in the same round."""
+        others = [twin for twin in twins if twin.record.failed is None]
+        self.cost += sum(twin.cost for twin in others)
+        if self.record.failed is None and others:
+            rounds = zip(self.record.turns[-1], *(twin.record.turns[-1] for twin in others), strict=True)
+            self.record.turns[-1] = [statistics.median(turns) for turns in rounds]
 
     def end(self) -> None:
         """Ends the process, and takes what it has to tell beside its times."""

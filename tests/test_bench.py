@@ -16,6 +16,7 @@ import pytest
 import torch
 from alterrec_fast.benchmarks import (
     bench,
+    contest,
     figures,
     losses,
     machine,
@@ -136,6 +137,25 @@ def test_a_contest_sits_again_while_there_is_time(arena: Arena, monkeypatch: pyt
     monkeypatch.setattr(arena, "budget", replace(BUDGET, long=0.01))
     held = {r.contestant: r for r in arena.hold(bench_stubs.op(*bench_stubs.GOOD), bench_stubs.SHAPE, AMPLE)}
     assert [len(turns) for turns in held["sleeps"].turns] == [2, 2]
+
+
+def test_a_short_floor_is_the_middle_one_of_its_processes(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    joined, join = [], contest._Runner.join
+
+    def watched(runner: Any, twins: list[Any]) -> None:
+        own = list(runner.record.turns[-1])
+        join(runner, twins)
+        columns = zip(own, *(twin.record.turns[-1] for twin in twins), strict=True)
+        joined.append((runner.record.turns[-1], [sorted(column) for column in columns]))
+
+    monkeypatch.setattr(contest._Runner, "join", watched)
+    for floors, longest in ((3, 10.0), (1, 10.0), (3, 0.0)):
+        monkeypatch.setattr(arena, "budget", replace(BUDGET, floors=floors))
+        monkeypatch.setattr(contest, "SHORT_FLOOR", longest)
+        arena.hold(bench_stubs.op(*bench_stubs.GOOD), bench_stubs.SHAPE, 0.0)
+    processes = [len(columns[0]) for _, columns in joined]
+    assert processes == [3, 3, 1, 1, 1, 1]  # two sittings each
+    assert all(turns == [column[len(column) // 2] for column in columns] for turns, columns in joined)
 
 
 def test_nobody_is_timed_cold(arena: Arena) -> None:
