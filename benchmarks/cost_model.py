@@ -27,7 +27,7 @@ DEVIATIONS, SLACK, SETTLE_CYCLES = 4.0, 3.0, 2.5  # as in csrc/cpu/bracket.cpp
 BINS = 2048  # of a histogram, by which GPUs agree on a boundary: 4 bytes each
 PAIR = 8  # bytes of a candidate: a score and an id
 BLOCK = 512  # sessions that meet a catalog tile while it is in cache: a catalog is read once for so many
-WHAT_IS_NOT_PRODUCT = 1.25  # compare, ballot and append; the loop that gpu_model counts for ids takes less
+WHAT_IS_NOT_PRODUCT = 2.7  # compare, ballot and append, and waiting: what an H100 took at 10 million items, d = 128
 GIB = 2.0**30
 
 

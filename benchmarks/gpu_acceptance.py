@@ -93,6 +93,7 @@ class Acceptance:
     seed: int
     commit: str
     installed: Installed
+    planned: list[str] = field(default_factory=list)  # names of all stages
     stages: list[Ended] = field(default_factory=list)
 
     def records(self, kind: str) -> Iterator[dict[str, Any]]:
@@ -118,6 +119,10 @@ class Acceptance:
                 result = "not run" if stage.outcome.startswith(KILLED) else "fail"
                 detail = f"out of time: {stage.outcome}" if result == "not run" else stage.outcome
                 found.append({"stage": stage.name, "name": "the stage", "result": result, "detail": detail})
+        ended = {stage.name for stage in self.stages}
+        for name in self.planned:
+            if name not in ended:
+                found.append({"stage": name, "name": "the stage", "result": "not run", "detail": "it did not end"})
         return found
 
     def late(self) -> list[str]:
@@ -243,7 +248,8 @@ def run(
     with tempfile.TemporaryDirectory(prefix="alterrec-acceptance-") as temporary:
         work = Path(temporary)
         print(f"installing {root}; the seed is {seed}", flush=True)
-        done = Acceptance(device, seed, _commit(root), install(root, work, min(BUILD_SECONDS, limit)))
+        installed, planned = install(root, work, min(BUILD_SECONDS, limit)), [stage.name for stage in stages]
+        done = Acceptance(device, seed, _commit(root), installed, planned)
         write(done, out)
         for turn in sorted({stage.turn for stage in stages}):
             together = [stage for stage in stages if stage.turn == turn]

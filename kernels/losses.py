@@ -174,7 +174,7 @@ def _pulls_kernel(
     partition = tl.load(LogPartition + row)
     grad = tl.load(GradLosses + row * stride_grad)
     gain = tl.where(offs_k == 0, 1.0, positive_weight) / (1.0 + tl.exp(logits - partition))
-    some = partition > float("-inf")
+    some = partition != float("-inf")  # NaN goes on, for whoever looks at gradients
     pulls = tl.where(some, tl.where(wanted >= 0, gain * (-scale * grad), 0.0), 0.0)
     tl.store(Pulls + row * K + offs_k, pulls, mask=offs_k < K)
     tl.store(Weights + row, -tl.sum(pulls, 0))

@@ -22,7 +22,7 @@ from .settle import _clear_excluded_kernel, _place_kernel, _select_kernel
 from .stream import _stream_kernel
 from .tiles import launch
 
-ROWS = 1024  # sessions at a time, which bounds the memory beside the result
+ROWS = 512  # sessions at a time, which bounds the memory beside the result
 FEW = 2048  # scores that are looked at first, of which a thread holds a handful
 MANY = 1 << 14  # entries of a row from which on more threads put ids in order
 NARROWED = 4  # times as many or more are not searched before the few have narrowed the search
@@ -73,7 +73,7 @@ def plan(
     has_stop = wanted > 0 and (bits or has_start)
     open_ranks = max(top + left_out, 0 if has_start or not wanted else start + 1 if bits else stop)
     # Bytes of a row for the sample, which the buffer for candidates takes over.
-    room = (40 << 20) // max(1, rows) + 16 * wanted
+    room = (50 << 20) // max(1, rows) + 16 * wanted
     sampled = min(ranked, max(2048, min(ranked // 64, room // 4)))
     share = sampled / ranked
 

@@ -10,6 +10,7 @@ plain multiply-adds are twice as fast as Triton's.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from . import tiles
 from .losses import Problem, Slopes, losses_fwd, report, shift_of
 from .tiles import launch
 
-BUFFER_BYTES = 256 << 20  # of slopes at a time, for as many columns as that holds of all sessions
+BUFFER_BYTES = 256 << 20  # of slopes at a time; as many again of embeddings, and of their gradient, where dtypes differ
 
 
 @dataclass(frozen=True)
@@ -103,22 +104,26 @@ def _logits(
 ):
     """Logits of a tile's negatives, -inf of all else; ids fit 32 bits, which halves what they take of the registers.
 
-    query as `_queries` has it; Dots (B, width tiles) holds products from `first_tile` on, where they come from there.
+    query as `tiles.score` takes it; Dots (B, width tiles) holds the products from `first_tile` on, if they are there.
     """
     column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = (column >= first_column) & (column < columns)
-    items = tl.load(Ids + column, mask=inside, other=-1).to(tl.int32) if HAS_IDS else column
+    if HAS_IDS:
+        ids = tl.load(Ids + column, mask=inside, other=-1)
+        items = tl.maximum(tl.minimum(ids, V), -1).to(tl.int32)  # V for all beyond the catalog
+    else:
+        items = column
     safe_items = tl.minimum(tl.maximum(items, 0), V - 1).to(tl.int64)  # what is none reads others' embeddings
     if PRODUCT == "ieee":
         dots = tl.load(Dots + _places(rows, tile - first_tile, width, BLOCK_V), mask=in_b[:, None], other=0.0)
-    elif D <= BLOCK_D:
-        dots = tiles.score_rows(query, Catalog, safe_items, stride_cv, D, UNIT_C, PRODUCT, UPCAST, BLOCK_D)
     else:
-        dots = tiles.score_tile(
+        dots = tiles.score(
+            query,
             Query,
             Catalog,
-            tl.minimum(rows, B - 1),
+            rows,
             safe_items,
+            B,
             stride_qb,
             stride_cv,
             D,
@@ -152,17 +157,6 @@ def _places(rows, tile, width, BLOCK_V: tl.constexpr):
     """Of a tile in a buffer (B, width tiles), which is small enough for 32 bits. From products with a constant the
     compiler sees how far they are aligned: without that there are no wide loads and stores, and a register for each."""
     return (rows.to(tl.int32) * width * BLOCK_V)[:, None] + tile * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
-
-
-@triton.jit
-def _queries(
-    Query, rows, B, stride_qb, D: tl.constexpr, UNIT_Q: tl.constexpr, PRODUCT: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """The rows' queries where they are one step, which then stay; else nothing."""
-    if D <= BLOCK_D and PRODUCT != "ieee":
-        return tiles.load_rows(Query, tl.minimum(rows, B - 1), stride_qb, D, UNIT_Q, BLOCK_D)
-    else:
-        return 0.0
 
 
 @triton.jit
@@ -223,7 +217,7 @@ def _partition_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     split, splits = tl.program_id(1), tl.num_programs(1)
     in_b = rows < B
-    query = _queries(Query, rows, B, stride_qb, D, UNIT_Q, PRODUCT, BLOCK_D)
+    query = 0.0 if PRODUCT == "ieee" else tiles.resident_query(Query, rows, B, stride_qb, D, UNIT_Q, BLOCK_D)
     target = tl.load(Wanted + rows * K, mask=in_b, other=-1).to(tl.int32)
     at = split.to(tl.int64) * B + rows
     top = tl.where(first_tile > 0, tl.load(Tops + at, mask=in_b, other=float("-inf")), float("-inf"))
@@ -301,7 +295,7 @@ def _slopes_kernel(
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     in_b = rows < B
-    query = _queries(Query, rows, B, stride_qb, D, UNIT_Q, PRODUCT, BLOCK_D)
+    query = 0.0 if PRODUCT == "ieee" else tiles.resident_query(Query, rows, B, stride_qb, D, UNIT_Q, BLOCK_D)
     target = tl.load(Wanted + rows * K, mask=in_b, other=-1).to(tl.int32)
     weight = tl.load(Weights + rows, mask=in_b, other=0.0)
     partition = tl.load(LogPartition + rows, mask=in_b, other=0.0)
@@ -314,7 +308,7 @@ def _slopes_kernel(
                 first_column, first_tile, width, scale, stride_qb, stride_cv, HAS_BIAS, HAS_LOG_Q, HAS_IDS, HAS_BITS,
                 CHECK, D, UNIT_Q, UNIT_C, PRODUCT, UPCAST, BLOCK_B, BLOCK_V, BLOCK_D,
             )  # fmt: skip
-            # Where nothing is pulled, whatever an embedding holds must not reach others' gradients.
+            # Rows that pull at nothing have slopes of 0, whatever their logits.
             slopes = tl.where(weight[:, None] != 0.0, weight[:, None] * tl.exp(logits - partition[:, None]), 0.0)
         if HAS_PULLS:
             for k in range(K):
@@ -362,10 +356,13 @@ class Parts:
 
     @classmethod
     def of(cls, p: Problem, columns: Columns, block: int) -> Parts:
-        """As many whole blocks of columns as BUFFER_BYTES hold."""
-        b, dtype = p.query.shape[0], _dtype_of_products(p)
-        fitting = max(1, BUFFER_BYTES // (dtype.itemsize * max(1, b)) // block)
+        """As many whole blocks of columns as BUFFER_BYTES hold, of numbers and of their embeddings in float32, which
+        are copied where dtypes differ."""
+        (b, d), dtype = p.query.shape, _dtype_of_products(p)
+        fitting = max(1, BUFFER_BYTES // max(1, dtype.itemsize * b, 4 * d) // block)
         width = block * min(fitting, triton.cdiv(columns.count, block))
+        if b * width >= 1 << 31:
+            raise ValueError(f"query must have fewer than {(1 << 31) // block:,} rows, got {b:,}")
         return cls(torch.empty(b, width, dtype=dtype, device=p.query.device), columns.count)
 
     @property
@@ -395,7 +392,8 @@ def slice_cross_entropy_fwd(p: Problem, columns: Columns) -> tuple[Tensor, Tenso
     tops, sums = p.floats(splits, b), p.floats(splits, b)
     for begin, end in [(0, columns.count)] if parts is None or columns.count == 0 else parts:
         if parts is not None:
-            _multiply(p, columns, parts, begin, end)
+            with _no_autocast(p):
+                _multiply(p, columns, parts, begin, end)
         launch(
             _partition_kernel,
             (sessions, splits),
@@ -417,8 +415,8 @@ def dense_bwd(
 ) -> Tensor | None:
     """Writes the gradient of each column's embedding to rows (columns, d), of its bias to bias (columns,) float32.
 
-    -> that of the queries (B, d) float32 with `needs_query`. Where column i is item i, the pulls of wanted items are in
-    all of them; where columns are a list of ids, in none.
+    -> that of the queries (B, d) with `needs_query`, float32 or, where nothing is added to it any more, in their dtype.
+    Where column i is item i, the pulls of wanted items are in all of them; where columns are a list of ids, in none.
     """
     grad_query = None
     if p.query.shape[0] == 0 or columns.count == 0:
@@ -435,7 +433,8 @@ def dense_bwd(
     for begin, end in parts:
         size = end - begin
         if product == "ieee":
-            _multiply(p, columns, parts, begin, end)
+            with _no_autocast(p):
+                _multiply(p, columns, parts, begin, end)
         launch(
             _slopes_kernel,
             (sessions, _splits(p, sessions, triton.cdiv(size, blocks.v))),
@@ -455,14 +454,22 @@ def dense_bwd(
             **_options(p, blocks, product),
         )
         slopes = parts.memory[:, :size]
-        if needs_query:
-            part = _product(slopes, _embeddings(p, columns, begin, end).to(slopes.dtype))
-            grad_query = part if grad_query is None else grad_query.add_(part)
-        if rows is not None:
-            _multiply_into(rows[begin:end], slopes.T, query)
+        with _no_autocast(p):
+            if needs_query:
+                part = _product(slopes, _embeddings(p, columns, begin, end).to(slopes.dtype))
+                grad_query = part if grad_query is None else grad_query.add_(part)
+            if rows is not None:
+                _multiply_into(rows[begin:end], slopes.T, query)
         if bias is not None and sums is not None:
             torch.sum(sums[:, :size], 0, out=bias[begin:end])
     return grad_query
+
+
+def _no_autocast(p: Problem) -> AbstractContextManager[object]:
+    """Products are taken in the dtypes that they are given, as the kernels take theirs."""
+    kind = p.query.device.type
+    enabled = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if enabled else nullcontext()
 
 
 def _embeddings(p: Problem, columns: Columns, begin: int, end: int) -> Tensor:

@@ -171,7 +171,6 @@ def _stream_kernel(
     stop_high = tl.load(row_limits + STOP_HIGH, mask=in_b, other=float("nan"))[:, None, None]
     stop_low = tl.load(row_limits + STOP_LOW, mask=in_b, other=float("nan"))[:, None, None]
 
-    WHOLE: tl.constexpr = D <= BLOCK_D  # the queries are read once and stay
     # A thread of the matrix unit holds columns 2 q and 2 q + 1 of every 2 WORDS of a row. Items are dealt to columns so
     # that these are the 32 items of word q: no word is put together from several threads.
     WORDS: tl.constexpr = BLOCK_V // 32
@@ -184,32 +183,31 @@ def _stream_kernel(
     filled = tl.zeros([BLOCK_B], tl.int32)  # items buffered
     certain = tl.zeros([BLOCK_B, WORDS], tl.int32)  # members by their score alone
     above = tl.zeros([BLOCK_B, WORDS], tl.int32)  # items above all that is wanted
-    query = tiles.load_rows(Query, tl.minimum(rows, B - 1), stride_qb, D, UNIT_Q, BLOCK_D) if WHOLE else 0.0
+    query = tiles.resident_query(Query, rows, B, stride_qb, D, UNIT_Q, BLOCK_D)
     first_group = first_item // BLOCK_V >> dealt
     groups = (tl.cdiv(V, BLOCK_V) - 1 >> dealt) + 1 - first_group
     for turn in range(tl.cdiv(tl.maximum(groups - split, 0), splits) << dealt):
         tile = (first_group + split + (turn >> dealt) * splits << dealt) + (turn & (1 << dealt) - 1)
         items = (tile * BLOCK_V + offs_v).to(tl.int64)
         inside = tl.minimum(items, V - 1)
-        if WHOLE:
-            scores = tiles.score_rows(query, Catalog, inside, stride_cv, D, UNIT_C, PRODUCT, UPCAST, BLOCK_D)
-        else:
-            scores = tiles.score_tile(
-                Query,
-                Catalog,
-                tl.minimum(rows, B - 1),
-                inside,
-                stride_qb,
-                stride_cv,
-                D,
-                UNIT_Q,
-                UNIT_C,
-                PRODUCT,
-                UPCAST,
-                BLOCK_B,
-                BLOCK_V,
-                BLOCK_D,
-            )
+        scores = tiles.score(
+            query,
+            Query,
+            Catalog,
+            rows,
+            inside,
+            B,
+            stride_qb,
+            stride_cv,
+            D,
+            UNIT_Q,
+            UNIT_C,
+            PRODUCT,
+            UPCAST,
+            BLOCK_B,
+            BLOCK_V,
+            BLOCK_D,
+        )
         if HAS_BIAS:
             scores += tl.load(Bias + inside * stride_bias).to(tl.float32)[None, :]
         ranked = (items >= first_item) & (items < V)

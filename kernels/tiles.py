@@ -284,3 +284,54 @@ def score_rows(
     precision: tl.constexpr = "tf32" if PRODUCT == "tf32" else "ieee"
     left, right = operand(query, PRODUCT, UPCAST), operand(rows, PRODUCT, UPCAST)
     return tl.dot(left, tl.trans(right), input_precision=precision)
+
+
+@triton.jit
+def resident_query(Query, rows, B, stride_qb, D: tl.constexpr, UNIT_Q: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The queries of rows, for `score`, where they are one step and so stay with the program; else nothing."""
+    if D <= BLOCK_D:
+        return load_rows(Query, tl.minimum(rows, B - 1), stride_qb, D, UNIT_Q, BLOCK_D)
+    else:
+        return 0.0
+
+
+@triton.jit
+def score(
+    query,
+    Query,
+    Catalog,
+    rows,
+    items,
+    B,
+    stride_qb,
+    stride_cv,
+    D: tl.constexpr,
+    UNIT_Q: tl.constexpr,
+    UNIT_C: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """As `score_tile`, with queries that stay where they can, `query` as `resident_query` has it; rows at or beyond B
+    are scored as row B - 1."""
+    if D <= BLOCK_D:
+        return score_rows(query, Catalog, items, stride_cv, D, UNIT_C, PRODUCT, UPCAST, BLOCK_D)
+    else:
+        return score_tile(
+            Query,
+            Catalog,
+            tl.minimum(rows, B - 1),
+            items,
+            stride_qb,
+            stride_cv,
+            D,
+            UNIT_Q,
+            UNIT_C,
+            PRODUCT,
+            UPCAST,
+            BLOCK_B,
+            BLOCK_V,
+            BLOCK_D,
+        )

@@ -49,32 +49,30 @@ def _block_best_kernel(
 ):
     """Best[row, block] is the key of TILES x BLOCK_V neighbours: the best score among them, over blocks - 1 - block."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    WHOLE: tl.constexpr = D <= BLOCK_D  # the queries are read once and stay
-    query = tiles.load_rows(Query, tl.minimum(rows, B - 1), stride_qb, D, UNIT_Q, BLOCK_D) if WHOLE else 0.0
+    query = tiles.resident_query(Query, rows, B, stride_qb, D, UNIT_Q, BLOCK_D)
     for block in range(tl.program_id(1), blocks, tl.num_programs(1)):
         best_score = tl.full([BLOCK_B], float("-inf"), tl.float32)
         for tile in range(block * TILES, tl.minimum((block + 1) * TILES, tl.cdiv(V - first_item, BLOCK_V))):
             offs_v = first_item + tile * BLOCK_V + tl.arange(0, BLOCK_V)
             inside = tl.minimum(offs_v, V - 1).to(tl.int64)
-            if WHOLE:
-                scores = tiles.score_rows(query, Catalog, inside, stride_cv, D, UNIT_C, PRODUCT, UPCAST, BLOCK_D)
-            else:
-                scores = tiles.score_tile(
-                    Query,
-                    Catalog,
-                    tl.minimum(rows, B - 1),
-                    inside,
-                    stride_qb,
-                    stride_cv,
-                    D,
-                    UNIT_Q,
-                    UNIT_C,
-                    PRODUCT,
-                    UPCAST,
-                    BLOCK_B,
-                    BLOCK_V,
-                    BLOCK_D,
-                )
+            scores = tiles.score(
+                query,
+                Query,
+                Catalog,
+                rows,
+                inside,
+                B,
+                stride_qb,
+                stride_cv,
+                D,
+                UNIT_Q,
+                UNIT_C,
+                PRODUCT,
+                UPCAST,
+                BLOCK_B,
+                BLOCK_V,
+                BLOCK_D,
+            )
             if HAS_BIAS:
                 scores += tl.load(Bias + inside * stride_bias).to(tl.float32)[None, :]
             if CHECK:

@@ -16,10 +16,10 @@ from alterrec_fast.benchmarks.worker import Shape
 def test_a_product_bound_stream_by_hand() -> None:
     job = Job(1_000_000, 1, sessions=512, width=100)
     parts = cost_model.seconds(job, training=False)
-    assert parts["stream"] == pytest.approx(1.25 * 2 * 512 * 1_000_000 * 100 / H100.products)
+    assert parts["stream"] == pytest.approx(2.7 * 2 * 512 * 1_000_000 * 100 / H100.products)
     assert parts["agree"] == 0.0
     few = cost_model.seconds(replace(job, sessions=8), training=False)
-    assert few["stream"] == pytest.approx(1.25 * 2 * 1_000_000 * 100 / H100.memory)  # bound by reading the catalog once
+    assert few["stream"] == pytest.approx(2.7 * 2 * 1_000_000 * 100 / H100.memory)  # bound by reading the catalog once
 
 
 def test_memory_by_hand() -> None:

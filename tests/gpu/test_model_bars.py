@@ -27,10 +27,21 @@ def test_ten_million_items_within_time_and_memory() -> None:
     assert found.extra < 512 * 10_000_000 / 8  # of a B x V buffer not even the bits
 
 
-@pytest.mark.parametrize("items", [40_258, 1_000_000])
-def test_memory_at_other_sizes(items: int) -> None:
-    call = Call(512, items, 128)
-    assert gpu_model.extra_memory(call, 20) <= 2.0 * 512 * call.size * 8 + (64 << 20)
+@pytest.mark.parametrize(
+    ("sessions", "items", "size"),
+    [
+        (512, 40_258, 19_980),
+        (512, 1_000_000, 19_980),
+        (4_096, 10_000_000, 19_980),
+        (512, 10_000_000, 980),
+        (512, 10_000_000, 1_980),
+        (512, 10_000_000, 4_980),
+        (1_024, 10_000_000, 1_980),
+    ],
+)
+def test_memory_at_other_sizes(sessions: int, items: int, size: int) -> None:
+    call = Call(sessions, items, 128, size)
+    assert gpu_model.extra_memory(call, 20) <= 2.0 * sessions * size * 8 + (64 << 20)
 
 
 def test_comparing_takes_under_a_quarter_of_the_slots_where_the_slice_is_ids() -> None:

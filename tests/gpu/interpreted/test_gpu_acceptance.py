@@ -188,7 +188,7 @@ def test_times_and_shares(journal: Journal, tmp_path: Path, monkeypatch: pytest.
     assert len(faiss) == 2
     assert all(line["error"] and not line["ours_failed"] for line in faiss)
     stage = gpu_acceptance.Ended("times, paper", "", 1.0, found)
-    done = gpu_acceptance.Acceptance("cpu", 1, "none", gpu_acceptance.Installed("there", "hand"), [stage])
+    done = gpu_acceptance.Acceptance("cpu", 1, "none", gpu_acceptance.Installed("there", "hand"), [], [stage])
     text = gpu_acceptance.report(done)
     assert gpu_acceptance.GRAPHED in {line["name"] for line in times if line["op"] == "rank_slice"}
     assert "| paper: B=2, V=100, d=8, bf16, ranks 5:60 | rank_slice | ours |" in text
@@ -231,10 +231,18 @@ def test_extra_memory_is_held_against_its_bar(over: int, result: str) -> None:
     time_ = {"kind": "time", "name": "ours", "op": "rank_slice", "shape": "10M", "ranks": [512, 19_980]}
     time_ |= {"seconds": 1e-3, "result_bytes": 7.0, "peak_bytes": allowed + 7 + over}
     stage = gpu_acceptance.Ended("times, 10M", "", 1.0, [time_])
-    done = gpu_acceptance.Acceptance("cuda", 1, "none", gpu_acceptance.Installed("there", "hand"), [stage])
+    done = gpu_acceptance.Acceptance("cuda", 1, "none", gpu_acceptance.Installed("there", "hand"), [], [stage])
     (check,) = done.checks()
     assert check["result"] == result
     assert check["name"] == "extra memory of rank_slice, ours at 10M"
+
+
+def test_a_stage_that_was_not_begun_is_no_pass() -> None:
+    """As a report that was written before the run was broken off."""
+    planned, stage = ["ceilings", "times, 10M"], gpu_acceptance.Ended("ceilings", "", 1.0, [])
+    done = gpu_acceptance.Acceptance("cuda", 1, "none", gpu_acceptance.Installed("there", "hand"), planned, [stage])
+    assert [(check["stage"], check["result"]) for check in done.checks()] == [("times, 10M", "not run")]
+    assert gpu_acceptance.report(done).startswith("# GPU acceptance: passed as far as it ran\n")
 
 
 def test_the_floor_of_a_loss_over_a_slice() -> None:

@@ -35,6 +35,16 @@ def test_matches_the_reference(guarded: list[Tensor], shared: bool, bf16: bool) 
 
 
 @pytest.mark.parametrize("shared", [False, True])
+def test_ids_beyond_the_catalog_are_never_another_item(shared: bool) -> None:
+    """Not even those beyond 32 bits: without a check the loss is NaN."""
+    query, catalog, target = torch.randn(3, 8), torch.randn(20, 8), torch.tensor([0, 3, 4])
+    ids = torch.tensor([1, 2, (1 << 32) + 5])
+    negatives = ids if shared else ids.expand(3, 3)
+    options = {"reduction": "none", "backend": "triton", "check": False}
+    assert sampled_softmax(query, catalog, target, negatives, **options).isnan().all()
+
+
+@pytest.mark.parametrize("shared", [False, True])
 def test_sparse_gradients_int32_ids_strided_rows_no_positives(shared: bool) -> None:
     query, catalog, options = problem(4, 30, 9, 12, shared)
     del options["positives"]

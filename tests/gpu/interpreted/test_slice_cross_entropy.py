@@ -89,6 +89,25 @@ def test_a_catalog_in_many_parts(monkeypatch: pytest.MonkeyPatch, form: str, bf1
     compare(query, catalog, options | {"bias": torch.linspace(-1.0, 1.0, 530), "positive_weight": 0.7})
 
 
+@pytest.mark.parametrize("bad", [math.nan, 1e38])
+def test_without_a_check_a_bad_row_shows_in_its_gradient(bad: float) -> None:
+    """Whoever looks at gradients must see it."""
+    query, catalog, options = problem(5, 70, 8, 0, "all")
+    query[0] = bad
+    loss, grad_query, *_ = call(slice_cross_entropy, query, 100 * catalog, backend="triton", check=False, **options)
+    assert not loss[0].isfinite()
+    assert not grad_query[0].isfinite().all()
+    assert grad_query[2].isfinite().all()
+
+
+def test_gradients_are_exact_within_autocast() -> None:
+    query, catalog, options = problem(5, 70, 8, 0, "bits")
+    outside = call(slice_cross_entropy, query, catalog, backend="triton", precision="fp32", **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        within = call(slice_cross_entropy, query, catalog, backend="triton", precision="fp32", **options)
+    assert all(torch.equal(a, b) for a, b in zip(outside, within, strict=True))
+
+
 def test_mixed_dtypes_strided_rows_and_no_positives() -> None:
     query, catalog, options = problem(5, 70, 9, 0, "bits")
     del options["positives"]
