@@ -4,7 +4,7 @@ Forward leaves one log-partition a session. Backward computes the tiles again, s
 what each score pulls, its slope, goes to a buffer of bounded size, whose products with catalog and queries are the
 gradients. Each item's gradient is one product over all sessions: nothing is added by atomics, and every sum has one
 order. float32 that the matrix unit may not take for TF32 is multiplied by torch into the same buffer: its library's
-plain multiply-adds are twice as fast as Triton's.
+plain multiply-adds are more than twice as fast as Triton's.
 """
 
 from __future__ import annotations
@@ -415,8 +415,8 @@ def dense_bwd(
 ) -> Tensor | None:
     """Writes the gradient of each column's embedding to rows (columns, d), of its bias to bias (columns,) float32.
 
-    -> that of the queries (B, d) with `needs_query`, float32 or, where nothing is added to it any more, in their dtype.
-    Where column i is item i, the pulls of wanted items are in all of them; where columns are a list of ids, in none.
+    -> that of the queries (B, d) float32 with `needs_query`. Where column i is item i, the pulls of wanted items are in
+    all of them; where columns are a list of ids, in none.
     """
     grad_query = None
     if p.query.shape[0] == 0 or columns.count == 0:
