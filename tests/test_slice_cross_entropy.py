@@ -48,8 +48,9 @@ def compare(query: Tensor, catalog: Tensor, options: dict[str, Any], **more: Any
     ours = native(query, catalog, **options, **more)
     temperature = more.get("temperature", 1.0)
     fp32_least = 2e-6 / min(1.0, temperature)  # the rounding of a logit, which is that much larger
-    # Of a gradient's sum a term is a slope of 1 / temperature at most times an embedding.
-    term = max(float(x.abs().max()) for x in (query, catalog)) / temperature
+    # The wanted items pull with a slope of 1.5 / temperature at most each, and what the negatives push sums up to that.
+    largest = max(float(x.abs().max()) for x in (query, catalog))
+    term = (1 + options["positives"].shape[1]) * 1.5 / temperature * largest
     assert_no_worse(ours, theirs, exact, 2.0, BF16_LEAST if bf16 else fp32_least, term)
 
 
