@@ -296,8 +296,8 @@ def ranks(
         HAS_STOP=p.has_stop,
         NARROW=room > 0,
         SKIP_EXCLUDED=skip,
-        # Half as many where registers are short: for comparing with excluded items, and by other assemblers.
-        BLOCK=FEW if tiles.is_hopper(device) and not skip else FEW // 2,
+        # Half as many where registers are short: for two zones, for excluded items, and by other assemblers.
+        BLOCK=FEW // 2 if p.has_stop or skip or not tiles.is_hopper(device) else FEW,
         EXCLUDED=4,
         PARTS=triton.next_power_of_2(p.splits),
         num_warps=8,
