@@ -1,8 +1,8 @@
 """What huge catalogs take on 1, 8 and 64 H100s, on paper: python -m alterrec_fast.benchmarks.cost_model.
 
-No GPU has run it. The catalog's rows are split over the GPUs, each of which streams its own; sessions are everybody's
-(docs/benchmarks.md says more). Two things are counted: `rank_slice`, and a training step against hard negatives, which
-is a slice, the loss over it with both gradients, and Adam on the catalog.
+The sharded design was never run. The catalog's rows are split over the GPUs, each of which streams its own; sessions
+are everybody's (docs/benchmarks.md says more). Two things are counted: `rank_slice`, and a training step against hard
+negatives, which is a slice, the loss over it with both gradients, and Adam on the catalog.
 
 Formulas count bytes and operations of one GPU. What holds on any machine, how many items are sampled and how many
 candidates that leaves, is the arithmetic of csrc/cpu/bracket.cpp: with `--results FILE`, the results.json of a full run

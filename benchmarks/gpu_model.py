@@ -1,8 +1,9 @@
 """What the GPU kernels should take on an H100, on paper: `python -m alterrec_fast.benchmarks.gpu_model`.
 
-A prediction: no GPU has run them. Three things are put together. Formulas count each kernel's operations and bytes. The
-roof is the larger of their times at what was measured on an H100 (`cost_model.H100`). And the machine code for sm_90
-says how many instructions a tile takes, which decides how near to the roof its loop can come.
+A prediction, which an H100 took 1.5 to 2.2 times as long as (docs/gpu.md). Three things are put together. Formulas
+count each kernel's operations and bytes. The roof is the larger of their times at what was measured on an H100
+(`cost_model.H100`). And the machine code for sm_90 says how many instructions a tile takes, which decides how near to
+the roof its loop can come.
 
 Passes. A kernel that reads its memory several times reads it from device memory each time where all rows together are
 larger than what is assumed of the L2 cache. Kernels that pass over a row's entries also take the time of their
