@@ -2,6 +2,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP = .venv/bin/pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
+PIP_REPLAY = .venv-replay/bin/pip --disable-pip-version-check install --quiet --constraint .ci/constraints-replay.txt
 PIP_RECOMMENDERS = .venv-recommenders/bin/pip --disable-pip-version-check install --quiet --constraint .ci/constraints-recommenders.txt
 
 .PHONY: bench demo test test-integrations integrations lint sanitize gpu-proof results clean
@@ -46,9 +47,9 @@ results: .venv/ready
 	.venv/bin/python -m alterrec_fast.benchmarks.results --raw ../shared/data/online_retail --out runs/results --table docs/results.md
 
 # Everything against everything, in under 40 minutes on 2 cores; make bench BENCH=--quick in under 5.
-bench: .venv/bench .venv-recommenders/ready
+bench: .venv/bench .venv-recommenders/ready .venv-replay/ready
 	.venv/bin/alterrec-fast bench --compare --out runs/bench --python recbole=.venv-recommenders/bin/python \
-		--python rectools=.venv-recommenders/bin/python $(BENCH)
+		--python rectools=.venv-recommenders/bin/python --python replay=.venv-replay/bin/python $(BENCH)
 
 # What needs neither RecBole nor RecTools.
 DROP_IN_TESTS = $(wildcard tests/test_drop_in_*.py) tests/test_integrations.py tests/test_integration_sentence_transformers.py
@@ -79,5 +80,11 @@ integrations: test-integrations
 	ALTERREC_FAST_NO_EXT=1 $(PIP_RECOMMENDERS) --no-deps --no-build-isolation --editable .
 	touch $@
 
+# RePlay for the benchmarks alone: it and RecBole want different versions of numpy.
+.venv-replay/ready: .ci/constraints-replay.txt
+	$(PYTHON) -m venv .venv-replay
+	$(PIP_REPLAY) "$(TORCH)" "replay-rec[torch]"
+	touch $@
+
 clean:
-	rm -rf .venv .venv-recommenders build runs *.egg-info
+	rm -rf .venv .venv-recommenders .venv-replay build runs *.egg-info

@@ -5,25 +5,26 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from itertools import product
 from pathlib import Path
 
 from alterrec_fast.benchmarks import machine
 from alterrec_fast.benchmarks.compare import read_baselines, summary
-from alterrec_fast.benchmarks.contest import Arena, Budget
+from alterrec_fast.benchmarks.contest import Arena, Budget, Contest
 from alterrec_fast.benchmarks.contestants import OPS, Op
 from alterrec_fast.benchmarks.figures import draw
-from alterrec_fast.benchmarks.records import NOT_BEGUN, Record, Results, assess
+from alterrec_fast.benchmarks.records import NOT_BEGUN, Results, assess
 from alterrec_fast.benchmarks.tables import markdown, table
 from alterrec_fast.benchmarks.worker import Shape
 
 from alterrec_fast.training.checkpoint import write_text
 
-QUICK = Budget(least=2, sittings=3, rounds=3, long=0.5, turn=0.1, first=45.0, memory=0)
-FULL = Budget(least=3, sittings=7, rounds=3, long=4.0, turn=0.2, first=100.0, memory=0, floors=3)
-# What contests share; those that have not begun by then are left out, and listed so.
+QUICK = Budget(sittings=3, rounds=3, long=0.5, turn=0.1, first=45.0, memory=0)
+FULL = Budget(sittings=5, rounds=3, long=0.5, turn=0.2, first=100.0, memory=0)
+# What all sittings share; contests that have not begun by then are left out, and listed so.
 QUICK_MINUTES, FULL_MINUTES = 4.0, 35.0
 PEERS = ("recbole", "rectools", "replay")  # names of interpreters
 MEMORY_SHARE = 0.6  # of the memory that is free, for one process
@@ -46,7 +47,10 @@ class Options:
 
 
 def run(options: Options, tell: Callable[[str], None] = print) -> Results:
-    """Holds the contests; writes the results after each, so that nothing is lost when the run is broken off."""
+    """Every contest sits once, then all once more, and so on while there is time, so that a machine which is slow for
+    a minute spoils no more than one sitting of a contest. Writes the results after each, so that nothing is lost when
+    the run is broken off.
+    """
     unknown = sorted(set(options.ops) - {op.name for op in OPS})
     if unknown:
         raise BenchError(f"--op: expected one of {', '.join(op.name for op in OPS)}, got {', '.join(unknown)}")
@@ -64,28 +68,34 @@ def run(options: Options, tell: Callable[[str], None] = print) -> Results:
     )
     budget = replace(QUICK if options.quick else FULL, memory=int(MEMORY_SHARE * machine.memory_available()))
     minutes = QUICK_MINUTES if options.quick else FULL_MINUTES
-    contests = plan(options, threads)
+    contests = [Contest(op, shape, threads) for op, shape in plan(options, threads)]
     with tempfile.TemporaryDirectory(prefix="alterrec-bench-") as folder:
         arena = Arena(Path(folder), budget, options.pythons, threads)
         results.bandwidth = arena.bandwidth(threads)
         watch = Watch()
-        for i, (op, shape) in enumerate(contests):
+        for sitting, contest in product(range(budget.sittings), contests):
             spent = time.monotonic() - begun
-            tell(f"{spent:5.0f} s  {op.name}: {shape.label}")
-            if spent > 60 * minutes:
-                records = left_out(op, replace(shape, threads=shape.threads or threads), minutes)
-            else:
-                share = weight(shape) / sum(weight(later) for _, later in contests[i:])
-                records = arena.hold(op, shape, (60 * minutes - spent) * share)
-            results.records += records
-            assess(results.records)
-            results.others = watch.others()
-            results.load_after = machine.load()
-            write_text(options.out / "results.json", json.dumps(results.to_json(), indent=1))
-            write_text(options.out / "table.md", markdown(results))
-            tell(table(records))
+            if spent + contest.cost > 60 * minutes or (sitting and all(record.failed for record in contest.records)):
+                continue
+            tell(f"{spent:5.0f} s  sitting {sitting + 1}  {contest.op.name}: {contest.shape.label}")
+            arena.sit(contest)
+            results.others, results.load_after = watch.others(), machine.load()
+            keep(results, contests, options.out)
+            if not sitting:
+                tell(table(contest.records))
+    for record in (record for contest in contests if not contest.sittings for record in contest.records):
+        record.failed = f"{NOT_BEGUN} within {minutes:g} minutes"
+    keep(results, contests, options.out)
     draw(results, options.out)
     return results
+
+
+def keep(results: Results, contests: Sequence[Contest], out: Path) -> None:
+    """Writes what is known by now; contests that are still to come are not in it."""
+    results.records = [r for one in contests for r in one.records if r.turns or r.failed]
+    assess(results.records)
+    write_text(out / "results.json", json.dumps(results.to_json(), indent=1))
+    write_text(out / "table.md", markdown(results))
 
 
 class Watch:
@@ -107,7 +117,7 @@ def comparison(results: Results) -> str:
 
 
 def plan(options: Options, threads: int) -> list[tuple[Op, Shape]]:
-    """All contests: the quick ones first, then the others of the tables, and last the curves, which take longest."""
+    """All contests: the quick ones first, then the others of the tables, and last the curves."""
     chosen = [op for op in OPS if not options.ops or op.name in options.ops]
     contests = [(op, shape) for op in chosen for shape in op.quick]
     contests += [
@@ -118,27 +128,10 @@ def plan(options: Options, threads: int) -> list[tuple[Op, Shape]]:
     ]
     if not options.quick:
         more = [(op, shape) for op in chosen for shape in op.full]
-        # The long ones of the curves first: what comes last has as many sittings as there is time for.
-        contests += sorted(more, key=lambda contest: (bool(contest[1].figure), -weight(contest[1])))
+        contests += sorted(more, key=lambda contest: bool(contest[1].figure))
     return contests
-
-
-def weight(shape: Shape) -> float:
-    """Seconds that a contest takes on two cores, more or less: what the run's time is shared by."""
-    return float(15.0 + 0.8e-6 * shape.items * shape.width + (50.0 if shape.training else 0.0))
 
 
 def thread_counts(most: int) -> list[int]:
     """1, 2, 4 and so on up to `most`, which is among them."""
     return sorted({2**i for i in range(most.bit_length()) if 2**i <= most} | {most})
-
-
-def left_out(op: Op, shape: Shape, minutes: float) -> list[Record]:
-    why = f"{NOT_BEGUN} within {minutes:g} minutes"
-    return [
-        Record(
-            op.name, shape, contestant.name, contestant.ours, contestant.package, contestant.allowed(shape), failed=why
-        )
-        for contestant in op.contestants
-        if contestant.takes(shape)
-    ]

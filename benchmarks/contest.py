@@ -1,7 +1,7 @@
 """Contests: one process a contestant, turns taken in an order that is drawn anew each round, and a record for each.
 
-A contest has several sittings. Each starts the processes again, since two processes differ, by where their memory lies,
-by more than the turns of one of them show.
+A contest has several sittings, with other contests in between. Each starts the processes again: two processes differ,
+by where their memory lies, by more than the turns of one of them show, and a machine may be slow for minutes.
 A process that crashes, runs out of memory or takes too long costs its own record and nothing else.
 """
 
@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -25,10 +24,9 @@ from typing import Any
 import torch
 from alterrec_fast.benchmarks.contestants import Contestant, Op
 from alterrec_fast.benchmarks.machine import measure_bandwidth, version_of
-from alterrec_fast.benchmarks.records import FLOOR, Record, conclude
+from alterrec_fast.benchmarks.records import Record, conclude
 from alterrec_fast.benchmarks.worker import Shape, Tensors, describe, limit_memory, serve
 
-SHORT_FLOOR = 0.03  # seconds of a call: what comes and goes with a process is then a large part of it
 PRELOAD = ["alterrec_fast.benchmarks.contestants"]
 
 
@@ -40,14 +38,19 @@ class ContestantError(Exception):
 class Budget:
     """How long a contest may take."""
 
-    least: int  # sittings, of ours and the floor at least; the others are in the first at least
     sittings: int  # at most
     rounds: int  # turns of a contestant in a sitting
-    long: float  # seconds of a call from which two rounds are enough, and the first call has been warm-up enough
+    long: float  # seconds of a call from which two turns are enough, and the first call has been warm-up enough
     turn: float  # seconds of one turn, in which short calls are repeated
     first: float  # seconds that making ready and the first call may take
     memory: int  # bytes of a process, 0 for any
-    floors: int = 1  # processes of a floor that is short
+
+    def turns(self, seconds: float) -> int:
+        """Of a contestant in a sitting, when a call takes so many seconds. A call that lasts lives through what
+        several turns of a short one do."""
+        if seconds < self.long:
+            return self.rounds
+        return min(self.rounds, 2 if seconds < 4.0 * self.long else 1)
 
 
 class Process:
@@ -119,67 +122,35 @@ class Arena:
             meter.end()
         return self._bandwidths[threads]
 
-    def hold(self, op: Op, shape: Shape, seconds: float) -> list[Record]:
-        """A record for each contestant that takes the shape; in so many `seconds` if the least sittings fit them."""
+    def sit(self, contest: Contest) -> None:
+        """One sitting of all that have not failed, after which their records tell what is known."""
         begun = time.monotonic()
-        shape = replace(shape, threads=shape.threads or self.threads)
+        op, shape = contest.op, contest.shape
         bandwidth = self.bandwidth(shape.threads)
-        runners = [_Runner(op, shape, contestant) for contestant in op.contestants if contestant.takes(shape)]
+        there = [runner for runner in contest.runners if runner.record.failed is None]
         paths = self.folder / "inputs.pt", self.folder / "truth.pt"
         try:
             maker = self._fork(_make_case, (op.make, op.truth, shape, paths))
             maker.ask("make", 10 * self.budget.first)
             maker.end()
         except ContestantError as failure:
-            for runner in runners:
-                runner.record.failed = f"no inputs: {failure}"
-            return [runner.record for runner in runners]
-        for sitting in range(self.budget.sittings):
-            # Ours and the floor sit down again in any case, those of the others for whom there is time.
-            left = seconds - (time.monotonic() - begun)
-            there = self._seated(runners, left) if sitting else runners
-            if not there or (sitting >= self.budget.least and sum(runner.cost for runner in there) > left):
-                break
-            with ThreadPoolExecutor(self.threads) as pool:
-                list(pool.map(lambda runner: self._make_ready(runner, paths), there))
-            twins = self._twins(there, op, shape, paths)
-            self._take_turns([*there, *twins], random.Random(f"{op.name} {shape} {sitting}"))
-            for runner in [*there, *twins]:
-                runner.end()
             for runner in there:
-                if runner.contestant.name == FLOOR:
-                    runner.join(twins)
-        for runner in runners:
-            runner.finish()
-        records = [runner.record for runner in runners]
-        conclude(records, op.products, op.traffic(shape) / bandwidth, op.operations(shape))
-        for path in paths:
-            path.unlink()
-        return records
-
-    def _seated(self, runners: list[_Runner], seconds: float) -> list[_Runner]:
-        """Who sits down again when so many `seconds` are left: the quickest of the others share half of them."""
-        there = [runner for runner in runners if runner.record.failed is None]
-        chosen = [runner for runner in there if runner.always]
-        spent, limit = sum(runner.cost for runner in chosen), seconds / 2
-        for runner in sorted(there, key=lambda runner: runner.cost):
-            if not runner.always and spent + runner.cost <= limit:
-                chosen.append(runner)
-                spent += runner.cost
-        return chosen
-
-    def _twins(self, there: list[_Runner], op: Op, shape: Shape, paths: tuple[Path, Path]) -> list[_Runner]:
-        """More processes of a short floor: every ratio of the sitting hangs on it."""
-        floors = [runner for runner in there if runner.contestant.name == FLOOR and runner.record.failed is None]
-        short = [runner for runner in floors if runner.expected < SHORT_FLOOR]
-        twins = [_Runner(op, shape, runner.contestant) for runner in short for _ in range(self.budget.floors - 1)]
+                if not runner.record.turns:  # a later sitting that can't be held takes nothing away
+                    runner.fail(f"no inputs: {failure}")
+            there = []
         with ThreadPoolExecutor(self.threads) as pool:
-            list(pool.map(lambda runner: self._make_ready(runner, paths), twins))
-        return twins
+            list(pool.map(lambda runner: self._make_ready(runner, paths), there))
+        self._take_turns(there, random.Random(f"{op.name} {shape} {contest.sittings}"))
+        for runner in there:
+            runner.end()
+        for path in paths:
+            path.unlink(missing_ok=True)
+        contest.sittings += 1
+        contest.cost = time.monotonic() - begun
+        conclude(contest.records, op.products, op.traffic(shape) / bandwidth, op.operations(shape))
 
     def _make_ready(self, runner: _Runner, paths: tuple[Path, Path]) -> None:
         contestant, record = runner.contestant, runner.record
-        begun = time.monotonic()
         try:
             if contestant.python:
                 runner.process = self._spawn(contestant, record.shape, paths)
@@ -193,8 +164,8 @@ class Arena:
         record.peak_bytes = max(ready["peak"], record.peak_bytes or 0)
         record.extra_bytes = max(ready["extra"], record.extra_bytes or 0)
         runner.expected, record.version = ready["seconds"], ready["version"] or record.version
-        runner.cost = (time.monotonic() - begun) / self.threads  # so many make ready at once
         record.turns.append([])
+        record.cpu_turns.append([])
         if not ready["error"] <= record.allowed:
             runner.fail(f"wrong: error {ready['error']:.1e}, allowed {record.allowed:.0e}")
 
@@ -203,10 +174,11 @@ class Arena:
         for runner in runners:
             if runner.expected < self.budget.long:
                 runner.take_turn(0, self.budget, timed=False)
+        turns = [self.budget.turns(runner.expected) for runner in runners]
         for i in range(self.budget.rounds):
-            for runner in rng.sample(runners, len(runners)):
-                if i < 2 or runner.expected < self.budget.long:
-                    runner.take_turn(i, self.budget)
+            for place in rng.sample(range(len(runners)), len(runners)):
+                if i < turns[place]:
+                    runners[place].take_turn(i, self.budget)
 
     def _fork(self, target: Callable[..., None], arguments: tuple[Any, ...]) -> Process:
         here, there = self._context.Pipe()
@@ -246,6 +218,20 @@ class Arena:
         return Process(here, wait, child.kill, log)
 
 
+class Contest:
+    """The contestants that take a shape, over all sittings."""
+
+    def __init__(self, op: Op, shape: Shape, threads: int):
+        self.op, self.shape = op, replace(shape, threads=shape.threads or threads)
+        self.runners = [_Runner(op, self.shape, one) for one in op.contestants if one.takes(shape)]
+        self.sittings = 0
+        self.cost = 0.0  # seconds that the last sitting took
+
+    @property
+    def records(self) -> list[Record]:
+        return [runner.record for runner in self.runners]
+
+
 class _Runner:
     """One contestant at one shape while the contest lasts."""
 
@@ -261,42 +247,25 @@ class _Runner:
         )
         self.process: Process | None = None
         self.expected = 0.0  # seconds of a call
-        self.cost = 0.0  # seconds of its last sitting: making ready, and turns
-        self.cpu: list[float] = []
 
     def fail(self, why: str) -> None:
         self.record.failed = why
         if self.process is not None:
             self.process.end(kill=True)
 
-    @property
-    def always(self) -> bool:
-        """Whether it is in every sitting."""
-        return bool(self.contestant.ours or self.contestant.name == FLOOR)
-
     def take_turn(self, number: int, budget: Budget, timed: bool = True) -> None:
         if self.record.failed is not None or self.process is None:
             return
-        begun = time.monotonic()
         try:
             seconds = budget.turn if timed else 0.0
             turn = self.process.ask((number, seconds, self.expected), budget.first + 10 * self.expected)
         except ContestantError as failure:
             self.fail(str(failure))
             return
-        self.cost += time.monotonic() - begun
         self.expected = turn["seconds"]
         if timed:
             self.record.turns[-1].append(turn["seconds"])
-            self.cpu.append(turn["cpu_seconds"])
-
-    def join(self, twins: list[_Runner]) -> None:
-        """Each turn of the sitting becomes the middle one of its own and the twins' in the same round."""
-        others = [twin for twin in twins if twin.record.failed is None]
-        self.cost += sum(twin.cost for twin in others)
-        if self.record.failed is None and others:
-            rounds = zip(self.record.turns[-1], *(twin.record.turns[-1] for twin in others), strict=True)
-            self.record.turns[-1] = [statistics.median(turns) for turns in rounds]
+            self.record.cpu_turns[-1].append(turn["cpu_seconds"])
 
     def end(self) -> None:
         """Ends the process, and takes what it has to tell beside its times."""
@@ -307,11 +276,7 @@ class _Runner:
             self.process.end()
         except ContestantError as failure:
             self.fail(str(failure))
-
-    def finish(self) -> None:
-        if self.record.failed is None:
-            self.record.seconds = statistics.median(turn for turns in self.record.turns for turn in turns)
-            self.record.cpu_seconds = statistics.median(self.cpu)
+        self.process = None
 
 
 def _enter(

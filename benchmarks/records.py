@@ -19,7 +19,8 @@ NOT_BEGUN = "not begun"  # what the reason starts with where there was no time f
 PRIOR = 8  # degrees of freedom that the noise of similar contestants counts for
 STUDENT = (5.04, 4.78, 4.59, 4.44, 4.32, 4.22, 4.14)  # quantile 0.9995 for PRIOR, PRIOR + 1, ... degrees of freedom
 SIMILAR = 4.0  # times as long, or as short, as a call takes whose noise is like one's own
-LEAST_NOISE = 0.05  # what runs differ by beyond the processes of one: other guests of the same host, the clock
+LEAST_OF = (1.0, 0.826, 0.748, 0.701, 0.669)  # standard deviation of the least of 1, 2, ... standard normals
+LEAST_NOISE = 0.05  # what runs differ by beyond the sittings of one: other guests of the same host, the clock
 BUSY = 0.1  # cores that other work may take before a run counts as one on a busy machine
 
 
@@ -35,11 +36,10 @@ class Record:
     allowed: float  # the largest error that counts as right
     error: float | None = None  # against float64
     failed: str | None = None
-    turns: list[list[float]] = field(default_factory=list)  # of each process, the median call of each of its turns
-    seconds: float | None = None  # the median of the turns
-    cpu_seconds: float | None = None
-    ratios: list[list[float]] = field(default_factory=list)  # each turn's to the floor's in the same round
-    ratio: float | None = None  # the median over the processes of the median of their ratios
+    turns: list[list[float]] = field(default_factory=list)  # of each sitting, the median call of each turn
+    cpu_turns: list[list[float]] = field(default_factory=list)  # the CPU time of the median call
+    seconds: float | None = None  # the best of the turns
+    ratio: float | None = None  # to the floor's best turn
     noise: float | None = None  # another run's ratio is expected in ratio / exp(noise) to ratio * exp(noise)
     gflops: float | None = None  # of the floor: operations a second, in 1e9
     share: float | None = None  # of the time that is spent in the products that can't be done without
@@ -90,62 +90,66 @@ class Results:
 
 
 def conclude(records: Sequence[Record], products: int, streaming: float, operations: float) -> None:
-    """Fills in what follows from the times of one contest: ratios to its floor, `products` of which can't be done
-    without, and to `streaming`, the seconds in which the bytes that must move can be moved. The floor does so many
-    `operations`.
+    """Fills in what follows from the times of one contest: the best turn, its ratio to the floor's, `products` of which
+    can't be done without, and to `streaming`, the seconds in which the bytes that must move can be moved. The floor
+    does so many `operations`.
+
+    The best, since what a machine does beside makes a turn longer and never shorter.
     """
-    floor = next((record for record in records if record.contestant == FLOOR and record.seconds), None)
+    for record in records:
+        timed = [turn for turns in record.turns for turn in turns] if record.failed is None else []
+        record.seconds = min(timed, default=None)
+        record.ratio = record.share = record.bandwidth_ratio = record.gflops = None
+    floor = next((record for record in records if record.contestant == FLOOR), None)
     for record in records:
         if record.seconds is None:
             continue
         record.bandwidth_ratio = record.seconds / streaming
         if floor is None or floor.seconds is None:
             continue
-        pairs = zip(record.turns, floor.turns, strict=False)
-        record.ratios = [[mine / its for mine, its in zip(a, b, strict=False)] for a, b in pairs]
-        # Of an even number of processes the middle two's geometric mean.
-        record.ratio = math.exp(statistics.median(middles(record)))
+        record.ratio = record.seconds / floor.seconds
         if record.shape.figure != "form":  # a gathered form does fewer products
-            record.share = products * floor.seconds / record.seconds
+            record.share = products / record.ratio
     if floor is not None and floor.seconds is not None:
         floor.gflops = operations / floor.seconds / 1e9
 
 
-def middles(record: Record) -> list[float]:
-    """For each process the logarithm of its median ratio."""
-    return [math.log(statistics.median(ratios)) for ratios in record.ratios if ratios]
+def bests(record: Record) -> list[float]:
+    """For each sitting the logarithm of its best turn."""
+    return [math.log(min(turns)) for turns in record.turns if turns]
 
 
 def assess(records: Sequence[Record]) -> None:
-    """Fills in the noise of every ratio of a run, from its own turns and those of contestants that take about as long.
+    """Fills in the noise of every ratio of a run, from how much the best turns of its sittings differ, and those of
+    contestants that take about as long.
 
-    The variance of a run's ratio is that of the processes' medians over their number, and that of turns within a
-    process over theirs (pi / 2 for a median). Both are known from few numbers only, so that each is averaged, as in a
-    moderated t-test, with what is common among similar contestants, which counts for PRIOR degrees of freedom. Two
-    runs differ by sqrt(2) times as much, and Student's quantile is that of 999 of 1,000, since a table has hundreds of
-    rows. LEAST_NOISE, in quadrature, is what differs between runs but not within one.
+    A contestant's best of P sittings varies as the least of P draws does, LEAST_OF[P - 1] times as much as the best of
+    one sitting; so does the floor's. What one sitting varies by is known from few numbers only, so that it is averaged,
+    as in a moderated t-test, with what is common among similar contestants, which counts for PRIOR degrees of freedom.
+    Two runs differ by sqrt(2) times as much, and Student's quantile is that of 999 of 1,000, since a table has hundreds
+    of rows. LEAST_NOISE, in quadrature, is what differs between runs but not within one.
     """
-    timed = [r for r in records if r.ratio is not None and r.seconds is not None and r.contestant != FLOOR]
-    within, between = {}, {}  # differences, by the place in `timed`
-    for i, record in enumerate(timed):
-        within[i] = [gap for ratios in record.ratios for gap in gaps([math.log(ratio) for ratio in ratios])]
-        between[i] = gaps(middles(record))
-    for i, record in enumerate(timed):
-        alike = [j for j, other in enumerate(timed) if _similar(record, other)]
-        turns, processes = sum(map(len, record.ratios)), len(middles(record))
-        common_within, common_between = _common(within, alike), _common(between, alike)
-        if common_within is None or common_between is None:
-            record.noise = None  # nobody has taken a second turn, or none has been started again
-            continue
-        inside = _moderated(common_within, spread(within[i]), turns - processes)
-        own = statistics.stdev(middles(record)) if processes > 1 else None
-        outside = _moderated(common_between, own, processes - 1)
-        deviation = math.sqrt(outside / processes + math.pi / 2 * inside / turns)
-        quantile = STUDENT[min(processes, len(STUDENT)) - 1]
-        record.noise = math.hypot(LEAST_NOISE, quantile * math.sqrt(2.0) * deviation)
-    for record in records:
-        if record.contestant == FLOOR and record.ratio is not None:
+    timed = [record for record in records if record.ratio is not None and record.seconds is not None]
+    distances = [gaps(bests(record)) for record in timed]
+    variances: dict[tuple[str, Shape, str], float | None] = {}
+    for record in timed:
+        alike = [gap for other, own in zip(timed, distances, strict=True) if _similar(record, other) for gap in own]
+        common = spread(alike or [gap for own in distances for gap in own])
+        found = bests(record)
+        own = statistics.stdev(found) if len(found) > 1 else None
+        least = LEAST_OF[min(len(found), len(LEAST_OF)) - 1]
+        one = None if common is None else least**2 * _moderated(common, own, len(found) - 1)
+        variances[record.op, record.shape, record.contestant] = one
+    for record in timed:
+        mine = variances[record.op, record.shape, record.contestant]
+        its = variances[record.op, record.shape, FLOOR]
+        if record.contestant == FLOOR:
             record.noise = 0.0
+        elif mine is None or its is None:
+            record.noise = None  # nobody has sat twice
+        else:
+            quantile = STUDENT[min(len(bests(record)), len(STUDENT)) - 1]
+            record.noise = math.hypot(LEAST_NOISE, quantile * math.sqrt(2.0 * (mine + its)))
 
 
 def both(one: float, other: float) -> float:
@@ -160,14 +164,8 @@ def gaps(numbers: Sequence[float]) -> list[float]:
 
 def spread(distances: Sequence[float]) -> float | None:
     """The standard deviation of normal numbers with such distances, by their median: a few that are far off do not
-    matter, and unlike deviations from a median it is not too small for two or three numbers."""
+    matter."""
     return statistics.median(distances) / (0.6745 * math.sqrt(2.0)) if distances else None
-
-
-def _common(distances: dict[int, list[float]], alike: list[int]) -> float | None:
-    """The spread that similar contestants have in common; of all where none of the similar ones knows it."""
-    own = [gap for j in alike for gap in distances[j]]
-    return spread(own or [gap for gaps_of_one in distances.values() for gap in gaps_of_one])
 
 
 def _similar(one: Record, other: Record) -> bool:

@@ -16,7 +16,6 @@ import pytest
 import torch
 from alterrec_fast.benchmarks import (
     bench,
-    contest,
     figures,
     losses,
     machine,
@@ -36,17 +35,24 @@ from alterrec_fast.benchmarks.compare import (
     read_baselines,
     summary,
 )
-from alterrec_fast.benchmarks.contest import Arena, Budget, how_it_ended
+from alterrec_fast.benchmarks.contest import Arena, Budget, Contest, how_it_ended
 from alterrec_fast.benchmarks.contestants import OPS, Op
-from alterrec_fast.benchmarks.records import FLOOR, LEAST_NOISE, Record, Results, assess, both, conclude
+from alterrec_fast.benchmarks.records import FLOOR, LEAST_NOISE, LEAST_OF, Record, Results, assess, both, conclude
 from alterrec_fast.benchmarks.worker import Call, Shape, Task
 from typer.testing import CliRunner
 
 from alterrec_fast.cli import app
 from tests import bench_stubs
 
-BUDGET = Budget(least=2, sittings=2, rounds=3, long=1.0, turn=0.05, first=20.0, memory=8 << 30)
-AMPLE = 1000.0  # seconds
+BUDGET = Budget(sittings=2, rounds=3, long=1.0, turn=0.05, first=20.0, memory=8 << 30)
+
+
+def held(arena: Arena, op: Op, shape: Shape = bench_stubs.SHAPE, sittings: int = 2) -> list[Record]:
+    """The records of a contest after so many sittings."""
+    contest = Contest(op, shape, threads=1)
+    for _ in range(sittings):
+        arena.sit(contest)
+    return contest.records
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +62,7 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
 
 @pytest.fixture(scope="module")
 def good(arena: Arena) -> dict[str, Record]:
-    return {
-        record.contestant: record for record in arena.hold(bench_stubs.op(*bench_stubs.GOOD), bench_stubs.SHAPE, AMPLE)
-    }
+    return {record.contestant: record for record in held(arena, bench_stubs.op(*bench_stubs.GOOD))}
 
 
 # --- contests ---
@@ -85,7 +89,7 @@ def test_memory_is_that_of_the_contestants_own_process(good: dict[str, Record]) 
 def test_a_bad_contestant_costs_its_own_record_alone(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arena, "budget", replace(BUDGET, first=10.0))
     contestants = (*bench_stubs.GOOD, *bench_stubs.BAD)
-    found = {record.contestant: record for record in arena.hold(bench_stubs.op(*contestants), bench_stubs.SHAPE, AMPLE)}
+    found = {record.contestant: record for record in held(arena, bench_stubs.op(*contestants))}
     assert all(found[contestant.name].seconds is not None for contestant in bench_stubs.GOOD)
     expected = {
         "triples": "wrong: error 6.3e+01, allowed 1e-06",
@@ -107,18 +111,27 @@ def test_a_bad_contestant_costs_its_own_record_alone(arena: Arena, monkeypatch: 
 
 
 def test_without_inputs_every_record_says_why(arena: Arena) -> None:
-    records = arena.hold(bench_stubs.op(*bench_stubs.GOOD, without_inputs=True), bench_stubs.SHAPE, AMPLE)
+    records = held(arena, bench_stubs.op(*bench_stubs.GOOD, without_inputs=True))
     assert [record.failed for record in records] == ["no inputs: MemoryError: no room for the inputs"] * 3
+
+
+def test_a_later_sitting_without_inputs_takes_nothing_away(arena: Arena) -> None:
+    contest = Contest(bench_stubs.op(bench_stubs.GOOD[0]), bench_stubs.SHAPE, threads=1)
+    arena.sit(contest)
+    before = replace(contest.records[0])
+    contest.op = bench_stubs.op(bench_stubs.GOOD[0], without_inputs=True)
+    arena.sit(contest)
+    assert contest.records[0] == before and before.seconds is not None
 
 
 def test_an_interpreter_without_the_library_is_told_so(arena: Arena) -> None:
     sampled = next(op for op in OPS if op.name == "sampled_softmax")
     replay = tuple(contestant for contestant in sampled.contestants if contestant.python == "replay")
     shape = Shape(200, 8, sessions=8, negatives=16)
-    (record,) = arena.hold(replace(sampled, contestants=replay), shape, AMPLE)
+    (record,) = held(arena, replace(sampled, contestants=replay), shape)
     assert record.failed is None or record.failed.startswith(("ModuleNotFoundError", "ImportError"))
     arena.pythons["replay"] = "/no/such/python"
-    (record,) = arena.hold(replace(sampled, contestants=replay), shape, AMPLE)
+    (record,) = held(arena, replace(sampled, contestants=replay), shape)
     assert "/no/such/python" in str(record.failed)
 
 
@@ -128,47 +141,25 @@ def test_how_a_process_ended_in_words() -> None:
     assert how_it_ended(None, "") == "the process does not answer"
 
 
-def test_a_contest_sits_again_while_there_is_time(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ours and the floor in the least number of sittings whatever the time, the others in the first."""
-    monkeypatch.setattr(arena, "budget", replace(BUDGET, sittings=4))
-    held = {r.contestant: r for r in arena.hold(bench_stubs.op(*bench_stubs.GOOD), bench_stubs.SHAPE, 0.0)}
-    assert {name: len(record.turns) for name, record in held.items()} == {FLOOR: 2, "sleeps": 2, "holds": 1}
-    assert all(len(turns) == 3 for record in held.values() for turns in record.turns)
-    monkeypatch.setattr(arena, "budget", replace(BUDGET, long=0.01))
-    held = {r.contestant: r for r in arena.hold(bench_stubs.op(*bench_stubs.GOOD), bench_stubs.SHAPE, AMPLE)}
-    assert [len(turns) for turns in held["sleeps"].turns] == [2, 2]
-
-
-def test_a_short_floor_is_the_middle_one_of_its_processes(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
-    joined, join = [], contest._Runner.join
-
-    def watched(runner: Any, twins: list[Any]) -> None:
-        own = list(runner.record.turns[-1])
-        join(runner, twins)
-        columns = zip(own, *(twin.record.turns[-1] for twin in twins), strict=True)
-        joined.append((runner.record.turns[-1], [sorted(column) for column in columns]))
-
-    monkeypatch.setattr(contest._Runner, "join", watched)
-    for floors, longest in ((3, 10.0), (1, 10.0), (3, 0.0)):
-        monkeypatch.setattr(arena, "budget", replace(BUDGET, floors=floors))
-        monkeypatch.setattr(contest, "SHORT_FLOOR", longest)
-        arena.hold(bench_stubs.op(*bench_stubs.GOOD), bench_stubs.SHAPE, 0.0)
-    processes = [len(columns[0]) for _, columns in joined]
-    assert processes == [3, 3, 1, 1, 1, 1]  # two sittings each
-    assert all(turns == [column[len(column) // 2] for column in columns] for turns, columns in joined)
+def test_all_sit_as_often_and_long_calls_have_fewer_turns(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    for long, turns in ((1.0, 3), (0.01, 2), (0.001, 1)):
+        monkeypatch.setattr(arena, "budget", replace(BUDGET, long=long))
+        records = {r.contestant: r for r in held(arena, bench_stubs.op(*bench_stubs.GOOD), sittings=3)}
+        assert all(len(record.turns) == 3 for record in records.values())
+        assert [len(own) for own in records["sleeps"].turns] == [turns] * 3
 
 
 def test_nobody_is_timed_cold(arena: Arena) -> None:
     """Neither ours nor a rival: the first call and an untimed turn come before the first round."""
     contestants = [bench_stubs.GOOD[0], *(replace(bench_stubs.WARMS, name=str(own), ours=own) for own in (True, False))]
-    _, *found = arena.hold(bench_stubs.op(*contestants), bench_stubs.SHAPE, 0.0)
+    _, *found = held(arena, bench_stubs.op(*contestants))
     assert all(turn < 0.2 for record in found for turns in record.turns for turn in turns)
 
 
 def test_bandwidth_is_measured_with_the_threads_of_the_contest(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arena, "_bandwidths", {1: 1e6, 2: 2e6})
     shape = replace(bench_stubs.SHAPE, threads=2)
-    record, *_ = arena.hold(bench_stubs.op(*bench_stubs.GOOD), shape, 0.0)
+    record, *_ = held(arena, bench_stubs.op(*bench_stubs.GOOD), shape)
     assert record.bandwidth_ratio == pytest.approx((record.seconds or 0.0) / (bench_stubs.traffic(shape) / 2e6))
 
 
@@ -186,7 +177,7 @@ def test_others_are_what_is_busy_less_what_is_ours(monkeypatch: pytest.MonkeyPat
 def test_the_work_of_contestants_that_have_ended_is_our_own(arena: Arena) -> None:
     before = machine.own_seconds(), time.process_time()
     spins = replace(bench_stubs.GOOD[0], task=Task(bench_stubs.spins, bench_stubs.compare))
-    arena.hold(bench_stubs.op(spins), bench_stubs.SHAPE, 0.0)
+    held(arena, bench_stubs.op(spins))
     assert machine.own_seconds() - before[0] > time.process_time() - before[1] + 1.0
 
 
@@ -321,18 +312,15 @@ def test_a_wrong_step_or_pass_is_found() -> None:
 
 
 def record(op: str, contestant: str, ratio: float, noise: float = 0.01, ours: bool = True) -> Record:
-    """As a contest of two processes of three turns leaves it, the floor taking 10, 11 and 9 ms."""
-    turns = [[0.010 * ratio, 0.011 * ratio * math.exp(noise), 0.009 * ratio / math.exp(noise)]] * 2
+    """As a contest of two sittings of three turns leaves it, the floor's best turns being 10 ms and a bit more."""
+    turns = [[0.012 * ratio, 0.010 * ratio, 0.011 * ratio], [0.010 * ratio * math.exp(noise), 0.013 * ratio]]
     return Record(op, Shape(40_258, 300, threads=2), contestant, ours, "alterrec-fast 0.1.0", 1e-5, 1e-7, turns=turns)
 
 
 def results_of(records: list[Record]) -> Results:
     """A run of these records, the floors among them."""
     for op in {record.op for record in records}:
-        own = [record for record in records if record.op == op]
-        for one in own:
-            one.seconds = sorted(one.turns[0])[1]
-        conclude(own, products=1, streaming=0.004, operations=1e9)
+        conclude([record for record in records if record.op == op], products=1, streaming=0.004, operations=1e9)
     assess(records)
     return Results("alterrec-fast bench", "2026-11-24", machine.look(2), 2e10, 0.1, 1.9, 0.0, records)
 
@@ -347,53 +335,59 @@ def stored() -> Results:
     return results_of(records)
 
 
-def test_ratios_are_those_of_the_same_round() -> None:
+def test_ratios_are_those_of_the_best_turns() -> None:
     results = results_of([record("top_k", FLOOR, 1.0, noise=0.0), record("top_k", "alterrec-fast", 2.0, noise=0.0)])
-    mine = results.records[1]
+    floor, mine = results.records
     assert mine.ratio == pytest.approx(2.0) and mine.share == pytest.approx(0.5)
+    assert floor.seconds == pytest.approx(0.010) and floor.gflops == pytest.approx(100.0)
     assert mine.bandwidth_ratio == pytest.approx(0.020 / 0.004)
-    assert mine.noise == LEAST_NOISE  # the rounds agree, however much the times do not
+    assert mine.noise == LEAST_NOISE  # the sittings agree, however much the turns do not
     assert mine.interval == pytest.approx((2.0 / math.exp(LEAST_NOISE), 2.0 * math.exp(LEAST_NOISE)))
 
 
-def simulated(rng: np.random.Generator, processes: int, turns: int, number: int = 200) -> list[Record]:
-    """A run whose processes are 6% off for as long as they live, turns 2%, and one turn in fifty twice as slow."""
+def simulated(rng: np.random.Generator, sittings: int, number: int = 200) -> list[Record]:
+    """A run whose processes are 6% off for as long as they live and turns 2%, each third turn is 40% slower, and so is
+    everything in a sitting of twenty."""
     records = []
     for i in range(number):
-        ratio = 1.0 + i % 5
-        ratios = [
-            [
-                ratio * float(np.exp(process + rng.normal(0, 0.02)) * (2.0 if rng.random() < 0.02 else 1.0))
-                for _ in range(turns)
-            ]
-            for process in rng.normal(0, 0.06, processes)
-        ]
-        records.append(
-            Record("top_k", Shape(i + 1, 8), "x", True, "", 1e-5, turns=ratios, ratios=ratios, seconds=ratio)
-        )
-        records[-1].ratio = statistics.median(statistics.median(own) for own in ratios)
+        slow = np.where(rng.random(sittings) < 0.05, 1.4, 1.0)
+        for name, seconds in ((FLOOR, 1.0), ("x", 1.0 + i % 3)):
+            process = np.exp(rng.normal(0, 0.06, (sittings, 1))) * slow[:, None]
+            turns = process * np.exp(rng.normal(0, 0.02, (sittings, 3)))
+            turns = seconds * turns * np.where(rng.random(turns.shape) < 1 / 3, 1.4, 1.0)
+            records.append(Record("top_k", Shape(i + 1, 8), name, name != FLOOR, "", 1e-5, turns=turns.tolist()))
+        conclude(records[-2:], 1, 1.0, 1.0)
     assess(records)
-    return records
+    return [record for record in records if record.contestant != FLOOR]
 
 
-@pytest.mark.parametrize("processes", [2, 3, 5])
-def test_the_interval_covers_what_another_run_finds(processes: int) -> None:
-    rng = np.random.default_rng(processes)
-    one, other = simulated(rng, processes, 3), simulated(rng, processes, 3)
+@pytest.mark.parametrize("sittings", [2, 3, 5])
+def test_the_interval_covers_what_another_run_finds(sittings: int) -> None:
+    rng = np.random.default_rng(sittings)
+    one, other = simulated(rng, sittings), simulated(rng, sittings)
     outside = 0
     for a, b in zip(one, other, strict=True):
         assert a.interval is not None and b.ratio is not None
         outside += not a.interval[0] <= b.ratio <= a.interval[1]
     assert outside <= 1
     noise = statistics.median(record.noise or 0.0 for record in one)
-    assert 0.06 / math.sqrt(processes) < noise < 0.6  # neither blind to processes nor inflated by the slow turns
+    assert 0.06 < noise < 0.6  # neither blind to processes nor inflated by the slow turns
 
 
-def test_a_process_started_once_borrows_what_others_know_of_processes() -> None:
+def test_least_of_is_how_much_the_least_of_some_draws_varies() -> None:
+    draws = np.random.default_rng(0).standard_normal((200_000, len(LEAST_OF)))
+    least = np.minimum.accumulate(draws, axis=1).std(axis=0)
+    assert np.allclose(least, LEAST_OF, atol=5e-3)
+
+
+def test_a_contest_that_sat_once_borrows_what_others_know_of_sittings() -> None:
     rng = np.random.default_rng(0)
-    restarted, single = simulated(rng, 3, 3), simulated(rng, 1, 3)
-    assert all(record.noise is None for record in single)  # nobody knows how much processes differ
-    assess([*restarted, *single])
+    restarted, single = simulated(rng, 3), simulated(rng, 1)
+    assert all(record.noise is None for record in single)  # nobody knows how much sittings differ
+    floors = [replace(r, contestant=FLOOR, ratio=1.0, seconds=1.0) for r in [*restarted, *single]]
+    for i, own in enumerate([*restarted, *single, *floors]):
+        own.op = "again" if i % 400 >= 200 else "top_k"
+    assess([*restarted, *single, *floors])
     assert statistics.median(r.noise or 0.0 for r in single) > statistics.median(r.noise or 0.0 for r in restarted)
 
 
@@ -527,15 +521,18 @@ def test_two_runs_agree_or_do_not(stored: Results) -> None:
 
 @pytest.fixture
 def small_run(arena: Arena, good: dict[str, Record], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Shape]]:
-    """bench.run() with contests that are over at once; the shapes it asks for are listed."""
+    """bench.run() with sittings that are over at once; the shapes it asks for are listed."""
     asked: list[Shape] = []
 
-    def hold(op: Op, shape: Shape, seconds: float) -> list[Record]:
-        assert seconds > 0.0
-        asked.append(shape)
-        return [replace(one, op=op.name, shape=replace(shape, threads=shape.threads or 2)) for one in good.values()]
+    def sit(contest: Contest) -> None:
+        asked.append(contest.shape)
+        contest.sittings += 1
+        for runner, one in zip(contest.runners, [*good.values()] * 4, strict=False):
+            name = runner.record.contestant if runner.record.contestant == FLOOR else one.contestant
+            runner.record = replace(one, op=contest.op.name, shape=contest.shape, contestant=name)
+        del contest.runners[3:]
 
-    monkeypatch.setattr(arena, "hold", hold)
+    monkeypatch.setattr(arena, "sit", sit)
     monkeypatch.setattr(bench, "Arena", lambda *_: arena)
     monkeypatch.setattr(bench.Watch, "others", lambda self: 1.5)
     yield asked
@@ -549,7 +546,9 @@ def test_a_run_leaves_json_a_table_and_figures(
     assert found.exit_code == 0, found.output
     assert "slower than the baseline" in found.output
     results = Results.read(tmp_path / "results.json")
-    assert results.busy and len(results.records) == 3 * len(small_run)
+    contests = len(small_run) // bench.QUICK.sittings
+    assert small_run == small_run[:contests] * bench.QUICK.sittings  # all of them, and then all again
+    assert results.busy and len(results.records) == 3 * contests
     page = (tmp_path / "table.md").read_text()
     assert "busy with other work" in page and "## rank_slice" in page and "**sleeps**" in page
     for name in ("time_rank_slice", "memory_rank_slice", "ceiling", "threads"):
@@ -604,17 +603,31 @@ def test_figures_are_drawn_where_ours_failed(tmp_path: Path, stored: Results) ->
 def test_the_table_is_there_after_each_contest(
     small_run: list[Shape], arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hold = arena.hold
+    sit = arena.sit
 
-    def stops(op: Op, shape: Shape, seconds: float) -> list[Record]:
+    def stops(contest: Contest) -> None:
         if small_run:
             raise KeyboardInterrupt
-        return hold(op, shape, seconds)
+        sit(contest)
 
-    monkeypatch.setattr(arena, "hold", stops)
+    monkeypatch.setattr(arena, "sit", stops)
     with pytest.raises(KeyboardInterrupt):
         bench.run(bench.Options(tmp_path, quick=True, ops=("top_k",)), tell=lambda _: None)
     assert "## top_k" in (tmp_path / "table.md").read_text()
+
+
+def test_a_sitting_that_would_not_end_in_time_is_not_begun(
+    small_run: list[Shape], arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sit = arena.sit
+
+    def slowly(contest: Contest) -> None:
+        sit(contest)
+        contest.cost = 60 * bench.QUICK_MINUTES if len(small_run) == 1 else 0.0
+
+    monkeypatch.setattr(arena, "sit", slowly)
+    bench.run(bench.Options(tmp_path, quick=True, ops=("top_k",)), tell=lambda _: None)
+    assert small_run.count(small_run[0]) == 1 and small_run.count(small_run[1]) == bench.QUICK.sittings
 
 
 def test_the_table_of_contests_is_sound() -> None:
@@ -625,7 +638,7 @@ def test_the_table_of_contests_is_sound() -> None:
             takers = [contestant for contestant in op.contestants if contestant.takes(shape)]
             assert takers[0].name == FLOOR and any(one.ours for one in takers) and op.traffic(shape) > 0
     for quick in (False, True):
-        contests = [(op, replace(s, threads=s.threads or 2)) for op, s in bench.plan(bench.Options(Path(), quick), 2)]
-        keys = [key(record) for op, shape in contests for record in bench.left_out(op, shape, 1.0)]
+        contests = [Contest(op, shape, threads=2) for op, shape in bench.plan(bench.Options(Path(), quick), 2)]
+        keys = [key(record) for contest in contests for record in contest.records]
         assert len(set(keys)) == len(keys) and all("thread" in name for name in keys)
     assert bench.thread_counts(6) == [1, 2, 4, 6] and bench.thread_counts(1) == [1]
