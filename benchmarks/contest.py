@@ -138,8 +138,11 @@ class Arena:
                 if not runner.record.turns:  # a later sitting that can't be held takes nothing away
                     runner.fail(f"no inputs: {failure}")
             there = []
+        tuners = [runner for runner in there if runner.contestant.task is not None and runner.contestant.task.tunes]
         with ThreadPoolExecutor(self.threads) as pool:
-            list(pool.map(lambda runner: self._make_ready(runner, paths), there))
+            list(pool.map(lambda runner: self._make_ready(runner, paths), [r for r in there if r not in tuners]))
+        for runner in tuners:
+            self._make_ready(runner, paths)
         self._take_turns(there, random.Random(f"{op.name} {shape} {contest.sittings}"))
         for runner in there:
             runner.end()

@@ -174,7 +174,7 @@ _OF_FULL_SOFTMAX = (
         figures=("", "V", "threads"),
     ),
     Contestant(f"{_CHUNKS}, auto", "torch", Task(losses.torch_linear_cross_entropy, _LOSS), LOSS, figures=TABLE),
-    Contestant(f"{_CHUNKS}, best", "torch", Task(losses.torch_linear_cross_entropy_best, _LOSS), LOSS),
+    Contestant(f"{_CHUNKS}, best", "torch", Task(losses.torch_linear_cross_entropy_best, _LOSS, tunes=True), LOSS),
     Contestant(
         "Cut Cross-Entropy",
         "cut-cross-entropy",
@@ -201,7 +201,7 @@ _OF_SAMPLED_SOFTMAX = (
     _floor(losses.products),
     *_ours(losses.our_sampled, _LOSS, LOSS, LOSS_BF16),
     Contestant(f"{OURS}, sparse_grad", OURS, Task(_SPARSE, _LOSS), LOSS, ours=True),
-    Contestant("gather, einsum", "torch", Task(losses.gather_einsum, _LOSS), LOSS),
+    Contestant("gather, einsum", "torch", Task(losses.gather_einsum, _LOSS, tunes=True), LOSS),
     Contestant("RePlay CESampled", "replay-rec", None, LOSS, figures=TABLE, python="replay"),
 )
 

@@ -74,22 +74,23 @@ def torch_linear_cross_entropy_best(shape: Shape, inputs: Tensors) -> Call:
 
 
 def fastest(name: str, calls: dict[float, Call]) -> Call:
-    """The call that is fastest, each by the best of three after an untimed one; a long one by fewer.
+    """The call that is fastest, each by the best of three after an untimed one; long ones by fewer.
 
-    `name` and its number are recorded.
+    They take turns, so that a machine that slows down slows all of them. `name` and its number are recorded.
     """
-
-    def seconds(number: float) -> float:
-        calls[number].run(0)
-        taken: list[float] = []
-        while len(taken) < 3 and sum(taken) < 0.7:
+    for call in calls.values():
+        call.run(0)
+    best = dict.fromkeys(calls, float("inf"))
+    started = time.perf_counter()
+    for i in range(3):
+        for number, call in calls.items():
             begun = time.perf_counter()
-            calls[number].run(len(taken))
-            taken.append(time.perf_counter() - begun)
-        return min(taken)
-
-    best = min(calls, key=seconds)
-    return replace(calls[best], detail=lambda: {name: best})
+            call.run(i)
+            best[number] = min(best[number], time.perf_counter() - begun)
+        if time.perf_counter() - started > 0.7 * len(calls):
+            break
+    chosen = min(best, key=lambda number: best[number])
+    return replace(calls[chosen], detail=lambda: {name: chosen})
 
 
 def cut_cross_entropy(shape: Shape, inputs: Tensors) -> Call:

@@ -80,6 +80,7 @@ class Task:
     modules: tuple[str, ...] = ()  # imported before memory is counted
     warm: Callable[[], None] | None = None  # what else is not to be counted, such as a compiler's own memory
     package: str = ""  # whose version under this interpreter is wanted
+    tunes: bool = False  # whether `prepare` times settings, so that nobody else may be at work meanwhile
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import torch
 from alterrec_fast.benchmarks.contestants import Contestant, Op
@@ -65,6 +66,14 @@ def spins(shape: Shape, inputs: Tensors) -> Call:
         return {"y": inputs["x"] * 2}
 
     return Call(run)
+
+
+def lingers(shape: Shape, inputs: Tensors) -> Call:
+    """Takes a while to make ready, and leaves a file that says from when to when."""
+    begun = time.monotonic()
+    time.sleep(0.2)
+    Path(f"ready-{os.getpid()}").write_text(f"{begun} {time.monotonic()}")
+    return doubles(shape, inputs)
 
 
 def triples(shape: Shape, inputs: Tensors) -> Call:

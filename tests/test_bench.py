@@ -156,6 +156,15 @@ def test_nobody_is_timed_cold(arena: Arena) -> None:
     assert all(turn < 0.2 for record in found for turns in record.turns for turn in turns)
 
 
+def test_nobody_is_at_work_while_a_contestant_tunes_itself(tmp_path: Path) -> None:
+    lingers = Task(bench_stubs.lingers, bench_stubs.compare)
+    tasks = {FLOOR: lingers, "tunes": replace(lingers, tunes=True), "also tunes": replace(lingers, tunes=True)}
+    contestants = [replace(bench_stubs.GOOD[0], name=name, task=task) for name, task in tasks.items()]
+    held(Arena(tmp_path, BUDGET, {}, threads=3), bench_stubs.op(*contestants), sittings=1)
+    spans = sorted(tuple(map(float, path.read_text().split())) for path in tmp_path.glob("ready-*"))
+    assert len(spans) == 3 and all(spans[i][1] <= spans[i + 1][0] for i in range(2))
+
+
 def test_bandwidth_is_measured_with_the_threads_of_the_contest(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arena, "_bandwidths", {1: 1e6, 2: 2e6})
     shape = replace(bench_stubs.SHAPE, threads=2)
