@@ -47,8 +47,8 @@ class Options:
 
 def run(options: Options, tell: Callable[[str], None] = print) -> Results:
     """Every contest sits once, then all once more, and so on while there is time, so that a machine which is slow for
-    a minute spoils no more than one sitting of a contest. Writes the results after each, so that nothing is lost when
-    the run is broken off.
+    a minute spoils one sitting of a contest. Writes the results after each, so that nothing is lost when the run is
+    broken off.
     """
     unknown = sorted(set(options.ops) - {op.name for op in OPS})
     if unknown:
@@ -72,27 +72,24 @@ def run(options: Options, tell: Callable[[str], None] = print) -> Results:
         arena = Arena(Path(folder), budget, options.pythons, threads)
         results.bandwidth = arena.bandwidth(threads)
         watch = Watch()
-        rounds = ((sitting, one) for sitting in range(budget.sittings) for one in sorted(contests, key=by_cost))
-        for sitting, contest in rounds:
+        # First in the order of the plan, since nothing has cost anything; then the short ones first, so that most sit
+        # again.
+        sittings = (one for _ in range(budget.sittings) for one in sorted(contests, key=lambda one: one.cost))
+        for contest in sittings:
             spent = time.monotonic() - begun
-            if spent + contest.cost > 60 * minutes or (sitting and all(record.failed for record in contest.records)):
+            if spent + contest.cost > 60 * minutes or contest.over:
                 continue
-            tell(f"{spent:5.0f} s  sitting {sitting + 1}  {contest.op.name}: {contest.shape.label}")
+            tell(f"{spent:5.0f} s  sitting {contest.sittings + 1}  {contest.op.name}: {contest.shape.label}")
             arena.sit(contest)
             results.others, results.load_after = watch.others(), machine.load()
             keep(results, contests, options.out)
-            if not sitting:
+            if contest.sittings == 1:
                 tell(table(contest.records))
     for record in (record for contest in contests if not contest.sittings for record in contest.records):
         record.failed = f"{NOT_BEGUN} within {minutes:g} minutes"
     keep(results, contests, options.out)
     draw(results, options.out)
     return results
-
-
-def by_cost(contest: Contest) -> float:
-    """The first time as planned, since none has cost anything; then the short ones first, so that most sit again."""
-    return float(contest.cost)
 
 
 def keep(results: Results, contests: Sequence[Contest], out: Path) -> None:

@@ -36,11 +36,11 @@ class ContestantError(Exception):
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a contest may take."""
+    """How long a sitting may take, and how many a contest may have."""
 
     sittings: int  # at most
     rounds: int  # turns of a contestant in a sitting
-    long: float  # seconds of a call from which two turns are enough, and the first call has been warm-up enough
+    long: float  # seconds of a call from which two turns are enough
     turn: float  # seconds of one turn, in which short calls are repeated
     first: float  # seconds that making ready and the first call may take
     memory: int  # bytes of a process, 0 for any
@@ -51,6 +51,11 @@ class Budget:
         if seconds < self.long:
             return self.rounds
         return min(self.rounds, 2 if seconds < 4.0 * self.long else 1)
+
+    def warms(self, seconds: float) -> bool:
+        """Whether an untimed turn comes first, when the first call, beside others that were made ready, took so many
+        seconds."""
+        return seconds < 8.0 * self.long
 
 
 class Process:
@@ -127,7 +132,7 @@ class Arena:
         begun = time.monotonic()
         op, shape = contest.op, contest.shape
         bandwidth = self.bandwidth(shape.threads)
-        there = [runner for runner in contest.runners if runner.record.failed is None]
+        there = [runner for runner in contest.runners if runner.record.failed is None and not runner.record.stopped]
         paths = self.folder / "inputs.pt", self.folder / "truth.pt"
         try:
             maker = self._fork(_make_case, (op.make, op.truth, shape, paths))
@@ -135,8 +140,7 @@ class Arena:
             maker.end()
         except ContestantError as failure:
             for runner in there:
-                if not runner.record.turns:  # a later sitting that can't be held takes nothing away
-                    runner.fail(f"no inputs: {failure}")
+                runner.fail(f"no inputs: {failure}")
             there = []
         tuners = [runner for runner in there if runner.contestant.task is not None and runner.contestant.task.tunes]
         with ThreadPoolExecutor(self.threads) as pool:
@@ -168,14 +172,14 @@ class Arena:
         record.extra_bytes = max(ready["extra"], record.extra_bytes or 0)
         runner.expected, record.version = ready["seconds"], ready["version"] or record.version
         record.turns.append([])
-        record.cpu_turns.append([])
         if not ready["error"] <= record.allowed:
+            runner.whole = 0  # what it did before is not to be trusted either
             runner.fail(f"wrong: error {ready['error']:.1e}, allowed {record.allowed:.0e}")
 
     def _take_turns(self, runners: list[_Runner], rng: random.Random) -> None:
-        """An untimed turn of everyone, then the rounds, each in an order of its own."""
+        """An untimed turn of everyone whose calls are not very long, then the rounds, each in an order of its own."""
         for runner in runners:
-            if runner.expected < self.budget.long:
+            if self.budget.warms(runner.expected):
                 runner.take_turn(0, self.budget, timed=False)
         turns = [self.budget.turns(runner.expected) for runner in runners]
         for i in range(self.budget.rounds):
@@ -234,6 +238,11 @@ class Contest:
     def records(self) -> list[Record]:
         return [runner.record for runner in self.runners]
 
+    @property
+    def over(self) -> bool:
+        """Whether nobody is left who could sit again."""
+        return all(record.failed or record.stopped for record in self.records)
+
 
 class _Runner:
     """One contestant at one shape while the contest lasts."""
@@ -250,14 +259,21 @@ class _Runner:
         )
         self.process: Process | None = None
         self.expected = 0.0  # seconds of a call
+        self.whole = 0  # sittings that it has got through
 
     def fail(self, why: str) -> None:
-        self.record.failed = why
+        """It takes part no more. The sittings that it has got through stay."""
         if self.process is not None:
             self.process.end(kill=True)
+            self.process = None
+        del self.record.turns[self.whole :]
+        if self.whole:
+            self.record.stopped = f"in sitting {self.whole + 1} {why}"
+        else:
+            self.record.failed = why
 
     def take_turn(self, number: int, budget: Budget, timed: bool = True) -> None:
-        if self.record.failed is not None or self.process is None:
+        if self.process is None:
             return
         try:
             seconds = budget.turn if timed else 0.0
@@ -268,18 +284,21 @@ class _Runner:
         self.expected = turn["seconds"]
         if timed:
             self.record.turns[-1].append(turn["seconds"])
-            self.record.cpu_turns[-1].append(turn["cpu_seconds"])
 
     def end(self) -> None:
-        """Ends the process, and takes what it has to tell beside its times."""
-        if self.record.failed is not None or self.process is None:
+        """Ends the process, and takes what it has to tell beside its times, if these are its best."""
+        if self.process is None:
             return
         try:
-            self.record.detail = self.process.ask("detail", 10.0)
+            detail = self.process.ask("detail", 10.0)
             self.process.end()
         except ContestantError as failure:
             self.fail(str(failure))
+            return
         self.process = None
+        self.whole = len(self.record.turns)
+        if min(map(min, self.record.turns)) == min(self.record.turns[-1]):
+            self.record.detail = detail
 
 
 def _enter(

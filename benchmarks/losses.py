@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from alterrec_fast.benchmarks.rankers import room
 from alterrec_fast.benchmarks.worker import BATCHES, Call, Shape, Tensors
 from torch import Tensor
 
@@ -41,7 +42,7 @@ def products(shape: Shape, inputs: Tensors) -> Call:
     """
     query, catalog = inputs["query"], inputs["catalog"]
     items = shape.negatives or shape.items
-    out = torch.empty(shape.sessions, items, dtype=query.dtype)
+    out = room(shape.sessions, items, query.dtype)
 
     def run(i: int) -> Tensor:
         return torch.mm(query[i % BATCHES], catalog[:items].T, out=out)
@@ -74,7 +75,8 @@ def torch_linear_cross_entropy_best(shape: Shape, inputs: Tensors) -> Call:
 
 
 def fastest(name: str, calls: dict[float, Call]) -> Call:
-    """The call that is fastest, each by the best of three after an untimed one; long ones by fewer.
+    """The call that is fastest, each by the best of three after an untimed one; of fewer where all of them together
+    take longer than 0.7 s each.
 
     They take turns, so that a machine that slows down slows all of them. `name` and its number are recorded.
     """

@@ -7,7 +7,6 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ from alterrec_fast.benchmarks.worker import Shape
 FLOOR = "torch.mm"  # the contestant that every ratio refers to
 NOT_BEGUN = "not begun"  # what the reason starts with where there was no time for a contest
 PRIOR = 8  # degrees of freedom that the noise of similar contestants counts for
-STUDENT = (5.04, 4.78, 4.59, 4.44, 4.32, 4.22, 4.14)  # quantile 0.9995 for PRIOR, PRIOR + 1, ... degrees of freedom
+STUDENT = 4.78  # quantile 0.9995 for PRIOR + 1 degrees of freedom
 SIMILAR = 4.0  # times as long, or as short, as a call takes whose noise is like one's own
-LEAST_OF = (1.0, 0.826, 0.748, 0.701, 0.669)  # standard deviation of the least of 1, 2, ... standard normals
 LEAST_NOISE = 0.05  # what runs differ by beyond the sittings of one: other guests of the same host, the clock
 BUSY = 0.1  # cores that other work may take before a run counts as one on a busy machine
 
@@ -36,8 +34,8 @@ class Record:
     allowed: float  # the largest error that counts as right
     error: float | None = None  # against float64
     failed: str | None = None
+    stopped: str | None = None  # why it sat no more after sittings that count
     turns: list[list[float]] = field(default_factory=list)  # of each sitting, the median call of each turn
-    cpu_turns: list[list[float]] = field(default_factory=list)  # the CPU time of the median call
     seconds: float | None = None  # the best of the turns
     ratio: float | None = None  # to the floor's best turn
     noise: float | None = None  # another run's ratio is expected in ratio / exp(noise) to ratio * exp(noise)
@@ -94,11 +92,10 @@ def conclude(records: Sequence[Record], products: int, streaming: float, operati
     can't be done without, and to `streaming`, the seconds in which the bytes that must move can be moved. The floor
     does so many `operations`.
 
-    The best, since what a machine does beside makes a turn longer and never shorter.
+    The best, since what a machine does beside makes a turn longer.
     """
     for record in records:
-        timed = [turn for turns in record.turns for turn in turns] if record.failed is None else []
-        record.seconds = min(timed, default=None)
+        record.seconds = min((turn for turns in record.turns for turn in turns), default=None)
         record.ratio = record.share = record.bandwidth_ratio = record.gflops = None
     floor = next((record for record in records if record.contestant == FLOOR), None)
     for record in records:
@@ -114,42 +111,42 @@ def conclude(records: Sequence[Record], products: int, streaming: float, operati
         floor.gflops = operations / floor.seconds / 1e9
 
 
-def bests(record: Record) -> list[float]:
-    """For each sitting the logarithm of its best turn."""
-    return [math.log(min(turns)) for turns in record.turns if turns]
+def gap(record: Record) -> float | None:
+    """How far the best sitting is from the next, as the logarithm of a ratio; None where there was one."""
+    found = sorted(math.log(min(turns)) for turns in record.turns)
+    return found[1] - found[0] if len(found) > 1 else None
 
 
 def assess(records: Sequence[Record]) -> None:
-    """Fills in the noise of every ratio of a run, from how much the best turns of its sittings differ, and those of
-    contestants that take about as long.
+    """Fills in the noise of every ratio of a run, from how far the best sitting of a contestant is from the next.
 
-    A contestant's best of P sittings varies as the least of P draws does, LEAST_OF[P - 1] times as much as the best of
-    one sitting; so does the floor's. What one sitting varies by is known from few numbers only, so that it is averaged,
-    as in a moderated t-test, with what is common among similar contestants, which counts for PRIOR degrees of freedom.
-    Two runs differ by sqrt(2) times as much, and Student's quantile is that of 999 of 1,000, since a table has hundreds
-    of rows. LEAST_NOISE, in quadrature, is what differs between runs but not within one.
+    The least of some draws varies by about as much as the least two differ: of P = 2 or 3 normal ones, and of
+    exponential ones, 0.9 to 1.1 times the median difference. A contestant's own difference is one number. So its square
+    is averaged, as in a moderated t-test, with the square of the median among contestants that take about as long,
+    which counts for PRIOR degrees of freedom. The ratio has the floor's variance as well; two runs differ by sqrt(2)
+    times as much, and Student's quantile is that of 999 of 1,000, since a table has hundreds of rows. LEAST_NOISE, in
+    quadrature, is what differs between runs but not within one.
     """
-    timed = [record for record in records if record.ratio is not None and record.seconds is not None]
-    distances = [gaps(bests(record)) for record in timed]
-    variances: dict[tuple[str, Shape, str], float | None] = {}
+    timed = [record for record in records if record.ratio is not None]
+    gaps = [gap(record) for record in timed]
+    variances: dict[tuple[str, Shape, str], float] = {}
+    for record, own in zip(timed, gaps, strict=True):
+        pairs = zip(timed, gaps, strict=True)
+        alike = [other_gap for other, other_gap in pairs if other_gap is not None and _similar(record, other)]
+        known = alike or [one for one in gaps if one is not None]
+        if known:
+            common = statistics.median(known) ** 2
+            variance = common if own is None else (PRIOR * common + own**2) / (PRIOR + 1)
+            variances[record.op, record.shape, record.contestant] = variance
     for record in timed:
-        alike = [gap for other, own in zip(timed, distances, strict=True) if _similar(record, other) for gap in own]
-        common = spread(alike or [gap for own in distances for gap in own])
-        found = bests(record)
-        own = statistics.stdev(found) if len(found) > 1 else None
-        least = LEAST_OF[min(len(found), len(LEAST_OF)) - 1]
-        one = None if common is None else least**2 * _moderated(common, own, len(found) - 1)
-        variances[record.op, record.shape, record.contestant] = one
-    for record in timed:
-        mine = variances[record.op, record.shape, record.contestant]
-        its = variances[record.op, record.shape, FLOOR]
+        floor = variances.get((record.op, record.shape, FLOOR))
         if record.contestant == FLOOR:
             record.noise = 0.0
-        elif mine is None or its is None:
+        elif floor is None:
             record.noise = None  # nobody has sat twice
         else:
-            quantile = STUDENT[min(len(bests(record)), len(STUDENT)) - 1]
-            record.noise = math.hypot(LEAST_NOISE, quantile * math.sqrt(2.0 * (mine + its)))
+            both_vary = variances[record.op, record.shape, record.contestant] + floor
+            record.noise = math.hypot(LEAST_NOISE, STUDENT * math.sqrt(2.0 * both_vary))
 
 
 def both(one: float, other: float) -> float:
@@ -157,23 +154,5 @@ def both(one: float, other: float) -> float:
     return math.sqrt((one**2 + other**2) / 2.0)
 
 
-def gaps(numbers: Sequence[float]) -> list[float]:
-    """The distances between any two."""
-    return [abs(a - b) for a, b in combinations(numbers, 2)]
-
-
-def spread(distances: Sequence[float]) -> float | None:
-    """The standard deviation of normal numbers with such distances, by their median: a few that are far off do not
-    matter."""
-    return statistics.median(distances) / (0.6745 * math.sqrt(2.0)) if distances else None
-
-
 def _similar(one: Record, other: Record) -> bool:
     return abs(math.log((one.seconds or 1.0) / (other.seconds or 1.0))) <= math.log(SIMILAR)
-
-
-def _moderated(common: float, own: float | None, freedom: int) -> float:
-    """A variance."""
-    if own is None:
-        return common**2
-    return (PRIOR * common**2 + freedom * own**2) / (PRIOR + freedom)

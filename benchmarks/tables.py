@@ -70,6 +70,8 @@ def _line(record: Record, columns: Sequence[str]) -> str:
         return f"| {record.contestant} | {reason} |" + " |" * (len(columns) - 2)
     interval = record.interval
     name = f"**{record.contestant}**" if record.ours else record.contestant
+    if record.stopped is not None:
+        name += f" ({record.stopped})".replace("|", "\\|")
     cells = [
         name if record.gflops is None else f"{name} ({record.gflops:,.0f} GFLOP/s)",
         _milliseconds(record),
@@ -88,7 +90,7 @@ def _line(record: Record, columns: Sequence[str]) -> str:
 
 def _heading(results: Results) -> str:
     machine = results.machine
-    there = {package.split(" ")[0] for package in machine.packages} | {"torch", "alterrec-fast"}
+    there = {package.split(" ")[0] for package in machine.packages if " " in package} | {"torch", "alterrec-fast"}
     elsewhere = sorted(
         {r.version for r in results.records if " " in r.version and r.version.split(" ")[0] not in there}
     )

@@ -156,17 +156,15 @@ def _make_ready(task: Task, shape: Shape, paths: tuple[Path, Path]) -> tuple[Cal
 
 
 def _turn(call: Call, number: int, budget: float, expected: float) -> dict[str, float]:
-    """The median call of one turn, in wall-clock and CPU seconds, of at least one call and about `budget` seconds."""
+    """The median call of one turn: one call, or as many as `budget` seconds have room for."""
     if expected < SHORT:
         call.run(number)
-    wall: list[float] = []
-    cpu: list[float] = []
-    while not wall or sum(wall) + expected < budget:
-        begun, busy = time.perf_counter(), time.process_time()
-        call.run(number + len(wall))
-        wall.append(time.perf_counter() - begun)
-        cpu.append(time.process_time() - busy)
-    return {"seconds": statistics.median(wall), "cpu_seconds": statistics.median(cpu)}
+    taken: list[float] = []
+    while not taken or sum(taken) + expected < budget:
+        begun = time.perf_counter()
+        call.run(number + len(taken))
+        taken.append(time.perf_counter() - begun)
+    return {"seconds": statistics.median(taken)}
 
 
 def resident() -> int:
