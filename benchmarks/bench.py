@@ -15,7 +15,7 @@ from alterrec_fast.benchmarks.compare import read_baselines, summary
 from alterrec_fast.benchmarks.contest import Arena, Budget, Contest
 from alterrec_fast.benchmarks.contestants import OPS, Op
 from alterrec_fast.benchmarks.figures import draw
-from alterrec_fast.benchmarks.records import NOT_BEGUN, Results, assess
+from alterrec_fast.benchmarks.records import NOT_BEGUN, Results, assess, share_floors
 from alterrec_fast.benchmarks.tables import markdown, table
 from alterrec_fast.benchmarks.worker import Shape
 
@@ -95,6 +95,7 @@ def run(options: Options, tell: Callable[[str], None] = print) -> Results:
 def keep(results: Results, contests: Sequence[Contest], out: Path) -> None:
     """Writes what is known by now; contests that are still to come are not in it."""
     results.records = [r for one in contests for r in one.records if r.turns or r.failed]
+    share_floors(results.records)
     assess(results.records)
     write_text(out / "results.json", json.dumps(results.to_json(), indent=1))
     write_text(out / "table.md", markdown(results))

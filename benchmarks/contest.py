@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from alterrec_fast.benchmarks.contestants import Contestant, Op
 from alterrec_fast.benchmarks.machine import measure_bandwidth, version_of
-from alterrec_fast.benchmarks.records import Record, conclude
+from alterrec_fast.benchmarks.records import FLOOR, Record, conclude
 from alterrec_fast.benchmarks.worker import Shape, Tensors, describe, limit_memory, serve
 
 PRELOAD = ["alterrec_fast.benchmarks.contestants"]
@@ -256,6 +256,7 @@ class _Runner:
             ours=contestant.ours,
             version=version_of(contestant.package),
             allowed=contestant.allowed(shape),
+            product=op.product(shape) if contestant.name == FLOOR else "",
         )
         self.process: Process | None = None
         self.expected = 0.0  # seconds of a call

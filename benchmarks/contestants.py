@@ -64,6 +64,11 @@ class Op:
     scaled: Shape | None = None  # at which it is run on 1, 2, 4 ... threads
     batches: Callable[[Shape], int] = lambda shape: 1  # of a call
 
+    def product(self, shape: Shape) -> str:
+        """What the floor multiplies; contests of which this is the same have the same floor."""
+        sizes = f"{shape.sessions} x {shape.width} x {shape.negatives or shape.items}"
+        return f"{self.batches(shape)} of {sizes}, {shape.precision}, {shape.threads} threads"
+
     def operations(self, shape: Shape) -> float:
         """Additions and multiplications of a call of the floor."""
         items = shape.negatives or shape.items

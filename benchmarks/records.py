@@ -37,7 +37,8 @@ class Record:
     stopped: str | None = None  # why it sat no more after sittings that count
     turns: list[list[float]] = field(default_factory=list)  # of each sitting, the median call of each turn
     seconds: float | None = None  # the best of the turns
-    ratio: float | None = None  # to the floor's best turn
+    ratio: float | None = None  # to the best turn of the floor, in this contest or another that has the same floor
+    product: str = ""  # of a floor: what is multiplied
     noise: float | None = None  # another run's ratio is expected in ratio / exp(noise) to ratio * exp(noise)
     gflops: float | None = None  # of the floor: operations a second, in 1e9
     share: float | None = None  # of the time that is spent in the products that can't be done without
@@ -111,10 +112,35 @@ def conclude(records: Sequence[Record], products: int, streaming: float, operati
         floor.gflops = operations / floor.seconds / 1e9
 
 
-def gap(record: Record) -> float | None:
+def share_floors(records: Sequence[Record]) -> None:
+    """Contests with the same product as their floor have its best turn in common: ratios of all are to that."""
+    for record, floor in _with_floors(records):
+        if record.ratio is not None and record.seconds is not None:
+            before, record.ratio = record.ratio, record.seconds / min(_bests(floor))
+            record.share = None if record.share is None else record.share * before / record.ratio
+
+
+def _with_floors(records: Sequence[Record]) -> list[tuple[Record, list[Record]]]:
+    """Each record with all floors that are the product of its contest."""
+    floors: dict[str, list[Record]] = {}
+    product: dict[tuple[str, Shape], str] = {}
+    for record in records:
+        if record.contestant == FLOOR and record.seconds is not None:
+            floors.setdefault(record.product, []).append(record)
+            product[record.op, record.shape] = record.product
+    known = [record for record in records if (record.op, record.shape) in product]
+    return [(record, floors[product[record.op, record.shape]]) for record in known]
+
+
+def _bests(records: Sequence[Record]) -> list[float]:
+    """The best turn of each sitting, the least first."""
+    return sorted(min(turns) for record in records for turns in record.turns)
+
+
+def gap(records: Sequence[Record]) -> float | None:
     """How far the best sitting is from the next, as the logarithm of a ratio; None where there was one."""
-    found = sorted(math.log(min(turns)) for turns in record.turns)
-    return found[1] - found[0] if len(found) > 1 else None
+    found = _bests(records)
+    return math.log(found[1] / found[0]) if len(found) > 1 else None
 
 
 def assess(records: Sequence[Record]) -> None:
@@ -127,26 +153,26 @@ def assess(records: Sequence[Record]) -> None:
     times as much, and Student's quantile is that of 999 of 1,000, since a table has hundreds of rows. LEAST_NOISE, in
     quadrature, is what differs between runs but not within one.
     """
-    timed = [record for record in records if record.ratio is not None]
-    gaps = [gap(record) for record in timed]
-    variances: dict[tuple[str, Shape, str], float] = {}
-    for record, own in zip(timed, gaps, strict=True):
+    timed = [(record, floors) for record, floors in _with_floors(records) if record.ratio is not None]
+    gaps = [gap([record]) for record, _ in timed]
+
+    def variance(record: Record, own: float | None) -> float | None:
         pairs = zip(timed, gaps, strict=True)
-        alike = [other_gap for other, other_gap in pairs if other_gap is not None and _similar(record, other)]
-        known = alike or [one for one in gaps if one is not None]
-        if known:
-            common = statistics.median(known) ** 2
-            variance = common if own is None else (PRIOR * common + own**2) / (PRIOR + 1)
-            variances[record.op, record.shape, record.contestant] = variance
-    for record in timed:
-        floor = variances.get((record.op, record.shape, FLOOR))
+        alike = [found for (other, _), found in pairs if found is not None and _similar(record, other)]
+        known = alike or [found for found in gaps if found is not None]
+        if not known:
+            return None  # nobody has sat twice
+        common = statistics.median(known) ** 2
+        return common if own is None else (PRIOR * common + own**2) / (PRIOR + 1)
+
+    for (record, floors), own in zip(timed, gaps, strict=True):
+        mine, its = variance(record, own), variance(floors[0], gap(floors))
         if record.contestant == FLOOR:
             record.noise = 0.0
-        elif floor is None:
-            record.noise = None  # nobody has sat twice
+        elif mine is None or its is None:
+            record.noise = None
         else:
-            both_vary = variances[record.op, record.shape, record.contestant] + floor
-            record.noise = math.hypot(LEAST_NOISE, STUDENT * math.sqrt(2.0 * both_vary))
+            record.noise = math.hypot(LEAST_NOISE, STUDENT * math.sqrt(2.0 * (mine + its)))
 
 
 def both(one: float, other: float) -> float:

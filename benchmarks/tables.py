@@ -68,7 +68,6 @@ def _line(record: Record, columns: Sequence[str]) -> str:
     if record.seconds is None:
         reason = (record.failed or "not timed").replace("|", "\\|")
         return f"| {record.contestant} | {reason} |" + " |" * (len(columns) - 2)
-    interval = record.interval
     name = f"**{record.contestant}**" if record.ours else record.contestant
     if record.stopped is not None:
         name += f" ({record.stopped})".replace("|", "\\|")
@@ -76,7 +75,7 @@ def _line(record: Record, columns: Sequence[str]) -> str:
         name if record.gflops is None else f"{name} ({record.gflops:,.0f} GFLOP/s)",
         _milliseconds(record),
         _number(record.ratio),
-        f"{_number(interval[0])} to {_number(interval[1])}" if interval else "not known",
+        _interval(record),
         "" if record.share is None else f"{100 * record.share:.0f}%",
         _number(record.bandwidth_ratio),
         _mebibytes(record.peak_bytes),
@@ -108,6 +107,14 @@ def _heading(results: Results) -> str:
     if results.busy:
         lines.append("**The machine was busy with other work: take the figures of this run as provisional.**")
     return "\n\n".join(lines)
+
+
+def _interval(record: Record) -> str:
+    """The floor's own ratio says how far it is from the best of the same product in the run, and has none."""
+    if record.contestant == FLOOR:
+        return ""
+    interval = record.interval
+    return f"{_number(interval[0])} to {_number(interval[1])}" if interval else "not known"
 
 
 def _milliseconds(record: Record) -> str:

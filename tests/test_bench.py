@@ -20,6 +20,7 @@ from alterrec_fast.benchmarks import (
     figures,
     losses,
     machine,
+    steadiness,
     tables,
     test_contestants,
     training,
@@ -38,7 +39,7 @@ from alterrec_fast.benchmarks.compare import (
 )
 from alterrec_fast.benchmarks.contest import Arena, Budget, Contest, how_it_ended
 from alterrec_fast.benchmarks.contestants import OPS, Op
-from alterrec_fast.benchmarks.records import FLOOR, LEAST_NOISE, Record, Results, assess, both, conclude
+from alterrec_fast.benchmarks.records import FLOOR, LEAST_NOISE, Record, Results, assess, both, conclude, share_floors
 from alterrec_fast.benchmarks.worker import Call, Shape, Task
 from typer.testing import CliRunner
 
@@ -213,6 +214,14 @@ def test_the_work_of_contestants_that_have_ended_is_our_own(arena: Arena) -> Non
     assert machine.own_seconds() - before[0] > time.process_time() - before[1] + 1.0
 
 
+def test_slow_spells_of_the_machine_are_told() -> None:
+    looks = [(0.0, 1e-3), (0.1, 1e-3), (0.2, 1.5e-3), (0.3, 1.4e-3), (0.4, 1.1e-3)]
+    told = steadiness.spells(looks)
+    assert told == "best 1.00 ms, over 1.2 times that in 40% of 5 looks, for up to 0.1 s at a stretch"
+    assert "in 0% of 1 looks, for up to 0.0 s" in steadiness.spells(looks[:1])
+    assert steadiness.look(1) > 0.0
+
+
 def test_the_fastest_setting_is_taken_and_recorded() -> None:
     made = {number: Call(lambda i, s=number: time.sleep(s)) for number in (0.02, 0.001, 0.04)}
     assert losses.fastest("chunk", made).detail() == {"chunk": 0.001}
@@ -353,6 +362,7 @@ def results_of(records: list[Record]) -> Results:
     """A run of these records, the floors among them."""
     for op in {record.op for record in records}:
         conclude([record for record in records if record.op == op], products=1, streaming=0.004, operations=1e9)
+    share_floors(records)
     assess(records)
     return Results("alterrec-fast bench", "2026-11-24", machine.look(2), 2e10, 0.1, 1.9, 0.0, records)
 
@@ -377,6 +387,20 @@ def test_ratios_are_those_of_the_best_turns() -> None:
     assert mine.interval == pytest.approx((2.0 / math.exp(LEAST_NOISE), 2.0 * math.exp(LEAST_NOISE)))
 
 
+def test_contests_with_the_same_product_share_their_floor() -> None:
+    records = []
+    for op, slow, product in (("top_k", 1.0, "a"), ("rank_slice", 1.4, "a"), ("step", 1.4, "b")):
+        floor, mine = record(op, FLOOR, slow, ours=False), record(op, "alterrec-fast", 2.0 * slow)
+        records += [replace(floor, product=product), mine]
+    found = results_of(records).records
+    assert [one.ratio for one in found] == pytest.approx([1.0, 2.0, 1.4, 2.8, 1.0, 2.0])
+    assert [one.share for one in found[1::2]] == pytest.approx([1 / 2, 1 / 2.8, 1 / 2])
+    share_floors(found)  # nothing is counted twice
+    assert [one.ratio for one in found] == pytest.approx([1.0, 2.0, 1.4, 2.8, 1.0, 2.0])
+    kept = [op.product(shape) for op in OPS for shape in (*op.quick, *op.full) if "40258" in op.product(shape)]
+    assert 1 < len(set(kept)) < len(kept)
+
+
 def simulated(rng: np.random.Generator, sittings: int, number: int = 200) -> list[Record]:
     """A run whose processes are 4% off for as long as they live and turns 2%, each third turn is 40% slower, and so is
     everything in a sitting of twenty."""
@@ -387,7 +411,8 @@ def simulated(rng: np.random.Generator, sittings: int, number: int = 200) -> lis
             process = np.exp(rng.normal(0, 0.04, (sittings, 1))) * slow[:, None]
             turns = process * np.exp(rng.normal(0, 0.02, (sittings, 3)))
             turns = seconds * turns * np.where(rng.random(turns.shape) < 1 / 3, 1.4, 1.0)
-            records.append(Record("top_k", Shape(i + 1, 8), name, name != FLOOR, "", 1e-5, turns=turns.tolist()))
+            made = Record("top_k", Shape(i + 1, 8), name, name != FLOOR, "", 1e-5, turns=turns.tolist())
+            records.append(replace(made, product=f"{len(records)}"))
         conclude(records[-2:], 1, 1.0, 1.0)
     assess(records)
     return [record for record in records if record.contestant != FLOOR]
