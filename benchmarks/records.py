@@ -146,8 +146,8 @@ def gap(records: Sequence[Record]) -> float | None:
 def assess(records: Sequence[Record]) -> None:
     """Fills in the noise of every ratio of a run, from how far the best sitting of a contestant is from the next.
 
-    The least of some draws varies by about as much as the least two differ: of P = 2 or 3 normal ones, and of
-    exponential ones, 0.9 to 1.1 times the median difference. A contestant's own difference is one number. So its square
+    The least of some draws varies by about as much as the least two differ: of two to four normal or exponential ones,
+    0.7 to 1.2 times the median difference. A contestant's own difference is one number. So its square
     is averaged, as in a moderated t-test, with the square of the median among contestants that take about as long,
     which counts for PRIOR degrees of freedom. The ratio has the floor's variance as well; two runs differ by sqrt(2)
     times as much, and Student's quantile is that of 999 of 1,000, since a table has hundreds of rows. LEAST_NOISE, in
