@@ -1,7 +1,7 @@
 """Contests: one process a contestant, turns taken in an order that is drawn anew each round, and a record for each.
 
 A contest has several sittings, with other contests in between. Each starts the processes again: two processes differ,
-by where their memory lies, by more than the turns of one of them show, and a machine may be slow for minutes.
+by where their memory lies, by more than the turns of one of them show, and a machine may be slow for a while.
 A process that crashes, runs out of memory or takes too long costs its own record and nothing else.
 """
 
@@ -46,15 +46,16 @@ class Budget:
     memory: int  # bytes of a process, 0 for any
 
     def turns(self, seconds: float) -> int:
-        """Of a contestant in a sitting, when a call takes so many seconds. A call that lasts lives through what
-        several turns of a short one do."""
+        """Of a contestant in a sitting, when a call takes so many seconds.
+
+        A call that lasts lives through what several turns of a short one do.
+        """
         if seconds < self.long:
             return self.rounds
         return min(self.rounds, 2 if seconds < 4.0 * self.long else 1)
 
     def warms(self, seconds: float) -> bool:
-        """Whether an untimed turn comes first, when the first call, beside others that were made ready, took so many
-        seconds."""
+        """Whether an untimed turn comes first, when the first call, beside others made ready, took so many seconds."""
         return seconds < 8.0 * self.long
 
 

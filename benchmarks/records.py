@@ -18,6 +18,7 @@ NOT_BEGUN = "not begun"  # what the reason starts with where there was no time f
 PRIOR = 8  # degrees of freedom that the noise of similar contestants counts for
 STUDENT = 4.78  # quantile 0.9995 for PRIOR + 1 degrees of freedom
 SIMILAR = 4.0  # times as long, or as short, as a call takes whose noise is like one's own
+ONCE = 1.5  # times as much as the best of several sittings varies that of a single one
 LEAST_NOISE = 0.05  # what runs differ by beyond the sittings of one: other guests of the same host, the clock
 BUSY = 0.1  # cores that other work may take before a run counts as one on a busy machine
 
@@ -147,11 +148,11 @@ def assess(records: Sequence[Record]) -> None:
     """Fills in the noise of every ratio of a run, from how far the best sitting of a contestant is from the next.
 
     The least of some draws varies by about as much as the least two differ: of two to four normal or exponential ones,
-    0.7 to 1.2 times the median difference. A contestant's own difference is one number. So its square
-    is averaged, as in a moderated t-test, with the square of the median among contestants that take about as long,
-    which counts for PRIOR degrees of freedom. The ratio has the floor's variance as well; two runs differ by sqrt(2)
-    times as much, and Student's quantile is that of 999 of 1,000, since a table has hundreds of rows. LEAST_NOISE, in
-    quadrature, is what differs between runs but not within one.
+    0.7 to 1.2 times the median difference. A contestant's own difference is one number. So its square is averaged, as
+    in a moderated t-test, with the square of the median among contestants that take about as long, which counts for
+    PRIOR degrees of freedom; who sat once has that median alone, ONCE times. The ratio has the floor's variance as
+    well; two runs differ by sqrt(2) times as much, and Student's quantile is that of 999 of 1,000, since a table has
+    hundreds of rows. LEAST_NOISE, in quadrature, is what differs between runs but not within one.
     """
     timed = [(record, floors) for record, floors in _with_floors(records) if record.ratio is not None]
     gaps = [gap([record]) for record, _ in timed]
@@ -163,7 +164,7 @@ def assess(records: Sequence[Record]) -> None:
         if not known:
             return None  # nobody has sat twice
         common = statistics.median(known) ** 2
-        return common if own is None else (PRIOR * common + own**2) / (PRIOR + 1)
+        return ONCE**2 * common if own is None else (PRIOR * common + own**2) / (PRIOR + 1)
 
     for (record, floors), own in zip(timed, gaps, strict=True):
         mine, its = variance(record, own), variance(floors[0], gap(floors))

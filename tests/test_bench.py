@@ -219,7 +219,8 @@ def test_slow_spells_of_the_machine_are_told() -> None:
     told = steadiness.spells(looks)
     assert told == "best 1.00 ms, over 1.2 times that in 40% of 5 looks, for up to 0.1 s at a stretch"
     assert "in 0% of 1 looks, for up to 0.0 s" in steadiness.spells(looks[:1])
-    assert steadiness.look(1) > 0.0
+    threads = torch.get_num_threads()
+    assert steadiness.look(threads) > 0.0
 
 
 def test_the_fastest_setting_is_taken_and_recorded() -> None:
@@ -402,13 +403,14 @@ def test_contests_with_the_same_product_share_their_floor() -> None:
 
 
 def simulated(rng: np.random.Generator, sittings: int, number: int = 200) -> list[Record]:
-    """A run whose processes are 4% off for as long as they live and turns 2%, each third turn is 40% slower, and so is
-    everything in a sitting of twenty."""
+    """A run of which ratios are 6% off for as long as two processes live and turns 2%, each third turn is 40% slower,
+    and so is everything in a sitting of twenty.
+    """
     records = []
     for i in range(number):
         slow = np.where(rng.random(sittings) < 0.05, 1.4, 1.0)
         for name, seconds in ((FLOOR, 1.0), ("x", 1.0 + i % 3)):
-            process = np.exp(rng.normal(0, 0.04, (sittings, 1))) * slow[:, None]
+            process = np.exp(rng.normal(0, 0.06 / math.sqrt(2), (sittings, 1))) * slow[:, None]
             turns = process * np.exp(rng.normal(0, 0.02, (sittings, 3)))
             turns = seconds * turns * np.where(rng.random(turns.shape) < 1 / 3, 1.4, 1.0)
             made = Record("top_k", Shape(i + 1, 8), name, name != FLOOR, "", 1e-5, turns=turns.tolist())
@@ -439,7 +441,7 @@ def test_a_contest_that_sat_once_borrows_what_others_know_of_sittings() -> None:
     for record in [*single, *floors[len(restarted) :]]:
         record.op = "once"
     assess([*restarted, *single, *floors])
-    assert all(record.noise is not None and record.noise > LEAST_NOISE for record in single)
+    assert statistics.median(r.noise or 0.0 for r in single) > statistics.median(r.noise or 0.0 for r in restarted)
 
 
 def test_the_noise_of_two_runs_is_not_counted_twice() -> None:
@@ -507,6 +509,7 @@ def test_an_op_that_takes_a_third_longer_is_reported_and_no_other(stored: Result
 
 @pytest.mark.parametrize("op", [op.name for op in OPS])
 def test_the_stored_baseline_sees_an_op_that_takes_a_third_longer(stored: Results, op: str) -> None:
+    seen = False
     for kind, baseline in read_baselines().items():
         records = []
         for name, known in baseline.items():
@@ -518,6 +521,8 @@ def test_the_stored_baseline_sees_an_op_that_takes_a_third_longer(stored: Result
         reported = {worse.name for worse in compare(replace(stored, records=records), baseline)}
         wanted = {name for name in baseline if name.startswith(f"{op} |")}
         assert reported == wanted, f"{kind}: {op} alone was slower"
+        seen = seen or bool(wanted)
+    assert seen, f"no baseline has {op}"
 
 
 @dataclass(frozen=True)
