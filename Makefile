@@ -16,7 +16,7 @@ test: .venv/ready
 
 # RecBole and RecTools themselves; both stay below numpy 2.
 test-integrations: .venv-recommenders/ready
-	OMP_NUM_THREADS=1 .venv-recommenders/bin/pytest --confcutdir tests/integrations --disable-warnings tests/integrations
+	OMP_NUM_THREADS=1 .venv-recommenders/bin/pytest --confcutdir tests/integrations --disable-warnings tests/integrations/recommenders
 
 lint: .venv/ready
 	.venv/bin/ruff check
@@ -32,9 +32,9 @@ sanitize:
 # /usr/local/cuda. -rP shows the tables that the tests have asserted.
 gpu-proof: .venv/ready .venv/triton-3.6.0/triton
 	csrc/tests/cuda_on_cpu.sh
-	OMP_NUM_THREADS=1 .venv/bin/pytest -m proof tests/gpu/test_cuda_on_cpu.py
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 tests/gpu/interpreted
-	TRITON_3_6=.venv/triton-3.6.0 .venv/bin/pytest -n 2 -rP -m proof tests/gpu/test_compiled.py tests/gpu/test_model_bars.py
+	OMP_NUM_THREADS=1 .venv/bin/pytest -m proof tests/codegen/test_cuda_on_cpu.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 tests/kernels
+	TRITON_3_6=.venv/triton-3.6.0 .venv/bin/pytest -n 2 -rP -m proof tests/codegen/test_compiled.py tests/codegen/test_model_bars.py
 
 # Triton comes with torch's builds for GPUs; an older one beside it compiles the kernels, too.
 .venv/triton-3.6.0/triton: .venv/ready
@@ -52,12 +52,9 @@ bench: .venv/bench .venv-recommenders/ready
 	.venv/bin/alterrec-fast bench --compare --out runs/bench --python recbole=.venv-recommenders/bin/python \
 		--python rectools=.venv-recommenders/bin/python --python replay=.venv-replay/bin/python $(BENCH)
 
-# What needs neither RecBole nor RecTools.
-DROP_IN_TESTS = $(wildcard tests/test_drop_in_*.py) tests/test_integrations.py tests/test_integration_sentence_transformers.py
-
 # The tables of docs/integrations.md; what has been measured is kept, so that it can be resumed.
 integrations: test-integrations
-	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 $(DROP_IN_TESTS)
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 tests/nn tests/integrations
 	$(PIP) faiss-cpu
 	.venv/bin/python -m alterrec_fast.benchmarks.integrations --raw ../shared/data/online_retail --out runs/integrations --page docs/integrations.md
 

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 from alterrec_fast.ops import BackendError, RankSlice, rank_slice, sampled_softmax, slice_cross_entropy, top_k
 
 if TYPE_CHECKING:
-    from alterrec_fast.drop_in.losses import FullSoftmaxLoss, SampledSoftmaxLoss, SliceCrossEntropy
-    from alterrec_fast.drop_in.sampler import RankSliceSampler
-    from alterrec_fast.drop_in.teachers import TeacherCopy
+    from alterrec_fast.nn.losses import FullSoftmaxLoss, SampledSoftmaxLoss, SliceCrossEntropy
+    from alterrec_fast.nn.sampler import RankSliceSampler
+    from alterrec_fast.nn.teachers import TeacherCopy
     from alterrec_fast.run import load, train, train_seeds
     from alterrec_fast.training.config import Config
 
@@ -31,11 +31,11 @@ __all__ = [
 
 _LAZY = {
     "Config": "alterrec_fast.training.config",
-    "FullSoftmaxLoss": "alterrec_fast.drop_in.losses",
-    "RankSliceSampler": "alterrec_fast.drop_in.sampler",
-    "SampledSoftmaxLoss": "alterrec_fast.drop_in.losses",
-    "SliceCrossEntropy": "alterrec_fast.drop_in.losses",
-    "TeacherCopy": "alterrec_fast.drop_in.teachers",
+    "FullSoftmaxLoss": "alterrec_fast.nn.losses",
+    "RankSliceSampler": "alterrec_fast.nn.sampler",
+    "SampledSoftmaxLoss": "alterrec_fast.nn.losses",
+    "SliceCrossEntropy": "alterrec_fast.nn.losses",
+    "TeacherCopy": "alterrec_fast.nn.teachers",
     "load": "alterrec_fast.run",
     "train": "alterrec_fast.run",
     "train_seeds": "alterrec_fast.run",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.loss_helpers import needs_native
+from tests.ops.loss_helpers import needs_native
 
 TUTORIAL = Path(__file__).parent.parent / "docs" / "tutorial.md"
 SMALLER = {

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alterrec_fast.drop_in.losses import FullSoftmaxLoss, SampledSoftmaxLoss, SliceCrossEntropy
 from alterrec_fast.integrations import comparable, need, same_scores
+from alterrec_fast.nn.losses import FullSoftmaxLoss, SampledSoftmaxLoss, SliceCrossEntropy
 from alterrec_fast.ops import rank_slice, register, top_k
 
 INSTALL = 'pip install "recbole==1.2.1" "numpy<2" "setuptools<81"'

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alterrec_fast.drop_in.sampler import one_of
 from alterrec_fast.integrations import comparable, need, same_scores
+from alterrec_fast.nn.sampler import one_of
 from alterrec_fast.ops import rank_slice, slice_cross_entropy
 
 INSTALL = 'pip install "rectools[torch]==0.19.0"'

@@ -12,7 +12,7 @@ import alterrec_fast as af
 from alterrec_fast.data.sessions import Dataset
 from alterrec_fast.training.alternate import LAST
 from alterrec_fast.training.checkpoint import CheckpointError
-from tests.test_training import same_run, small
+from tests.training.test_training import same_run, small
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from alterrec_fast.data.prepare import prepare
 from alterrec_fast.data.sessions import SPLITS, Dataset
 
-SHARED = Path(__file__).parents[1].parent / "shared"
+SHARED = Path(__file__).parents[3] / "shared"
 
 
 @pytest.mark.shared

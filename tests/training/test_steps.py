@@ -17,7 +17,7 @@ from alterrec_fast.data.sessions import Dataset
 from alterrec_fast.model.packing import Packing
 from alterrec_fast.training.alternate import Trainer
 from alterrec_fast.training.variants import Epoch, epochs
-from tests.test_training import history, small
+from tests.training.test_training import history, small
 
 K1, K2, P, BETA, TAU = 3, 90, 2, 0.25, 0.5
 

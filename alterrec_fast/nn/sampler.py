@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alterrec_fast.drop_in.losses import real_rows, take_rows
-from alterrec_fast.drop_in.teachers import TeacherCopy, mean_of_items
+from alterrec_fast.nn.losses import real_rows, take_rows
+from alterrec_fast.nn.teachers import TeacherCopy, mean_of_items
 from alterrec_fast.ops import RankSlice, rank_slice, register
 from alterrec_fast.ops.slices import check_weights
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils import cpp_extension
 
 from alterrec_fast.ops import register, sampled_softmax
-from tests.loss_helpers import assert_no_worse, call, needs_native, widened
-from tests.test_sampled_softmax import BF16_LEAST, problem
+from tests.ops.loss_helpers import assert_no_worse, call, needs_native, widened
+from tests.ops.test_sampled_softmax import BF16_LEAST, problem
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.proof, needs_native]

@@ -13,7 +13,7 @@ from alterrec_fast.model.packing import Packing
 from alterrec_fast.training.config import Config
 from alterrec_fast.training.evaluate import evaluate, group_names, measure, summarise, training_counts
 from alterrec_fast.training.variants import build
-from tests.test_model import make_sessions
+from tests.model.test_networks import make_sessions
 
 
 def test_metrics_of_known_ranks() -> None:

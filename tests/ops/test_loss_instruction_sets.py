@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.loss_helpers import needs_native
+from tests.ops.loss_helpers import needs_native
 
 
 @needs_native

@@ -86,7 +86,7 @@ def test_the_table_says_what_does_not_fit() -> None:
 
 
 def test_the_documented_table_is_that_of_the_formulas() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
     assert cost_model.table(JOBS) in page
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from alterrec_fast.ops import sampled_softmax
-from tests.loss_helpers import assert_no_worse, call, widened
-from tests.test_sampled_softmax import problem
+from tests.ops.loss_helpers import assert_no_worse, call, widened
+from tests.ops.test_sampled_softmax import problem
 
 
 def compare(query: Tensor, catalog: Tensor, options: dict[str, Any]) -> None:

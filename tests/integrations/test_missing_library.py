@@ -1,4 +1,4 @@
-"""What every integration does where its library is missing; tests/integrations runs the libraries themselves."""
+"""What every integration does where its library is missing; tests/integrations/recommenders runs the libraries."""
 
 from __future__ import annotations
 

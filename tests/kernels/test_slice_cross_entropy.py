@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alterrec_fast.ops import RankSlice, slice_cross_entropy
 from alterrec_fast.ops.slices import pack_bits
-from tests.loss_helpers import assert_no_worse, call, widened
+from tests.ops.loss_helpers import assert_no_worse, call, widened
 
 
 def problem(b: int, v: int, d: int, first: int, form: str) -> tuple[Tensor, Tensor, dict[str, Any]]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import alterrec_fast as af
-from tests.loss_helpers import needs_native
+from tests.ops.loss_helpers import needs_native
 
 V, D = 90, 12
 

@@ -27,7 +27,7 @@ from alterrec_fast.benchmarks.worker import Shape, Task
 from typer.testing import CliRunner
 
 from alterrec_fast.cli import app
-from tests import bench_stubs
+from tests.benchmarks import stubs as bench_stubs
 
 BUDGET = Budget(sittings=2, rounds=3, long=1.0, turn=0.05, first=20.0, memory=8 << 30)
 

@@ -58,7 +58,7 @@ def run(cache: Path, count: int, chunk: int, delay: float) -> subprocess.Popen:
         "text.embed_texts([f'item {i}' for i in range(int(count))], stub, Path(cache), progress=False)\n"
         "print(len(stub.seen))"
     )
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, "-c", code, str(cache), str(count), str(chunk), str(delay)],

@@ -17,7 +17,7 @@ from alterrec_fast.benchmarks.runs import END, between_marks
 from alterrec_fast.data.batches import pack
 from alterrec_fast.data.sessions import Dataset
 from alterrec_fast.training.config import METRICS, VARIANTS
-from tests.test_model import make_sessions
+from tests.model.test_networks import make_sessions
 
 V = 30
 

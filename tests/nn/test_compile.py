@@ -11,7 +11,7 @@ from alterrec_fast.benchmarks.sasrec import SASRec
 from torch import Tensor, nn
 
 import alterrec_fast as af
-from tests.loss_helpers import needs_native
+from tests.ops.loss_helpers import needs_native
 
 V, B, L = 500, 6, 7
 

@@ -232,7 +232,7 @@ def test_a_run_that_goes_on_draws_what_it_would_have_drawn() -> None:
 
 
 def test_thresholds_of_each_session_are_kept_for_the_next_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    import alterrec_fast.drop_in.sampler as module
+    import alterrec_fast.nn.sampler as module
 
     guesses: list[Tensor] = []
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from alterrec_fast.ops import RankSlice, slice_cross_entropy
-from tests.loss_helpers import assert_no_worse, call, needs_native, widened
+from tests.ops.loss_helpers import assert_no_worse, call, needs_native, widened
 
 BF16_LEAST = 2.0**-7  # what rounding to bfloat16, twice, may cost in a gradient
 native = partial(call, slice_cross_entropy, backend="native")

@@ -16,14 +16,14 @@ from torch import Tensor
 import alterrec_fast as af
 from alterrec_fast.ops import register
 from tests.conftest import integers, pytest_configure
-from tests.loss_helpers import assert_no_worse, call, needs_native
-from tests.test_rank_slice import same as same_slice
-from tests.test_top_k import same as same_top_k
+from tests.ops.loss_helpers import assert_no_worse, call, needs_native
+from tests.ops.test_rank_slice import same as same_slice
+from tests.ops.test_top_k import same as same_top_k
 
 if not register.NO_EXTENSION:
     from alterrec_fast import _C
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_ci_skips_nothing_for_want_of_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
