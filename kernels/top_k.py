@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .order import FIRST, LAST, first_key, item_key, split_keys
-from .rank_slice import ROWS, ranks
+from .rank_slice.keys import FIRST, LAST, first_key, item_key, split_keys
+from .rank_slice.launch import ROWS, ranks
 from .tiles import launch
 
 MEMORY = 48 << 20  # bytes for the blocks' best keys, and as many for the keys of the items in the best blocks

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from alterrec_fast.kernels import rank_slice as kernels
 from alterrec_fast.kernels import tiles
-from alterrec_fast.kernels.bracket import SPREAD
+from alterrec_fast.kernels.rank_slice import launch as kernels
+from alterrec_fast.kernels.rank_slice.sample import SPREAD
 from torch import Tensor
 
 import alterrec_fast as af

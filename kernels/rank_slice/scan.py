@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import tiles
-from .bracket import LIMITS, OPEN, START_HIGH, START_LOW, STOP_HIGH, STOP_LOW
-from .order import popcount
+from .. import tiles
+from .keys import popcount
+from .sample import LIMITS, OPEN, START_HIGH, START_LOW, STOP_HIGH, STOP_LOW
 
 
 @triton.jit
@@ -117,7 +117,7 @@ def _store_words(Words, words, keep, PTX: tl.constexpr):
         *("stride_qb", "stride_cv", "stride_bias", "stride_words"),
     ]
 )
-def _stream_kernel(
+def _scan_kernel(
     Query,
     Catalog,
     Bias,

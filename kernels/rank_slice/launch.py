@@ -13,14 +13,14 @@ import torch
 import triton
 from torch import Tensor
 
-from . import tiles
-from .ascending import _ascending_kernel
-from .bracket import LIMITS, SPREAD, _limits_kernel, _sample_kernel
-from .exact import TARGETS, redo
-from .order import FIRST, split_keys
-from .settle import _clear_excluded_kernel, _place_kernel, _select_kernel
-from .stream import _stream_kernel
-from .tiles import launch
+from .. import tiles
+from ..tiles import launch
+from .compact import _ascending_kernel, _clear_excluded_kernel, _place_kernel
+from .fallback import TARGETS, fallback
+from .keys import FIRST, split_keys
+from .sample import LIMITS, SPREAD, _limits_kernel, _sample_kernel
+from .scan import _scan_kernel
+from .select import _select_kernel
 
 ROWS = 512  # sessions at a time, which bounds the memory beside the result
 FEW = 2048  # scores that are looked at first, of which a thread holds a handful
@@ -233,7 +233,7 @@ def ranks(
     # To have two programs on a processor, NVIDIA's assembler would spill a few of the loop's registers.
     roomy = {"maxnreg": 168} if tiles.is_blackwell(device) and p.has_start else {}
     launch(
-        _stream_kernel,
+        _scan_kernel,
         (triton.cdiv(b, stream.b), p.splits),
         query,
         catalog,
@@ -304,7 +304,7 @@ def ranks(
         # For more programs on a processor it would spill.
         **({"maxnreg": 128} if backend == "cuda" else {}),
     )
-    redo(
+    fallback(
         query,
         catalog,
         bias,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import tiles
-from .order import key_score, score_key
+from .. import tiles
+from .keys import key_score, score_key
 
 SPREAD = 5.0  # standard deviations of a sample's order statistic to either side: 3e-7 of all limits do not hold
 LIMITS = tl.constexpr(8)  # columns of the limits: 5 are used, a power of two for the kernels

@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .bracket import LIMITS, OPEN, START_HIGH, START_LOW, STOP_HIGH, STOP_LOW, around
-from .exact import TARGETS
-from .order import FIRST, LAST, item_key, key_score, score_key
+from .fallback import TARGETS
+from .keys import FIRST, LAST, item_key, key_score, score_key
+from .sample import LIMITS, OPEN, START_HIGH, START_LOW, STOP_HIGH, STOP_LOW, around
 
 
 @triton.jit
@@ -233,96 +233,3 @@ def _select_kernel(
         for begin in range(0, entries, BLOCK):
             tl.store(buffer + begin + offs, tl.full([BLOCK], float("nan"), tl.float32), mask=begin + offs < entries)
         tl.store(Missed + tl.atomic_add(MissedCount, 1), row.to(tl.int32))
-
-
-@triton.jit(do_not_specialize=["entries", "V", "top", "stride_words", "wanted"])
-def _place_kernel(
-    Scores,
-    Items,
-    Bounds,
-    Words,
-    Found,
-    Best,
-    Values,
-    Offsets,
-    entries,
-    V,
-    top,
-    stride_words,
-    wanted,
-    BITS: tl.constexpr,
-    HAS_IDS: tl.constexpr,
-    TOP: tl.constexpr,
-    SORTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EXCLUDED: tl.constexpr,
-):
-    """One program for each row puts its candidates where they belong, now that the bounds are known.
-
-    Members become bits in Words, whose bits above the slice are cleared; or their ids, but for those excluded, move to
-    the front of the row's Scores, in the order of the buffer, and Found says how many there are, at most `wanted`. The
-    keys of the `top` best items go to Best, filled up with LAST; in order with SORTS, where TOP keys hold them all.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    bounds = Bounds + row * TARGETS
-    first, last, best = tl.load(bounds), tl.load(bounds + 1), tl.load(bounds + 2)
-    begin, end = tl.load(Offsets + row), tl.load(Offsets + row + 1)
-    ids = tl.zeros([], tl.int32)
-    tops = tl.zeros([], tl.int32)
-    row_scores, row_best = Scores + row * entries, Best + row * top
-    for entry in range(0, entries, BLOCK):
-        offs_n = entry + tl.arange(0, BLOCK)
-        score = tl.load(row_scores + offs_n, mask=offs_n < entries, other=float("nan"))
-        there = score == score
-        item = tl.load(Items + row * entries + offs_n, mask=there, other=0).to(tl.int64)
-        key = item_key(score, item, V)
-        member = there & (key <= first) & (key >= last)
-        if BITS:
-            word = Words + row * stride_words + item // 32
-            bit = 1 << (item % 32).to(tl.int32)
-            tl.atomic_or(word, bit, mask=member, sem="relaxed")
-            tl.atomic_and(word, ~bit, mask=there & (key > first), sem="relaxed")
-        if HAS_IDS:
-            for place in range(begin, end, EXCLUDED):
-                offs = place + tl.arange(0, EXCLUDED)
-                value = tl.load(Values + offs, mask=offs < end, other=-1)
-                member &= tl.sum((item[:, None] == value[None, :]).to(tl.int32), 1) == 0
-        if HAS_IDS or TOP > 0:
-            # Members and, 16 bits higher, the best are counted in one number.
-            chosen = there & (key >= best)
-            one = (member.to(tl.int32) if HAS_IDS else 0) + tl.where(chosen, 1 << 16, 0)
-            upto = tl.cumsum(one, 0)
-            both = tl.sum(one, 0)
-        if HAS_IDS:
-            # Behind what is read next, and all of this block has been read: the sum asks every thread.
-            rank = ids + (upto & 0xFFFF) - 1
-            tl.store(row_scores + rank, item.to(tl.int32).to(tl.float32, bitcast=True), mask=member & (rank < wanted))
-            ids += both & 0xFFFF
-        if TOP > 0:
-            rank = tops + (upto >> 16) - 1
-            tl.store(row_best + rank, key, mask=chosen & (rank < top))
-            tops += both >> 16
-    if HAS_IDS:
-        tl.store(Found + row, tl.minimum(ids, wanted))
-    if TOP > 0:
-        tl.debug_barrier()  # other threads' keys are read below
-        offs_t = tl.arange(0, TOP)
-        if SORTS:
-            keys = tl.load(row_best + offs_t, mask=offs_t < tl.minimum(tops, top), other=LAST)
-            tl.store(row_best + offs_t, tl.sort(keys, descending=True), mask=offs_t < top)
-        else:
-            for place in range(tops, top, TOP):
-                tl.store(row_best + place + offs_t, tl.full([TOP], LAST, tl.int64), mask=place + offs_t < top)
-
-
-@triton.jit(do_not_specialize=["V", "stride_words"])
-def _clear_excluded_kernel(Words, Values, Offsets, V, stride_words, EXCLUDED: tl.constexpr):
-    """Clears the bits of a row's excluded items."""
-    row = tl.program_id(0).to(tl.int64)
-    begin, end = tl.load(Offsets + row), tl.load(Offsets + row + 1)
-    for place in range(begin, end, EXCLUDED):
-        offs = place + tl.arange(0, EXCLUDED)
-        item = tl.load(Values + offs, mask=offs < end, other=-1)
-        bit = 1 << (item % 32).to(tl.int32)
-        real = (item >= 0) & (item < V)
-        tl.atomic_and(Words + row * stride_words + item // 32, ~bit, mask=real, sem="relaxed")

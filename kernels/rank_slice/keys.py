@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import launch
+from ..tiles import launch
 
 FIRST = tl.constexpr(2**63 - 1)  # comes before every item
 LAST = tl.constexpr(-(2**63))  # comes after every item

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
-from .order import LAST, score_key
-from .tiles import launch
+from .. import tiles
+from ..tiles import launch
+from .keys import LAST, score_key
 
 DIGITS = tl.constexpr(256)
 TARGETS = tl.constexpr(4)  # the items of rank start, stop - 1 and top - 1, which bound what is wanted; one place unused
@@ -29,7 +29,7 @@ TARGETS = tl.constexpr(4)  # the items of rank start, stop - 1 and top - 1, whic
         *("stride_qb", "stride_cv", "stride_bias", "stride_words"),
     ]
 )
-def _exact_kernel(
+def _fallback_kernel(
     Query,
     Catalog,
     Bias,
@@ -170,7 +170,7 @@ def _digit_kernel(Missed, MissedCount, Bounds, Ranks, Histogram, shift):
                     tl.store(Ranks + row * TARGETS + target, rank - tl.sum(tl.where(digit > found, count, 0), 0))
 
 
-def redo(
+def fallback(
     query: Tensor,
     catalog: Tensor,
     bias: Tensor | None,
@@ -201,7 +201,7 @@ def redo(
     digits = [56, 48, 40, 32, *range(8 * (id_bytes - 1), -1, -8)]
     for shift in [*digits, None]:
         launch(
-            _exact_kernel,
+            _fallback_kernel,
             (programs,),
             query,
             catalog,
