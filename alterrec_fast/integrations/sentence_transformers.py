@@ -2,19 +2,18 @@
 
     from alterrec_fast.integrations.sentence_transformers import mine_hard_negatives    # instead of its own
 
-Notation: M pairs of the dataset, each once, ordered by query; Q queries and V documents, each text once; K candidates
-of a query; N negatives.
+Notation: M pairs of the dataset, each once, ordered by query; Q queries, each once; N negatives.
 """
 
 from __future__ import annotations
 
 import hashlib
-import random
+import os
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alterrec_fast.integrations import need
-from alterrec_fast.ops import top_k
+from alterrec_fast.integrations.mining import Limits, Mined, Pairs, Rescorer, Search, Vectors, mine
 
 need("datasets", 'pip install "sentence-transformers==6.2.0" datasets')
 
@@ -33,8 +32,6 @@ from datasets import Dataset  # noqa: E402
 
 FORMATS = ("triplet", "n-tuple", "labeled-pair", "labeled-list")
 SIMILARITIES = ("cosine", "dot")
-CANDIDATE_BYTES = 256 << 20  # what the candidates of one block of queries may take
-BYTES_EACH = 48  # of one candidate: score, id, their sorted copies, masks
 TEXTS_AT_ONCE = 1 << 16  # of a column under construction
 
 
@@ -77,7 +74,7 @@ def mine_hard_negatives(
     Every argument up to `margin` means what it does in sentence-transformers 6.2.0, and the negatives are the same, in
     the same order, but for candidates of equal score, whose order stock leaves open; with ``random.seed`` so are those
     of ``sampling_strategy="random"``. The search is exact, and of the scores only the candidates of a block of queries
-    exist at a time, `CANDIDATE_BYTES`, whatever `range_max` and the number of queries.
+    exist at a time, 256 MiB, whatever `range_max` and the number of queries.
 
     Args:
         dataset: a datasets.Dataset with a column of anchors and one of positives.
@@ -93,44 +90,38 @@ def mine_hard_negatives(
     Returns:
         A datasets.Dataset in the `output_format`, as stock returns it.
 
+    Warns of a column name that the dataset lacks (stock takes the first or second column then, and so does this), and
+    of a cache file that cannot be read, which is made again.
+
     Raises:
-        ValueError: for an argument out of its range, another similarity, embeddings of a wrong shape.
+        TypeError: for an argument of another kind, such as one text as `corpus`, and texts that are none.
+        ValueError: for an argument out of its range, another similarity, embeddings of a wrong shape, one column as
+            anchor and positive, and a column that has the name of one of the result's.
     """
-    if as_triplets is not None:
-        warnings.warn("as_triplets is deprecated: use output_format", FutureWarning, stacklevel=2)
-        output_format = "triplet" if as_triplets else "n-tuple"
-    if margin is not None:
-        warnings.warn("margin is deprecated: use absolute_margin", FutureWarning, stacklevel=2)
-        absolute_margin = margin
-    if output_format == "n-tuple-scores":
-        warnings.warn('"n-tuple-scores" is deprecated: use output_scores', FutureWarning, stacklevel=2)
-        output_format, output_scores = "n-tuple", True
+    output_format, output_scores, absolute_margin = _with_deprecated(
+        output_format, output_scores, absolute_margin, as_triplets, margin
+    )
+    limits = Limits(absolute_margin, relative_margin, max_score, min_score)
     if include_positives:
-        unlike = (range_min, range_max, max_score, min_score, absolute_margin, relative_margin, sampling_strategy)
-        if unlike != (0, None, None, None, None, None, "top"):
+        if (range_min, range_max, limits, sampling_strategy) != (0, None, Limits(None, None, None, None), "top"):
             warnings.warn("ranges, limits and random choice may drop the positives again", stacklevel=2)
         if output_format != "n-tuple":
             warnings.warn("include_positives sets output_format to 'n-tuple', which keeps the order", stacklevel=2)
         output_format = "n-tuple"
-    if output_format not in FORMATS:
-        raise ValueError(f"output_format must be one of {', '.join(FORMATS)}, got {output_format!r}")
-    if sampling_strategy not in ("top", "random"):
-        raise ValueError(f"sampling_strategy must be 'top' or 'random', got {sampling_strategy!r}")
-    if len(dataset) == 0:
-        raise ValueError("dataset must have at least one row, got none")
-    if faiss_batch_size <= 0:
-        raise ValueError(f"faiss_batch_size must be at least 1, got {faiss_batch_size}")
-    if num_negatives < 1:
-        raise ValueError(f"num_negatives must be at least 1, got {num_negatives}")
-    if model is None and embeddings is None:
-        raise ValueError("expected a model, or embeddings=(anchors, documents), got neither")
-
+    _check_choices(output_format, sampling_strategy, limits)
+    _check_counts(range_min, range_max, num_negatives, batch_size, faiss_batch_size)
+    _check_sources(dataset, model, embeddings)
     anchor, positive = _columns(dataset, anchor_column_name, positive_column_name)
-    pairs = _Pairs.of(list(dataset[anchor]), list(dataset[positive]), corpus)
-    limits = _Limits(absolute_margin, relative_margin, max_score, min_score)
+    _check_names(anchor, positive, output_format, output_scores, num_negatives)
+    kinds = (str,) if embeddings is None else (str, int)  # ids are texts enough for who has embeddings
+    pairs = Pairs.of(
+        _texts_of(f"dataset[{anchor!r}]", dataset[anchor], kinds),
+        _texts_of(f"dataset[{positive!r}]", dataset[positive], kinds),
+        None if corpus is None else _texts_of("corpus", corpus, kinds),
+    )
     if range_max is None:
-        some_drop_out = limits.margins or max_score is not None or (cross_encoder is not None and min_score is not None)
-        range_max = range_min + num_negatives * (10 if some_drop_out else 1) + pairs.most_positives
+        unlimited = Limits(None, None, None, None if cross_encoder is not None else min_score)
+        range_max = range_min + num_negatives * (1 if limits == unlimited else 10) + pairs.most_positives
         if verbose:
             print(f"range_max is {range_max}, from range_min, num_negatives and the number of positives.")
     if range_min < 0 or range_min >= range_max:
@@ -140,9 +131,9 @@ def mine_hard_negatives(
             f"num_negatives must be at most range_max - range_min = {range_max - range_min}, got {num_negatives}"
         )
 
-    wanted = similarity or getattr(model, "similarity_fn_name", None) or "cosine"
-    if wanted not in SIMILARITIES:
-        raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, got {wanted!r}")
+    chosen = similarity or getattr(model, "similarity_fn_name", None) or "cosine"
+    if chosen not in SIMILARITIES:
+        raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, got {chosen!r}")
     if embeddings is None:
         with _pool(model, use_multi_process) as pool:
             encoder = _Encoder(model, batch_size, pool, cache_folder)
@@ -150,118 +141,131 @@ def mine_hard_negatives(
             document = encoder("corpus", model.encode_document, pairs.documents, corpus_prompt_name, corpus_prompt)
     else:
         query, document = pairs.pick(*embeddings, has_corpus=corpus is not None)
-    vectors = _Vectors.of(query, document, wanted, getattr(model, "device", None))
+    vectors = Vectors.of(query, document, chosen, getattr(model, "device", None))
 
+    search = Search(range_min, range_max, num_negatives, sampling_strategy, include_positives, faiss_batch_size)
     rescores = cross_encoder is not None and limits.any
     with _pool(cross_encoder, use_multi_process if rescores else False) as pool:
-        mined = _mine(
-            pairs,
-            vectors,
-            limits,
-            _Rescorer(cross_encoder, batch_size, pool, pairs) if rescores else None,
-            range_min,
-            range_max,
-            num_negatives,
-            sampling_strategy,
-            include_positives,
-            faiss_batch_size,
+        mined = mine(
+            pairs, vectors, limits, Rescorer(cross_encoder, batch_size, pool, pairs) if rescores else None, search
         )
     if verbose:
         print(_summary(mined, pairs, num_negatives))
     return Dataset.from_dict(_table(mined, pairs, anchor, positive, output_format, output_scores))
 
 
+def _with_deprecated(
+    output_format: str,
+    output_scores: bool,
+    absolute_margin: float | None,
+    as_triplets: bool | None,
+    margin: float | None,
+) -> tuple[str, bool, float | None]:
+    """output_format, output_scores and absolute_margin, with what stock's deprecated names say of them."""
+    if as_triplets is not None:
+        warnings.warn("as_triplets is deprecated: use output_format", FutureWarning, stacklevel=3)
+        output_format = "triplet" if as_triplets else "n-tuple"
+    if margin is not None:
+        warnings.warn("margin is deprecated: use absolute_margin", FutureWarning, stacklevel=3)
+        absolute_margin = margin
+    if output_format == "n-tuple-scores":
+        warnings.warn('"n-tuple-scores" is deprecated: use output_scores', FutureWarning, stacklevel=3)
+        output_format, output_scores = "n-tuple", True
+    return output_format, output_scores, absolute_margin
+
+
+def _check_choices(output_format: str, sampling_strategy: str, limits: Limits) -> None:
+    if output_format not in FORMATS:
+        raise ValueError(f"output_format must be one of {', '.join(FORMATS)}, got {output_format!r}")
+    if sampling_strategy not in ("top", "random"):
+        raise ValueError(f"sampling_strategy must be 'top' or 'random', got {sampling_strategy!r}")
+    for name, value in vars(limits).items():
+        if value is not None and not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number or None, got {value!r}")
+
+
+def _check_counts(
+    range_min: int, range_max: int | None, num_negatives: int, batch_size: int, faiss_batch_size: int
+) -> None:
+    for name, value, least in (
+        ("range_min", range_min, None),
+        ("range_max", range_max, None),
+        ("num_negatives", num_negatives, 1),
+        ("batch_size", batch_size, 1),
+        ("faiss_batch_size", faiss_batch_size, 1),
+    ):
+        if name == "range_max" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        if least is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _check_sources(dataset: Any, model: Any, embeddings: Any) -> None:
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"dataset must be a datasets.Dataset, such as one split of a DatasetDict, got a {type(dataset).__name__}"
+        )
+    if len(dataset) == 0:
+        raise ValueError("dataset must have at least one row, got none")
+    if model is None and embeddings is None:
+        raise ValueError("expected a model, or embeddings=(anchors, documents), got neither")
+    if embeddings is None and not hasattr(model, "encode_query"):
+        raise TypeError(f"model must be a SentenceTransformer, got a {type(model).__name__}")
+    if embeddings is not None and not (isinstance(embeddings, tuple | list) and len(embeddings) == 2):
+        raise TypeError(f"embeddings must be a pair (anchors, documents), got a {type(embeddings).__name__}")
+
+
 def _columns(dataset: Dataset, anchor: str | None, positive: str | None) -> tuple[str, str]:
     """The names of both columns: those asked for where they exist, else the first and the second."""
     names = dataset.column_names
-    if not anchor or anchor not in names:
-        anchor = names[0]
-    if not positive or positive not in names:
-        if len(names) < 2:
-            raise ValueError(f"dataset must have a column of anchors and one of positives, got {names}")
-        positive = names[1]
-    return anchor, positive
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """The texts of a dataset, each once, and which belong together."""
-
-    queries: list[str]
-    documents: list[str]
-    query_rows: Tensor  # (Q,) the dataset's row where each query first stands
-    document_rows: Tensor  # (V,) the place of each document among corpus, then positives
-    query_of: Tensor  # (M,) int64, rising
-    positive_of: Tensor  # (M,) int64
-    offsets: Tensor  # (Q + 1,) where the pairs of each query stand
-    most_positives: int  # of one query, with repeats
-    num_rows: int  # of the dataset
-    num_texts: int  # corpus and positives, with repeats
-
-    @classmethod
-    def of(cls, anchors: list[str], positives: list[str], corpus: list[str] | None) -> _Pairs:
-        texts = positives if corpus is None else list(corpus) + positives
-        first_query, first_document = _first_places(anchors), _first_places(texts)
-        query_at = {text: i for i, text in enumerate(first_query)}
-        document_at = {text: i for i, text in enumerate(first_document)}
-        linked = dict.fromkeys(
-            (query_at[a], document_at[p]) for a, p in zip(anchors, positives, strict=True)
-        )  # in the order of the dataset, each pair once
-        pairs = torch.tensor(sorted(linked, key=lambda pair: pair[0]))  # sorting is stable
-        counts = torch.bincount(pairs[:, 0], minlength=len(query_at))
-        return cls(
-            queries=list(first_query),
-            documents=list(first_document),
-            query_rows=torch.tensor(list(first_query.values())),
-            document_rows=torch.tensor(list(first_document.values())),
-            query_of=pairs[:, 0].contiguous(),
-            positive_of=pairs[:, 1].contiguous(),
-            offsets=F.pad(counts.cumsum(0), (1, 0)),
-            most_positives=max(Counter(anchors).values()),
-            num_rows=len(anchors),
-            num_texts=len(texts),
+    if len(names) < 2:
+        raise ValueError(f"dataset must have a column of anchors and one of positives, got {names}")
+    columns = []
+    for argument, name, place in (("anchor_column_name", anchor, 0), ("positive_column_name", positive, 1)):
+        if name and name not in names:
+            warnings.warn(f"{argument}: dataset has no column {name!r}; {names[place]!r} is taken", stacklevel=3)
+        columns.append(name if name and name in names else names[place])
+    if columns[0] == columns[1]:
+        raise ValueError(
+            f"anchor and positive must be two columns, got {columns[0]!r} for both of {names}: name both by "
+            "anchor_column_name and positive_column_name"
         )
+    return columns[0], columns[1]
 
-    def pick(self, anchors: Any, documents: Any, has_corpus: bool) -> tuple[Tensor, Tensor]:
-        """Of embeddings for all rows and texts those of each query (Q, d) and of each document (V, d)."""
-        anchors, documents = torch.as_tensor(anchors), torch.as_tensor(documents)
-        for name, given in (("anchors", anchors), ("documents", documents)):
-            if given.ndim != 2 or not given.is_floating_point():
-                raise ValueError(f"embeddings: {name} must be 2-D floats, got {tuple(given.shape)} {given.dtype}")
-        if anchors.shape[0] != self.num_rows:
-            raise ValueError(f"embeddings: expected {self.num_rows} anchors, one a row, got {anchors.shape[0]}")
-        least = int(self.document_rows.max()) + 1  # corpus alone, where it holds every positive
-        enough = documents.shape[0] == self.num_texts or (
-            has_corpus and documents.shape[0] == self.num_texts - self.num_rows >= least
-        )
-        if not enough:
+
+def _check_names(anchor: str, positive: str, output_format: str, output_scores: bool, num_negatives: int) -> None:
+    """Raises ValueError where a column of the result would overwrite the anchors or positives."""
+    scores = {"labeled-pair": "score"}.get(output_format, "scores")
+    labels = {"labeled-pair": {"label"}, "labeled-list": {"labels"}}.get(output_format, set())
+    made = {scores} if output_scores else labels
+    if output_format == "triplet":
+        made = made | {"negative"}
+    elif output_format == "n-tuple":
+        made = made | {f"negative_{n + 1}" for n in range(num_negatives)}
+    for name in (anchor, positive):
+        if name in made:
             raise ValueError(
-                f"embeddings: expected {self.num_texts} documents, one for each text of corpus and for each positive, "
-                f"got {documents.shape[0]}"
+                f"the dataset's column {name!r} has the name of a column that output_format={output_format!r} makes: "
+                f"rename it, as by dataset.rename_column({name!r}, ...)"
             )
-        if anchors.shape[1] != documents.shape[1]:
-            raise ValueError(f"embeddings: widths differ, got {anchors.shape[1]} and {documents.shape[1]}")
-        return _select(anchors, self.query_rows), _select(documents, self.document_rows)
 
 
-def _first_places(texts: list[str]) -> dict[str, int]:
-    """Each text once, in order, with the place where it first stands."""
-    places: dict[str, int] = {}
-    for place, text in enumerate(texts):
-        places.setdefault(text, place)
-    return places
-
-
-def _select(rows: Tensor, wanted: Tensor) -> Tensor:
-    """rows[wanted], without a copy where that is all of them in order."""
-    if wanted.numel() == rows.shape[0]:
-        return rows  # first places rise, so that as many as there are rows are all rows
-    return rows[wanted.to(rows.device)]
+def _texts_of(name: str, texts: Any, kinds: tuple[type, ...]) -> list[Any]:
+    """texts as a list; raises TypeError for one text, a mapping, a set or no collection, and for what is no text."""
+    if isinstance(texts, str | bytes | Mapping | Set) or not isinstance(texts, Iterable):
+        raise TypeError(f"{name} must be a list of texts, got a {type(texts).__name__}")
+    listed = list(texts)
+    for place, text in enumerate(listed):
+        if not isinstance(text, kinds):
+            raise TypeError(f"{name} must hold texts, got {text!r:.80} at place {place}")
+    return listed
 
 
 @contextmanager
 def _pool(model: Any, use: list[str] | bool) -> Iterator[Any]:
-    """The model's worker processes, or None where none are wanted."""
+    """The model's worker processes, or None without them."""
     if not use:
         yield None
         return
@@ -292,8 +296,8 @@ class _Encoder:
             folder = Path(self.cache_folder)
             folder.mkdir(parents=True, exist_ok=True)
             file = folder / f"{kind}_embeddings_{hashlib.sha256(content, usedforsecurity=False).hexdigest()}.npy"
-            if file.exists():
-                return torch.as_tensor(np.load(file))
+            if (cached := _read(file, len(texts))) is not None:
+                return cached
         made = encode(
             texts,
             pool=self.pool,
@@ -305,174 +309,43 @@ class _Encoder:
             prompt=prompt,
         )
         if file is not None:
-            np.save(file, made)
+            _write(file, made)
         return torch.as_tensor(made)
 
 
-@dataclass(frozen=True)
-class _Rescorer:
-    """Scores by a CrossEncoder in place of those of the vectors."""
-
-    model: Any
-    batch_size: int
-    pool: Any
-    pairs: _Pairs
-
-    def __call__(self, queries: Sequence[int], documents: Sequence[int]) -> Tensor:
-        """As many documents as queries -> (n,) float32."""
-        texts = [(self.pairs.queries[q], self.pairs.documents[d]) for q, d in zip(queries, documents, strict=True)]
-        scores: Tensor = self.model.predict(texts, batch_size=self.batch_size, convert_to_tensor=True, pool=self.pool)
-        return scores.float()
+def _read(file: Path, rows: int) -> Tensor | None:
+    """The embeddings (rows, d) of a cache file; None, with a warning, where it can't be read or is cut off."""
+    if not file.exists():
+        return None
+    try:
+        stored = np.load(file, allow_pickle=False)
+        if stored.ndim != 2 or stored.shape[0] != rows or stored.dtype.kind != "f":
+            raise ValueError(f"expected {rows} rows of floats, got {stored.shape} {stored.dtype}")
+    except (EOFError, OSError, ValueError) as error:
+        warnings.warn(f"{file} is not read, but made again: {error}", stacklevel=5)
+        return None
+    return torch.as_tensor(stored)
 
 
-@dataclass(frozen=True)
-class _Vectors:
-    """Vectors whose dot product is the similarity: query (Q, d), document (V, d), float32."""
-
-    query: Tensor
-    document: Tensor
-
-    @classmethod
-    def of(cls, query: Tensor, document: Tensor, similarity: str, device: Any) -> _Vectors:
-        query, document = (x.to(device or x.device, torch.float32) for x in (query, document))
-        if similarity == "cosine":
-            query, document = F.normalize(query, dim=1), F.normalize(document, dim=1)
-        return cls(query.contiguous(), document.contiguous())
-
-    def of_pairs(self, pairs: _Pairs) -> Tensor:
-        """(M,) the similarity of each query and its positive."""
-        device = self.document.device
-        parts = [
-            (self.query[q.to(device)] * self.document[p.to(device)]).sum(1)
-            for q, p in zip(pairs.query_of.split(TEXTS_AT_ONCE), pairs.positive_of.split(TEXTS_AT_ONCE), strict=True)
-        ]
-        return torch.cat(parts)
-
-
-@dataclass(frozen=True)
-class _Limits:
-    """Which candidates drop out by their score."""
-
-    absolute_margin: float | None
-    relative_margin: float | None
-    max_score: float | None
-    min_score: float | None
-
-    @property
-    def margins(self) -> bool:
-        return self.absolute_margin is not None or self.relative_margin is not None
-
-    @property
-    def any(self) -> bool:
-        return self.margins or self.max_score is not None or self.min_score is not None
-
-    def apply(self, scores: Tensor, lowest_positive: Tensor) -> None:
-        """Sets scores (b, K) of what drops out to -inf; lowest_positive (b,) is the least score of a query's own."""
-        bound = lowest_positive.unsqueeze(1)
-        if self.absolute_margin is not None:
-            scores[scores + self.absolute_margin > bound] = -torch.inf
-        if self.relative_margin is not None:
-            scores[scores > bound - bound.abs() * self.relative_margin] = -torch.inf
-        if self.max_score is not None:
-            scores[scores > self.max_score] = -torch.inf
-        if self.min_score is not None:
-            scores[scores < self.min_score] = -torch.inf
-
-
-@dataclass(frozen=True)
-class _Mined:
-    """What was found, on the CPU."""
-
-    ids: Tensor  # (Q, N) int64
-    scores: Tensor  # (Q, N) float32, best first; -inf where there is no negative
-    positive: Tensor  # (M,) float32, the score of each pair
-
-
-def _mine(
-    pairs: _Pairs,
-    vectors: _Vectors,
-    limits: _Limits,
-    rescore: _Rescorer | None,
-    range_min: int,
-    range_max: int,
-    num_negatives: int,
-    strategy: str,
-    include_positives: bool,
-    most_queries: int,
-) -> _Mined:
-    """Ranks [range_min, range_max) of the candidates that do not drop out, and of those the first ones or random ones.
-
-    The candidates of a query are its range_max + most_positives best documents, as in stock. Of "top" the first few of
-    them are mostly enough, so that few are looked for; queries that lost too many are searched again, 4 times as deep.
-    """
-    device = vectors.document.device
-    if rescore is None:
-        positive = vectors.of_pairs(pairs)
-    else:
-        positive = rescore(pairs.query_of.tolist(), pairs.positive_of.tolist()).to(device)
-    lowest = torch.full((len(pairs.queries),), torch.inf, device=device)
-    lowest.scatter_reduce_(0, pairs.query_of.to(device), positive, "amin")
-    ids = torch.empty(len(pairs.queries), num_negatives, dtype=torch.int64)
-    scores = torch.empty(len(pairs.queries), num_negatives)
-    enough = range_min + num_negatives
-    deepest = min(range_max + pairs.most_positives, len(pairs.documents))
-    first_are_enough = strategy == "top" and rescore is None
-    depth = min(enough + pairs.most_positives, deepest) if first_are_enough else deepest
-    waiting = torch.arange(len(pairs.queries))
-    while waiting.numel():
-        at_once = max(1, min(most_queries, CANDIDATE_BYTES // (BYTES_EACH * max(depth, enough))))
-        short_of = []
-        for rows in waiting.split(at_once):
-            there = rows.to(device)
-            found, items = top_k(vectors.query[there], vectors.document, depth, precision="fp32")
-            last = found[:, -1].clone()
-            if rescore is not None:
-                lines = zip(rows.tolist(), items.tolist(), strict=True)
-                found = torch.stack([rescore([row] * depth, line) for row, line in lines]).to(device)
-            if not include_positives:
-                found[_is_positive(pairs, there, items)] = -torch.inf
-            limits.apply(found, lowest[there])
-            found, order = found.sort(dim=1, descending=True, stable=True)
-            items = items.gather(1, order)
-            missing = max(0, enough - depth)  # columns, where the catalog is smaller than what is asked for
-            found, items = F.pad(found, (0, missing), value=-torch.inf), F.pad(items, (0, missing))
-            place = _places(found, range_min, range_max, num_negatives, strategy)
-            ids[rows], scores[rows] = items.gather(1, place).cpu(), found.gather(1, place).cpu()
-            if depth < deepest:
-                short = found[:, enough - 1] == -torch.inf
-                if limits.min_score is not None:
-                    short &= last >= limits.min_score  # below it nothing further can stay
-                short_of.append(rows[short.cpu()])
-        waiting = torch.cat(short_of) if short_of else waiting[:0]
-        depth = min(4 * depth, deepest)
-    return _Mined(ids, scores, positive.cpu())
-
-
-def _is_positive(pairs: _Pairs, rows: Tensor, items: Tensor) -> Tensor:
-    """items (b, K) of the queries `rows` (b,) -> (b, K) bool."""
-    stride = len(pairs.documents)
-    own = (pairs.query_of * stride + pairs.positive_of).to(items.device)
-    return torch.isin(rows.unsqueeze(1) * stride + items, own)
-
-
-def _places(scores: Tensor, range_min: int, range_max: int, num_negatives: int, strategy: str) -> Tensor:
-    """(b, N) columns of scores (b, K), which are sorted: of the ranks [range_min, range_max) the first, or random ones
-    among those that have a score, in order."""
-    if strategy == "top":
-        return torch.arange(range_min, range_min + num_negatives, device=scores.device).expand(scores.shape[0], -1)
-    options = (scores[:, range_min:range_max] > -torch.inf).sum(1).clamp(min=num_negatives)
-    drawn = [random.sample(range(number), k=num_negatives) for number in options.tolist()]
-    return torch.tensor(drawn).to(scores.device).sort(1).values + range_min
+def _write(file: Path, embeddings: np.ndarray) -> None:
+    """All of the file or nothing: a process that is killed leaves no half of it."""
+    unfinished = file.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with unfinished.open("wb") as stream:
+            np.save(stream, embeddings)
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _table(
-    mined: _Mined, pairs: _Pairs, anchor: str, positive: str, output_format: str, output_scores: bool
+    mined: Mined, pairs: Pairs, anchor: str, positive: str, output_format: str, output_scores: bool
 ) -> dict[str, Any]:
     """The columns of the result as Arrow arrays."""
     ids, scores = mined.ids[pairs.query_of], mined.scores[pairs.query_of]  # (M, N)
-    there = scores > -torch.inf
+    exists = scores > -torch.inf  # (M, N)
     if output_format == "triplet":
-        m, n = there.nonzero(as_tuple=True)
+        m, n = exists.nonzero(as_tuple=True)
         table = {
             anchor: _texts(pairs.queries, pairs.query_of[m]),
             positive: _texts(pairs.documents, pairs.positive_of[m]),
@@ -483,7 +356,7 @@ def _table(
             table["scores"] = _number_lists(both.flatten(), torch.full((m.numel(),), 2))
         return table
     if output_format == "n-tuple":
-        m = there.all(1).nonzero().squeeze(1)
+        m = exists.all(1).nonzero().squeeze(1)
         table = {
             anchor: _texts(pairs.queries, pairs.query_of[m]),
             positive: _texts(pairs.documents, pairs.positive_of[m]),
@@ -505,8 +378,8 @@ def _table(
         else:
             table["label"] = pa.array((order < pairs.query_of.numel()).long().numpy())
         return table
-    m = there.any(1).nonzero().squeeze(1)
-    chosen = F.pad(there[m], (1, 0), value=True)  # (rows, 1 + N), the positive first
+    m = exists.any(1).nonzero().squeeze(1)
+    chosen = F.pad(exists[m], (1, 0), value=True)  # (rows, 1 + N), the positive first
     per_row = chosen.sum(1)
     every = torch.cat([pairs.positive_of[m].unsqueeze(1), ids[m]], 1)
     table = {
@@ -522,18 +395,18 @@ def _table(
     return table
 
 
-def _texts(texts: list[str], wanted: Tensor) -> pa.ChunkedArray:
-    """texts[i] for every i of wanted (n,), in chunks, since one Arrow array of strings holds 2 GiB at most."""
-    return pa.chunked_array([pa.array([texts[i] for i in part.tolist()]) for part in wanted.split(TEXTS_AT_ONCE)])
+def _texts(texts: list[str], places: Tensor) -> pa.ChunkedArray:
+    """texts[i] for every i of places (n,), in chunks, since one Arrow array of strings holds 2 GiB at most."""
+    return pa.chunked_array([pa.array([texts[i] for i in block.tolist()]) for block in places.split(TEXTS_AT_ONCE)])
 
 
-def _text_lists(texts: list[str], wanted: Tensor, per_row: Tensor) -> pa.ChunkedArray:
-    """texts[i] for every i of wanted (n,), in lists of per_row[0], per_row[1], ... of them."""
+def _text_lists(texts: list[str], places: Tensor, per_row: Tensor) -> pa.ChunkedArray:
+    """texts[i] for every i of places (n,), in lists of per_row[0], per_row[1], ... of them."""
     rows_at_once = max(1, TEXTS_AT_ONCE // max(1, int(per_row.max()) if per_row.numel() else 1))
     chunks, begin = [], 0
     for counts in per_row.split(rows_at_once):
         end = begin + int(counts.sum())
-        flat = pa.array([texts[i] for i in wanted[begin:end].tolist()])
+        flat = pa.array([texts[i] for i in places[begin:end].tolist()])
         chunks.append(pa.ListArray.from_arrays(_offsets(counts), flat))
         begin = end
     return pa.chunked_array(chunks)
@@ -547,13 +420,13 @@ def _offsets(counts: Tensor) -> pa.Array:
     return pa.array(F.pad(counts.cumsum(0), (1, 0)).int().numpy())
 
 
-def _summary(mined: _Mined, pairs: _Pairs, num_negatives: int) -> str:
-    """What was found, in words."""
-    found = mined.scores[mined.scores > -torch.inf]
+def _summary(mined: Mined, pairs: Pairs, num_negatives: int) -> str:
+    """What was mined, in words."""
+    negatives = mined.scores[mined.scores > -torch.inf]
     lines = [
-        f"{found.numel():,} negatives for {len(pairs.queries):,} queries among {len(pairs.documents):,} documents."
+        f"{negatives.numel():,} negatives for {len(pairs.queries):,} queries among {len(pairs.documents):,} documents."
     ]
-    for name, scores in (("positives", mined.positive), ("negatives", found)):
+    for name, scores in (("positives", mined.positive), ("negatives", negatives)):
         if scores.numel():
             mean, low, high = (float(x) for x in (scores.mean(), scores.min(), scores.max()))
             lines.append(f"Scores of {name}: mean {mean:.4f}, from {low:.4f} to {high:.4f}.")

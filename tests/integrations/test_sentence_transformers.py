@@ -12,11 +12,12 @@ from zlib import crc32
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from sentence_transformers.util import mine_hard_negatives as stock
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from alterrec_fast.integrations import mining
 from alterrec_fast.integrations import sentence_transformers as module
 from alterrec_fast.integrations.sentence_transformers import mine_hard_negatives
 from tests.conftest import integers
@@ -52,7 +53,7 @@ class Stub:
         return D
 
 
-class Judge:
+class CrossEncoder:
     """A cross-encoder whose scores do not follow the vectors, and never tie."""
 
     def predict(self, texts: list[tuple[str, str]], **_: Any) -> Tensor:
@@ -113,8 +114,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"max_score": 1.0, "range_max": 300, "num_negatives": 9, "sampling_strategy": "random"},
     {"min_score": 5.0, "range_max": 60, "num_negatives": 9, "sampling_strategy": "random"},
     {"include_positives": True, "num_negatives": 10, "range_max": 30},
-    {"cross_encoder": Judge(), "max_score": 0.8, "range_max": 60, "num_negatives": 7},
-    {"cross_encoder": Judge(), "absolute_margin": 0.1, "range_max": 60, "sampling_strategy": "random"},
+    {"cross_encoder": CrossEncoder(), "max_score": 0.8, "range_max": 60, "num_negatives": 7},
+    {"cross_encoder": CrossEncoder(), "absolute_margin": 0.1, "range_max": 60, "sampling_strategy": "random"},
 ]
 
 
@@ -126,14 +127,15 @@ OPTIONS: list[dict[str, Any]] = [
 def test_the_same_as_stock(output_format: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On integer embeddings to the last bit, with ties everywhere."""
     options = OPTIONS[number]
-    monkeypatch.setattr(module, "CANDIDATE_BYTES", module.BYTES_EACH * 1000)  # a few queries at a time
+    monkeypatch.setattr(mining, "CANDIDATE_BYTES", mining.BYTES_EACH * 1000)  # a few queries at a time
     monkeypatch.setattr(module, "TEXTS_AT_ONCE", 64)
-    judged = "cross_encoder" in options  # its scores are of both texts, so that no other text may stand in
-    dataset, corpus, stub = problem(real=judged)
+    monkeypatch.setattr(mining, "PAIRS_AT_ONCE", 64)
+    rescored = "cross_encoder" in options  # its scores are of both texts, so that no other text may stand in
+    dataset, corpus, stub = problem(real=rescored)
     given = {**options, "output_format": output_format, "output_scores": number % 3 > 0}
     theirs = mine(stock, dataset, corpus, stub, **given)
     ours = mine(mine_hard_negatives, dataset, corpus, stub, **given)
-    if judged:
+    if rescored:
         assert ours.to_dict() == theirs.to_dict()
     assert_same(ours, theirs, stub, 0.0)
     assert len(ours) > 0 or options.get("range_min") == 300
@@ -214,6 +216,143 @@ def test_a_summary_says_what_was_found(capsys: pytest.CaptureFixture[str]) -> No
     queries = len(set(dataset["query"]))
     assert f"negatives for {queries} queries among " in printed and "Scores of negatives: mean -" in printed
     assert "queries have fewer than 200: a larger range_max" in printed
+
+
+def test_a_cut_off_cache_file_is_named_and_made_again(tmp_path: Path) -> None:
+    """As a process leaves it that is killed while stock writes; ours appears as a whole."""
+    dataset, corpus, stub = problem(real=True)
+    options = {"output_scores": True, "cache_folder": str(tmp_path)}
+    expected = mine(mine_hard_negatives, dataset, corpus, stub, **options)
+    files = sorted(tmp_path.iterdir())
+    whole = [file.read_bytes() for file in files]
+    assert [file.suffix for file in files] == [".npy", ".npy"] and stub.calls == 2
+    for damage in (lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"text"):
+        for file, data in zip(files, whole, strict=True):
+            file.write_bytes(damage(data))
+        with pytest.warns(UserWarning, match=r"_embeddings_\w+\.npy is not read, but made again") as warned:
+            again = mine(mine_hard_negatives, dataset, corpus, stub, **options)
+        assert len(warned) == 2 and again.to_dict() == expected.to_dict()
+        assert [file.read_bytes() for file in sorted(tmp_path.iterdir())] == whole
+    np.save(files[0], np.ones((3, D), dtype=np.float32))  # of other texts
+    with pytest.warns(UserWarning, match=rf"expected \d+ rows of floats, got \(3, {D}\)"):
+        assert mine(mine_hard_negatives, dataset, corpus, stub, **options).to_dict() == expected.to_dict()
+
+
+def failing(*_: Any, **__: Any) -> None:
+    raise OSError("no space left")
+
+
+def test_a_cache_that_cannot_be_written_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, corpus, stub = problem(real=True)
+    monkeypatch.setattr(np, "save", failing)
+    with pytest.raises(OSError, match="no space left"):
+        mine(mine_hard_negatives, dataset, corpus, stub, cache_folder=str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["a text", {"d1": 0, "d2": 1}, {"d1", "d2"}, b"bytes", 7])
+def test_a_corpus_of_another_kind_is_not_taken_apart(form: Any) -> None:
+    dataset, _, stub = problem(real=False)
+    with pytest.raises(TypeError, match=rf"corpus must be a list of texts, got a {type(form).__name__}"):
+        mine(mine_hard_negatives, dataset, form, stub)
+    with pytest.raises(TypeError):
+        mine(stock, dataset, form, stub)
+
+
+def test_what_is_no_text_is_named_with_its_place() -> None:
+    dataset, corpus, stub = problem(real=False)
+    for entry in (None, 3, ["d1"], {"text": "d1"}):
+        with pytest.raises(TypeError, match=r"corpus must hold texts, got .* at place 2"):
+            mine(mine_hard_negatives, dataset, [*corpus[:2], entry], stub)
+    gaps = Dataset.from_dict({"query": ["q1", None], "answer": ["d1", "d2"]})
+    with pytest.raises(TypeError, match=r"dataset\['query'\] must hold texts, got None at place 1"):
+        mine(mine_hard_negatives, gaps, corpus, stub)
+
+
+def test_ids_are_texts_enough_where_embeddings_are_given() -> None:
+    ids = Dataset.from_dict({"query": [1, 2, 3], "answer": [11, 12, 13]})
+    both = (torch.eye(3), torch.eye(3))
+    mined = mine_hard_negatives(ids, embeddings=both, num_negatives=2, verbose=False)
+    assert mined.column_names == ["query", "answer", "negative"] and len(mined) == 6
+
+
+def test_one_column_is_not_anchor_and_positive() -> None:
+    """As where the positive is the first column, and only one of both is named. Stock raises a KeyError."""
+    dataset, corpus, stub = problem(real=False)
+    swapped = dataset.select_columns(["answer", "query"])
+    for given in ({"anchor_column_name": "query"}, {"positive_column_name": "answer"}):
+        names = {"anchor_column_name": None, "positive_column_name": None, **given}
+        with pytest.raises(ValueError, match=r"anchor and positive must be two columns, got '.*' for both of .*: name"):
+            mine(mine_hard_negatives, swapped, corpus, stub, **names)
+        with pytest.raises(KeyError):
+            mine(stock, swapped, corpus, stub, **names)
+    expected = mine(mine_hard_negatives, dataset, corpus, stub)
+    assert mine(mine_hard_negatives, swapped, corpus, stub).to_dict() == expected.to_dict()
+
+
+def test_a_column_that_is_not_there_is_warned_of() -> None:
+    dataset, corpus, stub = problem(real=False)
+    pairs = dataset.select_columns(["query", "answer"])
+    names = {"anchor_column_name": "question", "positive_column_name": "answer"}
+    with pytest.warns(UserWarning, match="anchor_column_name: dataset has no column 'question'; 'query' is taken"):
+        found = mine(mine_hard_negatives, pairs, corpus, stub, **names)
+    assert_same(found, mine(stock, pairs, corpus, stub, **names), stub, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("column", "options"),
+    [
+        ("negative", {}),
+        ("scores", {"output_scores": True}),
+        ("negative_2", {"output_format": "n-tuple"}),
+        ("scores", {"output_format": "n-tuple", "output_scores": True}),
+        ("label", {"output_format": "labeled-pair"}),
+        ("score", {"output_format": "labeled-pair", "output_scores": True}),
+        ("labels", {"output_format": "labeled-list"}),
+        ("scores", {"output_format": "labeled-list", "output_scores": True}),
+    ],
+)
+def test_no_column_is_overwritten(column: str, options: dict[str, Any]) -> None:
+    dataset, corpus, stub = problem(real=False)
+    for given in ("query", "answer"):
+        renamed = dataset.rename_column(given, column)
+        argument = {"query": "anchor_column_name", "answer": "positive_column_name"}[given]
+        with pytest.raises(ValueError, match=f"column '{column}' has the name of a column that output_format="):
+            mine(mine_hard_negatives, renamed, corpus, stub, **{argument: column}, **options)
+
+
+@pytest.mark.parametrize(
+    ("column", "output_format"), [("label", "triplet"), ("negative", "labeled-pair"), ("labels", "n-tuple")]
+)
+def test_names_that_the_format_does_not_make_are_free(column: str, output_format: str) -> None:
+    dataset, corpus, stub = problem(real=False)
+    renamed = dataset.rename_column("answer", column)
+    options = {"positive_column_name": column, "output_format": output_format}
+    found = mine(mine_hard_negatives, renamed, corpus, stub, **options)
+    assert found.column_names == mine(stock, renamed, corpus, stub, **options).column_names
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"range_min": 1.0}, r"range_min must be an integer, got 1\.0"),
+        ({"range_max": "9"}, "range_max must be an integer, got '9'"),
+        ({"num_negatives": True}, "num_negatives must be an integer, got True"),
+        ({"faiss_batch_size": None}, "faiss_batch_size must be an integer, got None"),
+        ({"max_score": "0.8"}, "max_score must be a number or None, got '0.8'"),
+        ({"relative_margin": [0.1]}, "relative_margin must be a number or None, got"),
+        ({"stub": "all-MiniLM-L6-v2"}, "model must be a SentenceTransformer, got a str"),
+        ({"embeddings": torch.ones(60, 2)}, r"embeddings must be a pair \(anchors, documents\), got a Tensor"),
+        ({"embeddings": (torch.ones(60, 2),)}, "embeddings must be a pair"),
+        ({"embeddings": ("a", "b")}, "embeddings: anchors must be an array or a tensor, got a str"),
+        ({"dataset": [{"query": "q1", "answer": "d1"}]}, "dataset must be a datasets.Dataset, .*, got a list"),
+        ({"dataset": DatasetDict()}, "such as one split of a DatasetDict, got a DatasetDict"),
+    ],
+)
+def test_a_wrong_kind_is_named_with_its_argument(options: dict[str, Any], message: str) -> None:
+    dataset, corpus, stub = problem(real=False)
+    with pytest.raises(TypeError, match=message):
+        mine(mine_hard_negatives, **{"dataset": dataset, "corpus": corpus, "stub": stub, **options})
 
 
 @pytest.mark.parametrize(
