@@ -31,7 +31,7 @@ from alterrec_fast.training.evaluate import Evaluation, evaluate, training_count
 from alterrec_fast.training.variants import build, needs_text
 
 CONFIG, METRICS, DEMO_DATA, LOCK = "config.toml", "metrics.json", "data", ".lock"
-WHERE_FREE = ("backend", "device", "checkpoint_minutes", "out")  # settings that a resumed run may change
+WHERE_FREE = ("backend", "device", "checkpoint_minutes", "graph", "out")  # settings that a resumed run may change
 
 
 class RunError(RuntimeError):

@@ -10,6 +10,8 @@ import numpy as np
 from alterrec_fast.data.sessions import Sessions
 
 CHUNK = 1 << 16  # sessions whose lengths are looked up together; batches do not cross it
+IGNORED = -100  # the target of padding
+TOKEN_UNIT = 16  # padded batches are of a multiple of so many tokens
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,33 @@ def plan(
         ends = np.cumsum(_lengths(sessions, chunk, max_length) - 1)
         cuts = np.searchsorted(ends, np.arange(targets, ends[-1], targets), side="right") + 1
         yield from (part for part in np.split(chunk, np.unique(cuts)) if len(part))
+
+
+def most_tokens(sessions: Sessions, max_length: int, targets: int) -> int:
+    """The tokens that no batch of `plan` exceeds, a multiple of TOKEN_UNIT."""
+    longest = 1
+    for begin in range(0, len(sessions), CHUNK):
+        which = np.arange(begin, min(begin + CHUNK, len(sessions)))
+        longest = max(longest, int(_lengths(sessions, which, max_length).max()) - 1)
+    return -(-(targets + longest) // TOKEN_UNIT) * TOKEN_UNIT  # a batch ends with the session that passes `targets`
+
+
+def pad(batch: Batch, out: np.ndarray) -> None:
+    """Fills out (4, n) int64 with the batch's items, targets, places in their sessions, and numbers of the sessions.
+
+    Tokens beyond the batch's T are sessions of their own, of item 0, whose target is IGNORED. Raises ValueError where
+    n is less than T.
+    """
+    t = len(batch.items)
+    if t > out.shape[1]:
+        raise ValueError(f"a batch of {t} tokens does not fit {out.shape[1]}")
+    items, targets, position, session = out
+    starts = np.cumsum(batch.lengths) - batch.lengths
+    items[:t], targets[:t] = batch.items, batch.targets
+    position[:t] = np.arange(t) - np.repeat(starts, batch.lengths)
+    session[:t] = np.repeat(np.arange(len(batch.lengths)), batch.lengths)
+    items[t:], targets[t:], position[t:] = 0, IGNORED, 0
+    session[t:] = -1 - np.arange(out.shape[1] - t)
 
 
 def pack(sessions: Sessions, which: np.ndarray, max_length: int) -> Batch:

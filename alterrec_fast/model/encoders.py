@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alterrec_fast.model.packing import Packing
+from alterrec_fast.model.packing import MaskedPacking, Packing
 
 
 class IdItems(nn.Module):
@@ -70,9 +70,8 @@ class ConcatItems(nn.Module):
 class MeanSession(nn.Module):
     """The mean of a prefix's items (AlterRec, Eq. 2), for every prefix at once."""
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        sums = packing.gather([part.cumsum(1) for part in packing.spread(x)])  # (T, d)
-        return sums / (packing.position + 1).unsqueeze(1)
+    def forward(self, x: Tensor, packing: Packing | MaskedPacking) -> Tensor:
+        return packing.mean(x)  # (T, d)
 
 
 class TransformerSession(nn.Module):
@@ -84,8 +83,9 @@ class TransformerSession(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(width, heads, inner, dropout) for _ in range(layers))
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        x = self.dropout(x + self.position[packing.position])  # (T, d)
+    def forward(self, x: Tensor, packing: Packing | MaskedPacking) -> Tensor:
+        # A look-up by F.embedding: unlike an index's, its gradient is one kernel on CUDA, with one order of summation.
+        x = self.dropout(x + F.embedding(packing.position, self.position))  # (T, d)
         for block in self.blocks:
             x = block(x, packing)
         return x
@@ -107,14 +107,10 @@ class Block(nn.Module):
         self.norm_forward = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+    def forward(self, x: Tensor, packing: Packing | MaskedPacking) -> Tensor:
         t, d = x.shape
         qkv = self.qkv(x).view(t, 3, self.heads, d // self.heads)  # (T, 3, h, d / h)
-        mixed = []
-        for part in packing.spread(qkv):
-            q, k, v = part.permute(2, 0, 3, 1, 4)  # each (b, h, L, d / h); padding follows what it could disturb
-            mixed.append(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2))
-        attention = self.out(packing.gather(mixed).view(t, d))
+        attention = self.out(packing.attend(qkv))
         x = self.norm_attention(x + self.dropout(attention))
         vectors: Tensor = self.norm_forward(x + self.dropout(self.down(F.relu(self.up(x)))))
         return vectors

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from alterrec_fast.model.packing import Packing
+from alterrec_fast.model.packing import MaskedPacking, Packing
 
 
 class Network(nn.Module):
@@ -23,7 +23,7 @@ class Network(nn.Module):
         vectors: Tensor = self.items()
         return vectors
 
-    def queries(self, catalog: Tensor, items: Tensor, packing: Packing) -> Tensor:
+    def queries(self, catalog: Tensor, items: Tensor, packing: Packing | MaskedPacking) -> Tensor:
         """catalog (V, d), items (T,) int64 -> (T, d): for each token the embedding of the prefix that ends there."""
         encoded: Tensor = self.session(catalog.index_select(0, items), packing)
         return encoded
@@ -60,7 +60,9 @@ class Recommender(nn.Module):
     def catalogs(self) -> dict[str, Tensor]:
         return {name: self.network(name).catalog() for name in self.networks}
 
-    def queries(self, catalogs: Mapping[str, Tensor], items: Tensor, packing: Packing) -> dict[str, Tensor]:
+    def queries(
+        self, catalogs: Mapping[str, Tensor], items: Tensor, packing: Packing | MaskedPacking
+    ) -> dict[str, Tensor]:
         """Queries (T, d) of each network; see `Network.queries`."""
         return {name: self.network(name).queries(catalogs[name], items, packing) for name in self.networks}
 
@@ -76,7 +78,9 @@ class Recommender(nn.Module):
 class NaiveConcat(Recommender):
     """Naive fusion by concatenation: one network whose score is the sum of an ID and a text part (appendix B)."""
 
-    def queries(self, catalogs: Mapping[str, Tensor], items: Tensor, packing: Packing) -> dict[str, Tensor]:
+    def queries(
+        self, catalogs: Mapping[str, Tensor], items: Tensor, packing: Packing | MaskedPacking
+    ) -> dict[str, Tensor]:
         whole = super().queries(catalogs, items, packing)
         q_id, q_text = whole["fused"].chunk(2, 1)
         return {**whole, "id": q_id, "text": q_text}

@@ -1,4 +1,7 @@
-"""How packed tokens of sessions of unequal length meet in attention: groups of sessions of nearly equal length."""
+"""How packed tokens of sessions of unequal length meet: in groups of sessions of nearly equal length, or by one mask.
+
+`Packing` and `MaskedPacking` give the same results; encoders take either. Notation: T tokens, h heads, w their width.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MAX_PADDING = 1.1  # slots computed for each real token, at most, in every group
+HEAD_UNIT = 8  # torch's fused attention on CUDA takes heads whose width is a multiple of it
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,26 @@ class Packing:
         """(b, L, ...) for each group -> (T, ...)."""
         return torch.cat([part.flatten(0, 1) for part in parts]).index_select(0, self.slot)
 
+    @property
+    def slots(self) -> int:
+        """P, the slots that are computed, padding included."""
+        return self.token.numel()
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Causal attention within each session: queries, keys and values (T, 3, h, w) -> (T, h w)."""
+        t, _, heads, width = qkv.shape
+        padded = pad_heads(qkv) if qkv.is_cuda else qkv
+        mixed = []
+        for part in self.spread(padded):
+            q, k, v = part.permute(2, 0, 3, 1, 4)  # each (b, h, L, w); padding follows what it could disturb
+            mixed.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=width**-0.5).transpose(1, 2))
+        return self.gather(mixed)[..., :width].reshape(t, heads * width)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """x (T, d) -> (T, d): at each token the mean of its session's tokens up to there."""
+        sums = self.gather([part.cumsum(1) for part in self.spread(x)])
+        return sums / (self.position + 1).unsqueeze(1)
+
     @classmethod
     def of(cls, lengths: np.ndarray, device: torch.device | str = "cpu") -> Packing:
         """lengths: (S,) int64, the tokens of each session, all at least 1."""
@@ -64,6 +89,53 @@ class Packing:
             slot=torch.from_numpy(slot).to(device),
             groups=tuple(groups),
         )
+
+
+@dataclass(frozen=True)
+class MaskedPacking:
+    """T tokens of any sessions, all of which meet under one block-diagonal mask.
+
+    Nothing depends on the sessions' lengths but values: shapes are the same for every batch of T tokens, so that a step
+    can be a CUDA graph, and every product has one order of summation. The work grows with T squared, which for the 500
+    or so tokens of a training step costs less than launches for a few groups of sessions would.
+    """
+
+    position: Tensor  # (T,) int64, place of each token in its session, from 0
+    mask: Tensor  # (T, T) bool: token i attends to token j, of the same session and not later
+    bias: Tensor  # (T, T) float32: 0 where the mask is set, else -inf
+
+    @classmethod
+    def of(cls, position: Tensor, session: Tensor) -> MaskedPacking:
+        """position (T,): place of each token in its session; session (T,): a number for each session; both int64."""
+        mask = (session.unsqueeze(1) == session) & (position.unsqueeze(1) >= position)
+        bias = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
+        return cls(position, mask, bias)
+
+    @property
+    def slots(self) -> int:
+        """T, padding included."""
+        return self.position.numel()
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Causal attention within each session: queries, keys and values (T, 3, h, w) -> (T, h w)."""
+        t, _, heads, width = qkv.shape
+        q, k, v = qkv.permute(1, 2, 0, 3)  # each (h, T, w)
+        scores = torch.baddbmm(self.bias.expand(heads, t, t), q, k.transpose(1, 2), alpha=width**-0.5)
+        return torch.bmm(scores.softmax(2), v).transpose(0, 1).reshape(t, heads * width)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """x (T, d) -> (T, d): at each token the mean of its session's tokens up to there."""
+        return self.mask.to(x.dtype) @ x / (self.position + 1).unsqueeze(1)
+
+
+def pad_heads(qkv: Tensor) -> Tensor:
+    """qkv (..., w) with zeros at the end of each head, up to a multiple of HEAD_UNIT.
+
+    Attention over them with the scale of the true width is the same: zeros add nothing to a product of queries and
+    keys, and what comes of values' zeros is cut off.
+    """
+    missing = -qkv.shape[-1] % HEAD_UNIT
+    return F.pad(qkv, (0, missing)) if missing else qkv
 
 
 def _groups(descending: np.ndarray) -> list[tuple[int, int]]:

@@ -31,7 +31,8 @@ def pack_bits(mask: Tensor) -> Tensor:
     b, v = mask.shape
     padded = mask.new_zeros(b, bits_width(v) * 8)
     padded[:, :v] = mask
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
+    places = torch.arange(8, dtype=torch.uint8, device=mask.device)  # made on the device: nothing is copied to it
+    weights = torch.ones_like(places).bitwise_left_shift_(places)
     return (padded.view(b, bits_width(v), 8) * weights).sum(2, dtype=torch.uint8)
 
 
@@ -280,6 +281,8 @@ class RankSlice:
         """(B, W) uint8, the items that may enter: in the catalog, not padding, not excluded."""
         inside = torch.zeros(1, self.num_items, dtype=torch.bool, device=self.device)
         inside[:, self.first_item :] = True
+        if self.exclude_values.numel() == 0:  # what follows waits for the device
+            return pack_bits(inside)
         return pack_bits(inside) & ~self._bits_at(self._excluded_keys(bits_width(self.num_items) * 8))
 
     def _bits_of(self, ids: Tensor) -> Tensor:
@@ -343,7 +346,9 @@ def check_weights(name: str, weights: Tensor, num_items: int, first_item: int) -
 
 
 def _no_thresholds(batch_size: int, device: torch.device | str) -> Tensor:
-    return torch.tensor([math.inf, -math.inf], device=device).expand(batch_size, 2).contiguous()
+    thresholds = torch.full((batch_size, 2), math.inf, device=device)
+    thresholds[:, 1] = -math.inf
+    return thresholds
 
 
 def _compact(ids: Tensor, num_items: int) -> Tensor:

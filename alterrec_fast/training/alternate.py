@@ -21,17 +21,20 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from alterrec_fast.data.batches import Batch, pack, plan
+from alterrec_fast.data.batches import Batch, most_tokens, pack, plan
 from alterrec_fast.data.sessions import SPLITS, DataError, Dataset
 from alterrec_fast.model.networks import Recommender
-from alterrec_fast.model.packing import Packing
+from alterrec_fast.model.packing import MaskedPacking, Packing
 from alterrec_fast.ops import RankSlice, rank_slice, slice_cross_entropy
+from alterrec_fast.ops.slices import uses_bits
 from alterrec_fast.training import checkpoint
 from alterrec_fast.training.config import Config, ConfigError
 from alterrec_fast.training.evaluate import evaluate, training_counts
+from alterrec_fast.training.steps import GraphedStep, Inputs, StaticBatch, Step, side_stream
 from alterrec_fast.training.variants import Epoch, build, epochs
 
 LAST, BEST, HISTORY = "checkpoints/last.safetensors", "checkpoints/best.safetensors", "history.jsonl"
@@ -74,17 +77,22 @@ class Trainer:
         with torch.random.fork_rng():
             torch.manual_seed(_seed(config.seed))
             self.recommender = build(config, dataset.num_items, features).to(self.device)
+        # On a GPU batches are padded to one shape, so that a step can be a CUDA graph; elsewhere that gains nothing.
+        self.static: StaticBatch | None = None
+        if self.device.type == "cuda":
+            self.static = StaticBatch(most_tokens(dataset.train, config.max_length, config.batch_targets), self.device)
         rates = {"id": config.lr_id, "text": config.lr_text, "fused": config.lr_id}
         self.optimizers = {
-            name: torch.optim.Adam(network.parameters(), lr=rates[name], weight_decay=config.weight_decay, fused=True)
+            name: _adam(network, rates[name], config.weight_decay, self.device)
             for name, network in self.recommender.networks.items()
         }
         self.state = State(dataset.fingerprint)
+        self._said: set[str] = set()  # warnings, each of which is given once
 
     def fit(self, progress: Progress) -> Recommender:
         """Trains to the end of the plan or of the patience; returns the recommender of the best epoch, in eval mode."""
         config, state = self.config, self.state
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), side_stream(self.device):
             if state.history:
                 self._write_history()  # a kill may have come between the checkpoint and this file
             else:
@@ -119,7 +127,7 @@ class Trainer:
         """One pass over the training targets; returns the epoch's line of the history, without validation."""
         config, state = self.config, self.state
         student = self.recommender.network(epoch.student).train()
-        catalog = self.teacher_catalog(epoch)
+        run_step = self.stepper(epoch, self.teacher_catalog(epoch))
         rate = self._set_rate(epoch)
         order = np.random.default_rng([config.seed, epoch.number])
         sums = state.sums = state.sums or dict.fromkeys(("loss", "targets", "slots", "seconds"), 0.0)
@@ -142,11 +150,12 @@ class Trainer:
             torch.manual_seed(_seed(config.seed, epoch.number, step))
             batch = pack(self.dataset.train, which, config.max_length)
             with _finite_scores(f"epoch {epoch.number}, step {step}"):
-                losses, packing = self.step(epoch, batch, catalog)
+                losses, slots = run_step(batch)
             for name, loss in losses.items():
-                totals[name] = totals.get(name, self._float64(0.0)) + loss.double() * len(batch.targets)
+                added = loss.double() * len(batch.targets)
+                totals[name] = totals[name] + added if name in totals else added
             sums["targets"] += len(batch.targets)
-            sums["slots"] += packing.token.numel()
+            sums["slots"] += slots
             bar.update(len(batch.targets))
             state.step = step + 1
             now = time.monotonic()
@@ -157,7 +166,8 @@ class Trainer:
                 saved = now
         bar.close()
         student.eval()
-        sums |= {name: float(loss) for name, loss in totals.items()}
+        sums |= {name: float(loss) for name, loss in totals.items()}  # waits for a GPU to end the epoch
+        sums["seconds"] = before + time.monotonic() - begun
         if not all(math.isfinite(sums[name]) for name in totals):  # on a GPU no step looks at its scores
             raise DivergedError(f"epoch {epoch.number}: the loss is not finite; {_CALMER}")
         total = max(1.0, sums["targets"])
@@ -174,65 +184,165 @@ class Trainer:
             "padding": sums["slots"] / total,
         }
 
-    def step(self, epoch: Epoch, batch: Batch, teacher_catalog: Tensor | None) -> tuple[dict[str, Tensor], Packing]:
+    def stepper(self, epoch: Epoch, teacher_catalog: Tensor | None) -> Callable[[Batch], tuple[dict[str, Tensor], int]]:
+        """What does a step of this epoch for each batch it is called with, as fast as the device can: on CUDA a graph.
+
+        teacher_catalog: (V, d), what `teacher_catalog` gave for this epoch. It takes a batch and returns the losses by
+        name, valid until its next call, and the token slots that were computed. Calls must come in one stream, which on
+        CUDA is not the default one (see `side_stream`).
+        """
+        if self.static is None:
+
+            def whole(batch: Batch) -> tuple[dict[str, Tensor], int]:
+                losses, packing = self.step(epoch, batch, teacher_catalog)
+                return losses, packing.slots
+
+            return whole
+        static, ranked = self.static, self._ranked(teacher_catalog)
+
+        def on_static_tensors() -> dict[str, Tensor]:
+            losses = self._gradients(epoch, static.inputs(), teacher_catalog, ranked)
+            self.optimizers[epoch.student].step()
+            return losses
+
+        run: Step = on_static_tensors
+        if self.config.graph is not False:
+            reason = self._why_no_graph(epoch)
+            if reason:
+                self._say_no_graph(reason)
+            else:
+                run = GraphedStep(on_static_tensors, self._say_no_graph)
+
+        def padded(batch: Batch) -> tuple[dict[str, Tensor], int]:
+            static.load(batch)
+            return run(), static.size
+
+        return padded
+
+    def step(
+        self, epoch: Epoch, batch: Batch, teacher_catalog: Tensor | None
+    ) -> tuple[dict[str, Tensor], Packing | MaskedPacking]:
         """One step of the student's optimiser; takes and returns what `gradients` does."""
-        found = self.gradients(epoch, batch, teacher_catalog)
+        losses = self.gradients(epoch, batch, teacher_catalog)
         self.optimizers[epoch.student].step()
-        return found
+        return losses
 
     def gradients(
         self, epoch: Epoch, batch: Batch, teacher_catalog: Tensor | None
-    ) -> tuple[dict[str, Tensor], Packing]:
+    ) -> tuple[dict[str, Tensor], Packing | MaskedPacking]:
         """Forward and backward of one batch: gradients are left in the student's parameters.
 
         teacher_catalog: (V, d), what `teacher_catalog` gave for this epoch. Returns the losses by name, and how the
         batch's tokens were packed.
         """
+        if self.static is None:
+            inputs = Inputs.of(batch, self.device)
+        else:
+            self.static.load(batch)
+            inputs = self.static.inputs()
+        return self._gradients(epoch, inputs, teacher_catalog, self._ranked(teacher_catalog)), inputs.packing
+
+    def _gradients(
+        self, epoch: Epoch, inputs: Inputs, teacher_catalog: Tensor | None, ranked: Tensor | None
+    ) -> dict[str, Tensor]:
+        """`gradients` of a batch on the device; ranked: what `_ranked` made of the teacher's catalog."""
         config, student = self.config, self.recommender.network(epoch.student)
-        packing = Packing.of(batch.lengths, self.device)
-        items, target = (torch.from_numpy(x).to(self.device) for x in (batch.items, batch.targets))
-        neg, positives = self._negatives(epoch, items, packing, teacher_catalog)
+        items, target, packing = inputs.items, inputs.target, inputs.packing
+        neg, positives = self._negatives(epoch, items, packing, teacher_catalog, ranked)
         self.optimizers[epoch.student].zero_grad(set_to_none=True)
-        encoded = student.catalog()  # (V, d)
-        # The loss meets leaves, so that the gradient of the rows looked up is added to the catalog's where it lies:
-        # autograd would make a second (V, d), of zeros but for these rows, and sum the two.
-        catalog = encoded.detach().requires_grad_()
-        rows = encoded.detach().index_select(0, items).requires_grad_()  # (T, d)
-        query = student.session(rows, packing)  # (T, d)
-        options: dict[str, Any] = {"backend": config.backend, "precision": config.precision}
-        loss = slice_cross_entropy(
-            query,
-            catalog,
-            target,
-            neg,
-            positives=positives,
-            positive_weight=config.positive_weight,
-            temperature=student.temperature,
-            **options,
-        )
-        loss.backward()
-        assert catalog.grad is not None and rows.grad is not None
-        encoded.backward(catalog.grad.index_add_(0, items, rows.grad))
+        with self._encoding():
+            encoded = student.catalog()  # (V, d)
+            # The loss meets leaves, so that the gradient of the rows looked up is added to the catalog's where it lies:
+            # autograd would make a second (V, d), of zeros but for these rows, and sum the two.
+            catalog = encoded.detach().requires_grad_()
+            rows = encoded.detach().index_select(0, items).requires_grad_()  # (T, d)
+            sessions = student.session(rows, packing)  # (T, d)
+        query = sessions.detach().requires_grad_()
+        with _products(config.precision):
+            loss = slice_cross_entropy(
+                query,
+                catalog,
+                target,
+                neg,
+                positives=positives,
+                positive_weight=config.positive_weight,
+                temperature=student.temperature,
+                **self._op_options(),
+            )
+            loss.backward()
         losses = {"loss": loss.detach()}
         if config.variant == "nfrec_concat":
-            with torch.no_grad():
+            with torch.no_grad(), _products(config.precision):
                 for part, q, e in zip(("id", "text"), query.chunk(2, 1), catalog.chunk(2, 1), strict=True):
-                    part_loss = slice_cross_entropy(q, e, target, neg, temperature=student.temperature, **options)
-                    losses[f"loss_{part}"] = part_loss
-        return losses, packing
+                    losses[f"loss_{part}"] = slice_cross_entropy(
+                        q, e, target, neg, temperature=student.temperature, **self._op_options()
+                    )
+        with self._encoding():
+            sessions.backward(query.grad)
+            assert catalog.grad is not None and rows.grad is not None
+            encoded.backward(add_rows(catalog.grad, items, rows.grad))
+        return losses
 
     def _negatives(
-        self, epoch: Epoch, items: Tensor, packing: Packing, teacher_catalog: Tensor | None
+        self,
+        epoch: Epoch,
+        items: Tensor,
+        packing: Packing | MaskedPacking,
+        teacher_catalog: Tensor | None,
+        ranked: Tensor | None = None,
     ) -> tuple[RankSlice, Tensor | None]:
         """The batch's negatives, and in alterrec_aug its extra positives (T, p)."""
         config, (k1, k2) = self.config, self.bounds
         if epoch.teacher is None or teacher_catalog is None:
             return RankSlice.uniform(len(items), self.dataset.num_items, k2 - k1, device=self.device), None
-        with torch.no_grad():
+        with torch.no_grad(), self._encoding():
             query = self.recommender.network(epoch.teacher).queries(teacher_catalog, items, packing)
+        ranked = teacher_catalog if ranked is None else ranked
+        if ranked is not teacher_catalog:
+            query = F.pad(query.to(ranked.dtype), (0, ranked.shape[1] - query.shape[1]))
         top = min(config.positives, self.dataset.num_items) if config.variant == "alterrec_aug" else 0
-        neg = rank_slice(query, teacher_catalog, k1, k2, top=top, backend=config.backend, precision=config.precision)
+        with _products(config.precision):
+            neg = rank_slice(query, ranked, start=k1, stop=k2, top=top, **self._op_options())
         return neg.mix(config.hard_fraction), (neg.top if top else None)
+
+    def _ranked(self, teacher_catalog: Tensor | None) -> Tensor | None:
+        """The teacher's catalog as it is ranked: where products are of bf16 on CUDA, rounded once, not at each step,
+        and with zeros up to a width of whole 16 bytes."""
+        if teacher_catalog is None or self.config.precision != "bf16" or teacher_catalog.device.type != "cuda":
+            return teacher_catalog
+        return F.pad(teacher_catalog.bfloat16(), (0, -teacher_catalog.shape[1] % 8))
+
+    def _op_options(self) -> dict[str, Any]:
+        """How ops compute; TF32 is float32 under torch's setting for it, which `_products` makes."""
+        precision = self.config.precision
+        return {"backend": self.config.backend, "precision": "fp32" if precision == "tf32" else precision}
+
+    @contextlib.contextmanager
+    def _encoding(self) -> Iterator[None]:
+        """Within, the encoders' matrix products are of `encoder_precision`; their parameters stay float32."""
+        chosen, kind = self.config.encoder_precision, self.device.type
+        if chosen == "bf16" and kind == "cuda":
+            # A cache of rounded weights would outlive the graph that was captured with it.
+            with torch.autocast(kind, torch.bfloat16, cache_enabled=False):
+                yield
+        else:
+            with _products(chosen):
+                yield
+
+    def _why_no_graph(self, epoch: Epoch) -> str:
+        """Why steps of this epoch cannot be captured as a CUDA graph; empty where they can."""
+        k1, k2 = self.bounds
+        draws = epoch.teacher is None or self.config.hard_fraction < 1.0
+        if draws and not uses_bits(self.dataset.num_items, k2 - k1):
+            return "random negatives that are kept as ids are as many as chance has it"
+        if self.config.backend == "reference":
+            return "backend = 'reference' reads values"
+        return ""
+
+    def _say_no_graph(self, reason: str) -> None:
+        if reason not in self._said:
+            self._said.add(reason)
+            _log.warning("steps run one kernel at a time instead of as a CUDA graph: %s", reason)
 
     def _float64(self, value: float) -> Tensor:
         return torch.tensor(value, dtype=torch.float64, device=self.device)
@@ -242,7 +352,7 @@ class Trainer:
         if epoch.teacher is None:
             return None
         teacher = self.recommender.network(epoch.teacher).eval()
-        with torch.no_grad():
+        with torch.no_grad(), self._encoding():
             return teacher.catalog()
 
     def _set_rate(self, epoch: Epoch) -> float:
@@ -255,7 +365,10 @@ class Trainer:
         }[epoch.student]
         rate: float = start * config.lr_gamma ** (epoch.own // period)
         for group in self.optimizers[epoch.student].param_groups:
-            group["lr"] = rate
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         return rate
 
     def _finish_epoch(self, number: int, line: dict[str, Any], progress: Progress) -> None:
@@ -288,6 +401,35 @@ class Trainer:
                 for moment, tensor in optimizer.state.get(parameter, {}).items():
                     tensors[f"adam.{name}.{key}.{moment}"] = tensor
         checkpoint.save(self.run / LAST, tensors, asdict(self.state))
+
+
+def add_rows(matrix: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+    """matrix (V, d) with rows (T, d) added in place at ids (T,) int64, which may repeat; every sum has one order."""
+    if matrix.device.type == "cpu":
+        return matrix.index_add_(0, ids, rows)
+    # By a sort of the ids; index_add_ adds by atomics there, in whatever order they come. The public index_put_ is the
+    # same but reads the ids' range first.
+    return torch._index_put_impl_(matrix, [ids], rows, accumulate=True, unsafe=True)
+
+
+def _adam(network: torch.nn.Module, rate: float, weight_decay: float, device: torch.device) -> torch.optim.Adam:
+    """The optimiser of a network; on CUDA its learning rate is a tensor, which graphs read."""
+    cuda = device.type == "cuda"
+    lr = torch.tensor(rate, device=device) if cuda else rate
+    return torch.optim.Adam(network.parameters(), lr, weight_decay=weight_decay, fused=True, capturable=cuda)
+
+
+@contextlib.contextmanager
+def _products(precision: str | None) -> Iterator[None]:
+    """Within, float32 matrix products on CUDA are of TF32 for "tf32", are not for "fp32", and else as torch is set."""
+    setting = torch.backends.cuda.matmul
+    before = setting.fp32_precision
+    if precision in ("fp32", "tf32"):
+        setting.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
 
 
 def pick_device(name: str) -> torch.device:

@@ -82,7 +82,9 @@ class Config:
     # Machine.
     device: str = "auto"  # "auto": cuda where there is one, else cpu
     backend: Literal["auto", "reference", "native", "triton"] = "auto"
-    precision: Literal["fp32", "bf16"] | None = None  # of the slice and the loss; None: float32 inputs decide
+    precision: Literal["fp32", "tf32", "bf16"] | None = None  # of the slice and the loss; None: float32 inputs decide
+    encoder_precision: Literal["fp32", "tf32", "bf16"] | None = None  # of products in encoders, on CUDA; None: torch's
+    graph: bool | Literal["auto"] = "auto"  # on CUDA each step is one CUDA graph; false: one kernel at a time
     checkpoint_minutes: float = 10.0  # a checkpoint is written at every epoch's end, and within long epochs this often
 
     def __post_init__(self) -> None:

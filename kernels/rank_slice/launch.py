@@ -22,7 +22,9 @@ from .sample import LIMITS, SPREAD, _limits_kernel, _sample_kernel
 from .scan import _scan_kernel
 from .select import _select_kernel
 
-ROWS = 512  # sessions at a time, which bounds the memory beside the result
+# Sessions at a time, which bounds the memory beside the result: 512 targets of a training step and the rest of its last
+# session are one pass over the catalog.
+ROWS = 640
 FEW = 2048  # scores that are looked at first, of which a thread holds a handful
 MANY = 1 << 14  # entries of a row from which on more threads put ids in order
 NARROWED = 4  # times as many or more are not searched before the few have narrowed the search
@@ -403,8 +405,9 @@ def rank_slice_fwd(
         members = torch.empty(b, stop - start, dtype=torch.int32, device=device)
     best = torch.empty(b, top, dtype=torch.int64, device=device)
     thresholds = torch.empty(b, 2, dtype=torch.float32, device=device)
-    for begin in range(0, b, ROWS):
-        some = slice(begin, min(begin + ROWS, b))
+    size = max(1, triton.cdiv(b, max(1, triton.cdiv(b, ROWS))))  # even blocks: a few rows cost as much as many
+    for begin in range(0, b, size):
+        some = slice(begin, min(begin + size, b))
         words = members[some].view(torch.int32) if as_bits else None
         offsets = exclude_offsets[some.start : some.stop + 1]
         keys, bounds = ranks(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alterrec_fast.data.batches import pack, plan
+from alterrec_fast.data.batches import IGNORED, most_tokens, pack, pad, plan
 from alterrec_fast.data.sessions import Sessions
 from alterrec_fast.model.encoders import (
     ConcatItems,
@@ -20,7 +20,7 @@ from alterrec_fast.model.encoders import (
     TransformerSession,
     initialise,
 )
-from alterrec_fast.model.packing import MAX_PADDING, Packing
+from alterrec_fast.model.packing import MAX_PADDING, MaskedPacking, Packing, pad_heads
 from alterrec_fast.training.config import Config
 from alterrec_fast.training.variants import build
 
@@ -55,6 +55,52 @@ def test_packing_spreads_and_gathers(lengths: list[int]) -> None:
 def test_packing_needs_tokens(lengths: list[int]) -> None:
     with pytest.raises(ValueError, match="at least one"):
         Packing.of(np.array(lengths, dtype=np.int64))
+
+
+def masked(lengths: list[int], padding: int = 0) -> MaskedPacking:
+    """The sessions under one mask, and after them `padding` tokens that are sessions of their own."""
+    position = [i for n in lengths for i in range(n)] + [0] * padding
+    session = np.repeat(np.arange(len(lengths) + padding), lengths + [1] * padding)
+    return MaskedPacking.of(torch.tensor(position), torch.from_numpy(session))
+
+
+@pytest.mark.parametrize("kind", ["mean", "transformer"])
+@given(lengths=lengths_lists, padding=st.integers(0, 5))
+def test_one_mask_gives_what_groups_give(kind: str, lengths: list[int], padding: int) -> None:
+    """Forward and backward, with heads of odd width; padding changes nothing and gets nothing."""
+    torch.manual_seed(0)
+    encoder = MeanSession() if kind == "mean" else TransformerSession(10, 2, 2, 16, 12, 0.0)
+    initialise(encoder, "xavier", 10)
+    t, found = sum(lengths), []
+    x, weight = torch.randn(t + padding, 10), torch.randn(t, 10)
+    for packing, rows in ((Packing.of(np.array(lengths)), x[:t]), (masked(lengths, padding), x)):
+        leaf = rows.clone().requires_grad_()
+        encoder.zero_grad()
+        out = encoder(leaf, packing)[:t]
+        (out * weight).sum().backward()
+        assert leaf.grad is not None
+        assert not leaf.grad[t:].any()
+        found.append(
+            [out.detach(), leaf.grad[:t], *(p.grad.clone() for p in encoder.parameters() if p.grad is not None)]
+        )
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 150])
+def test_padded_heads_attend_as_their_true_width_does(width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    qkv, weight = torch.randn(3, 2, 9, width, generator=generator), torch.randn(2, 9, width, generator=generator)
+    found = []
+    for padded in (False, True):
+        leaf = qkv.clone().requires_grad_()
+        q, k, v = pad_heads(leaf) if padded else leaf
+        assert not padded or q.shape[-1] % 8 == 0
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=width**-0.5)[..., :width]
+        (out * weight).sum().backward()
+        found.append((out.detach(), leaf.grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def padded_transformer(encoder: TransformerSession, x: torch.Tensor, width: int) -> torch.Tensor:
@@ -135,6 +181,30 @@ def test_batches_hold_every_target_once(lengths: list[int], max_length: int, siz
             begin += n
     assert sorted(seen) == list(range(len(lengths)))
     assert targets == sum(min(n, max_length) - 1 for n in lengths)
+
+
+@given(st.lists(st.integers(2, 9), min_size=1, max_size=40), st.integers(2, 6), st.integers(1, 30))
+def test_padded_batches_have_one_size(lengths: list[int], max_length: int, size: int) -> None:
+    sessions = make_sessions(lengths)
+    most = most_tokens(sessions, max_length, size)
+    out = np.empty((4, most), np.int64)
+    for seed in range(3):
+        for which in plan(sessions, max_length, size, np.random.default_rng(seed)):
+            batch = pack(sessions, which, max_length)
+            t = len(batch.items)
+            pad(batch, out)
+            items, targets, position, session = out
+            assert np.array_equal(items[:t], batch.items) and np.array_equal(targets[:t], batch.targets)
+            assert not items[t:].any() and (targets[t:] == IGNORED).all()
+            assert np.array_equal(position[:t], Packing.of(batch.lengths).position.numpy())
+            assert np.array_equal(np.bincount(session[:t]), batch.lengths)
+            assert len(np.unique(session[t:])) == most - t and (session[t:] < 0).all() and not position[t:].any()
+
+
+def test_a_batch_that_is_too_large_is_refused() -> None:
+    batch = pack(make_sessions([4, 4]), np.arange(2), 10)
+    with pytest.raises(ValueError, match="a batch of 6 tokens does not fit 5"):
+        pad(batch, np.empty((4, 5), np.int64))
 
 
 def test_fused_score_is_the_weighted_sum() -> None:

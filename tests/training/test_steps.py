@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 
 import alterrec_fast as af
-from alterrec_fast.data.batches import Batch, pack
+from alterrec_fast.data.batches import Batch, most_tokens, pack
 from alterrec_fast.data.sessions import Dataset
 from alterrec_fast.model.packing import Packing
 from alterrec_fast.training.alternate import Trainer
+from alterrec_fast.training.config import VARIANTS, Config
+from alterrec_fast.training.steps import GraphedStep, StaticBatch
 from alterrec_fast.training.variants import Epoch, epochs
 from tests.training.test_training import history, small
 
@@ -112,6 +114,88 @@ def test_the_loss_of_naive_concatenation_has_its_parts(shop: Dataset, tmp_path: 
             view = recommender.views(catalogs)[name]
             expected = F.cross_entropy(view.query(queries) @ view.catalog.T, target)  # the slice is the whole catalog
             assert float(losses[key]) == pytest.approx(expected.item(), rel=1e-4)
+
+
+def on_static_tensors(made: Trainer) -> Trainer:
+    """The trainer with steps as CUDA has them: padded to one shape, under one mask."""
+    made.static = StaticBatch(most_tokens(made.dataset.train, made.config.max_length, 128), made.device)
+    return made
+
+
+def plans(variant: str) -> list[tuple[str, str | None]]:
+    """(student, teacher) of the kinds of epochs that a variant has."""
+    config = Config(variant=variant)  # type: ignore[arg-type]
+    return sorted({(epoch.student, epoch.teacher) for epoch in epochs(config)}, key=str)
+
+
+@pytest.mark.parametrize(
+    ("variant", "student", "teacher"), [(variant, *plan) for variant in VARIANTS for plan in plans(variant)]
+)
+def test_padded_steps_equal_steps(
+    variant: str, student: str, teacher: str | None, shop: Dataset, tmp_path: Path
+) -> None:
+    """Losses and gradients; without a teacher all items are negatives, since what is drawn depends on the shape."""
+    bounds = {"k1": 0, "k2": shop.num_items} if teacher is None else {}
+    made = trainer(shop, tmp_path, variant=variant, **bounds)
+    epoch, found = Epoch(5, student, teacher, 0), []
+    for _ in range(2):
+        batch = pack(shop.train, np.arange(30), 50)
+        losses, packing = made.gradients(epoch, batch, made.teacher_catalog(epoch))
+        grads = {name: p.grad.clone() for name, p in made.recommender.named_parameters() if p.grad is not None}
+        found.append(losses | grads)
+        made = on_static_tensors(made)
+    assert packing.slots > len(batch.items)
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        assert (found[1][name] - value).norm() <= 1e-6 * value.norm(), name
+
+
+@pytest.mark.parametrize("variant", ["alterrec_aug", "nfrec_concat"])
+def test_a_run_on_static_tensors_ends_as_any_run(variant: str, shop: Dataset, tmp_path: Path) -> None:
+    """Every step of two epochs, through the steps that CUDA takes but for the capture."""
+    losses = []
+    for kind in ("as it is", "static"):
+        bounds = {"k1": 0, "k2": shop.num_items}
+        made = trainer(shop, tmp_path / kind, variant=variant, graph=False, **bounds)
+        if kind == "static":
+            made = on_static_tensors(made)
+        losses.append([])
+        for epoch in list(epochs(made.config))[1:3]:
+            made.state.step, made.state.sums = 0, {}
+            line = made._run_epoch(epoch)
+            losses[-1] += [value for name, value in line.items() if name.startswith("loss")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_step_that_cannot_be_captured_says_so_once(
+    shop: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = on_static_tensors(trainer(shop, tmp_path, k1=0, k2=1))  # a slice so small is kept as ids
+    plan = list(epochs(made.config))
+    assert "as chance has it" in made._why_no_graph(plan[0])  # uniform negatives
+    assert made._why_no_graph(plan[2]) == ""
+    for epoch in (plan[0], plan[1]):
+        made.stepper(epoch, None)
+    assert caplog.text.count("instead of as a CUDA graph") == 1
+
+
+def test_a_capture_that_fails_leaves_the_step_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def __enter__(self) -> None:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+        def __exit__(self, *_: Any) -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", Refusing)
+    said: list[str] = []
+    calls = iter(range(10))
+    graphed = GraphedStep(lambda: {"loss": torch.tensor(next(calls))}, said.append)
+    assert [int(graphed()["loss"]) for _ in range(4)] == [0, 1, 2, 3]
+    assert said == ["operation not permitted when stream is capturing"]
 
 
 def test_learning_rates_step_by_each_network_s_own_epochs(
