@@ -2,7 +2,16 @@
 
 from typing import TYPE_CHECKING, Any
 
-from alterrec_fast.ops import BackendError, RankSlice, rank_slice, sampled_softmax, slice_cross_entropy, top_k
+from alterrec_fast.ops import (
+    BackendError,
+    RankSlice,
+    TopK,
+    backend,
+    rank_slice,
+    sampled_softmax,
+    slice_cross_entropy,
+    top_k,
+)
 
 if TYPE_CHECKING:
     from alterrec_fast.nn.losses import FullSoftmaxLoss, SampledSoftmaxLoss, SliceCrossEntropy
@@ -20,6 +29,8 @@ __all__ = [
     "SampledSoftmaxLoss",
     "SliceCrossEntropy",
     "TeacherCopy",
+    "TopK",
+    "backend",
     "load",
     "rank_slice",
     "sampled_softmax",

@@ -11,7 +11,8 @@ import sys
 import torch
 
 from alterrec_fast.ops import BackendError
-from alterrec_fast.ops.register import BACKENDS, CUDA_OPS, NO_EXTENSION, choose_backend
+from alterrec_fast.ops.dispatch import BACKENDS, choose_backend
+from alterrec_fast.ops.library import CUDA_OPS, NO_EXTENSION
 
 
 def diagnose() -> str:

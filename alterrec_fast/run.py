@@ -161,7 +161,7 @@ class TrainedModel:
             query = view.query(queries)[-1:]
             seen = None if repeats else whole.unsqueeze(0).to(query.device)
             k = min(n, self.dataset.num_items)
-            scores, items = top_k(query, view.catalog, k, exclude=seen, backend=self.config.backend)
+            scores, items = top_k(query, view.catalog, k=k, exclude=seen, backend=self.config.backend)
         table = self.dataset.items[items[0][items[0] >= 0].cpu().numpy()]
         titles = table[self.dataset.text_columns[0]] if self.dataset.text_columns else [None] * len(table)
         return [

@@ -161,14 +161,14 @@ _OF_TOP_K = (
     ),
 )
 
-_NO_KEPT = partial(losses.our_full, keep_bytes=0)
-_SLICE_NO_KEPT = partial(losses.our_slice_loss, keep_bytes=0)
+_NO_KEPT = partial(losses.our_full, max_saved_bytes=0)
+_SLICE_NO_KEPT = partial(losses.our_slice_loss, max_saved_bytes=0)
 _CHUNKS = "F.linear_cross_entropy"
 
 _OF_FULL_SOFTMAX = (
     _floor(losses.products),
     *_ours(losses.our_full, _LOSS, LOSS, LOSS_BF16),
-    Contestant(f"{OURS}, keep_bytes=0", OURS, Task(_NO_KEPT, _LOSS), LOSS, ours=True),
+    Contestant(f"{OURS}, max_saved_bytes=0", OURS, Task(_NO_KEPT, _LOSS), LOSS, ours=True),
     Contestant(
         "F.cross_entropy",
         "torch",
@@ -192,7 +192,7 @@ _OF_FULL_SOFTMAX = (
 _OF_SLICE_LOSS = (
     _floor(losses.products),
     *_ours(losses.our_slice_loss, _LOSS, LOSS, LOSS_BF16),
-    Contestant(f"{OURS}, keep_bytes=0", OURS, Task(_SLICE_NO_KEPT, _LOSS), LOSS, ours=True),
+    Contestant(f"{OURS}, max_saved_bytes=0", OURS, Task(_SLICE_NO_KEPT, _LOSS), LOSS, ours=True),
     Contestant("advanced indexing", "torch", Task(losses.indexed, _LOSS), LOSS),
     Contestant("gather", "torch", Task(losses.gathered, _LOSS), LOSS),
     Contestant("masked_fill", "torch", Task(losses.masked, _LOSS), LOSS),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from alterrec_fast.ops import RankSlice, rank_slice, sampled_softmax, slice_cross_entropy, top_k
-from alterrec_fast.ops.register import why_not_native
+from alterrec_fast.ops.dispatch import why_not_native
 
 from .gpu_checks import SIZES, assert_same
 from .gpu_device import Device, FaultError
@@ -39,13 +39,16 @@ def repeatable_calls(device: Device, seed: int) -> dict[str, Callable[[], Any]]:
         ties = Ranking.draw(source, arithmetic, "none", True, b, v, 4)  # nearly every row is redone
         for form in ("bits", "ids, deep"):
             ranks = ranges(v, r.first_item)[form]
-            calls[f"rank_slice {form}, {arithmetic}"] = partial(rank_slice, r.query, r.catalog, *ranks, **r.keywords)
-        ranks = ranges(v, 0)["bits"]
+            start, stop, top = ranks
+            calls[f"rank_slice {form}, {arithmetic}"] = partial(
+                rank_slice, r.query, r.catalog, start=start, stop=stop, top=top, **r.keywords
+            )
+        start, stop, top = ranges(v, 0)["bits"]
         calls[f"rank_slice bits, {arithmetic}, ties"] = partial(
-            rank_slice, ties.query, ties.catalog, *ranks, **ties.keywords
+            rank_slice, ties.query, ties.catalog, start=start, stop=stop, top=top, **ties.keywords
         )
         for k in (20, v // 8):
-            calls[f"top_k {k}, {arithmetic}"] = partial(top_k, r.query, r.catalog, k, **r.keywords)
+            calls[f"top_k {k}, {arithmetic}"] = partial(top_k, r.query, r.catalog, k=k, **r.keywords)
         wanted = Wanted.draw(source, b, 0, v)
         matrices = (source.normal(b, d).to(r.query.dtype) / d**0.5, r.catalog, None)
         mask = torch.rand(b, v, generator=source.generator, device=device.device) < 0.3
@@ -54,7 +57,7 @@ def repeatable_calls(device: Device, seed: int) -> dict[str, Callable[[], Any]]:
             calls[f"slice_cross_entropy {form}, {arithmetic}"] = partial(
                 call, slice_cross_entropy, *matrices, neg=neg, backend="triton", **options
             )
-        options["negatives"] = source.ids(0, 1 + v // 50, b, 1 + v // 40)  # every item many times
+        options["neg"] = source.ids(0, 1 + v // 50, b, 1 + v // 40)  # every item many times
         for engine in ("native", "triton"):
             run = partial(call, sampled_softmax, *matrices, backend=engine, **options)
             calls[f"sampled_softmax {engine}, {arithmetic}"] = partial(in_order, engine, r.query, run)
@@ -108,8 +111,9 @@ def graph_ranks(device: Device, seed: int, what: str | int, arithmetic: str, b: 
 
     def run() -> Any:
         if isinstance(what, int):
-            return top_k(r.query, r.catalog, what, **r.keywords)
-        return rank_slice(r.query, r.catalog, *ranks, **r.keywords)
+            return top_k(r.query, r.catalog, k=what, **r.keywords)
+        start, stop, top = ranks
+        return rank_slice(r.query, r.catalog, start=start, stop=stop, top=top, **r.keywords)
 
     replay = device.capture(run)
     for name, (query, catalog) in inputs.items():
@@ -156,7 +160,8 @@ def graph_loss(device: Device, seed: int, form: str, arithmetic: str) -> str:
     if form == "bits":
         neg = RankSlice.from_mask(torch.rand(b, v, generator=source.generator, device=device.device) < 0.3)
     elif form == "ids":
-        neg = rank_slice(query, catalog, *ranges(v, 0)["ids"], backend="triton")
+        start, stop, top = ranges(v, 0)["ids"]
+        neg = rank_slice(query, catalog, start=start, stop=stop, top=top, backend="triton")
     replay = device.capture(
         partial(call, slice_cross_entropy, query, catalog, None, target=target, neg=neg, backend="triton")
     )
@@ -185,21 +190,22 @@ def run_small(device: Device, seed: int) -> None:
         for exact, extras in ((False, "ids"), (True, "none")):
             r = Ranking.draw(source, arithmetic, extras, exact, b, v, d if extras == "ids" else 2)
             for form in ("bits", "bits, deep", "ids", "ids, deep"):
-                rank_slice(r.query, r.catalog, *ranges(v, r.first_item)[form], **r.keywords)
+                start, stop, top = ranges(v, r.first_item)[form]
+                rank_slice(r.query, r.catalog, start=start, stop=stop, top=top, **r.keywords)
             for k in (5, v // 4):
-                top_k(r.query, r.catalog, k, **r.keywords)
+                top_k(r.query, r.catalog, k=k, **r.keywords)
         wanted = Wanted.draw(source, b, 0, v)
         query, catalog = (source.normal(n, d).to(ARITHMETICS[arithmetic].query) for n in (b, v))
         options: dict[str, Any] = {"target": wanted.target, "positives": wanted.positives}
         mask = torch.rand(b, v, generator=source.generator, device=device.device) < 0.3
-        slices = (None, RankSlice.from_mask(mask), rank_slice(query, catalog, 3, 20, backend="triton"))
+        slices = (None, RankSlice.from_mask(mask), rank_slice(query, catalog, start=3, stop=20, backend="triton"))
         for neg in slices:
             call(slice_cross_entropy, query, catalog, None, neg=neg, backend="triton", **options)
         for negatives in (source.ids(0, v, 70), source.ids(0, v, b, 70)):
             for engine in ("native", "triton"):
                 if engine == "native" and why_not_native(query, "sampled_softmax"):
                     continue
-                run = partial(call, sampled_softmax, query, catalog, None, negatives=negatives, backend=engine)
+                run = partial(call, sampled_softmax, query, catalog, None, neg=negatives, backend=engine)
                 run(**options)
                 in_order(engine, query, partial(run, **options))
     device.synchronize()

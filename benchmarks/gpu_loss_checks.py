@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from alterrec_fast.ops import RankSlice, sampled_softmax, slice_cross_entropy
-from alterrec_fast.ops.register import why_not_native
+from alterrec_fast.ops.dispatch import why_not_native
 
 from . import gpu_truth as truth
 from .gpu_checks import SIZES, judge, watched
@@ -170,7 +170,7 @@ def sampled_case(
     def run() -> list[Tensor]:
         with deterministic(repeatable):
             return call(
-                sampled_softmax, query, catalog, bias, target=wanted.target, negatives=negatives, log_q=log_q,
+                sampled_softmax, query, catalog, bias, target=wanted.target, neg=negatives, log_q=log_q,
                 positives=positives, positive_weight=weight, temperature=temperature, sparse_grad=extras,
                 precision=how.precision, backend=engine,
             )  # fmt: skip

@@ -172,7 +172,10 @@ def rank_case(
         r = Ranking.draw(Source(seed + i, device.device), arithmetic, extras, exact, *shape)
         ranks = ranges(shape[1], r.first_item)[form]
         with r.arithmetic.applied():
-            found = watched(device, partial(rank_slice, r.query, r.catalog, *ranks, **r.keywords))
+            found = watched(
+                device,
+                partial(rank_slice, r.query, r.catalog, start=ranks[0], stop=ranks[1], top=ranks[2], **r.keywords),
+            )
         if exact:
             slice_is_identical(found, r, *ranks)
         else:
@@ -189,7 +192,9 @@ def check_rank_slice_edges(device: Device, journal: Journal, seed: int) -> None:
     for name, (query, catalog) in adversaries(device, sizes.v).items():
         r = Ranking(query, catalog, ARITHMETICS["fp32"], {})
         journal.check(device, f"rank_slice, scores: {name}", partial(adversary, device, r, sizes.v))
-    journal.check(device, "rank_slice names a bad value", partial(bad_value_is_named, device, rank_slice, 3, 50))
+    journal.check(
+        device, "rank_slice names a bad value", partial(bad_value_is_named, device, rank_slice, start=3, stop=50)
+    )
 
 
 def check_huge_ranks(device: Device, journal: Journal, seed: int) -> None:
@@ -204,7 +209,13 @@ def check_huge_ranks(device: Device, journal: Journal, seed: int) -> None:
 
 def adversary(device: Device, r: Ranking, v: int) -> str:
     ranks = ranges(v, 0)["bits"]
-    slice_is_identical(watched(device, partial(rank_slice, r.query, r.catalog, *ranks, **r.keywords)), r, *ranks)
+    slice_is_identical(
+        watched(
+            device, partial(rank_slice, r.query, r.catalog, start=ranks[0], stop=ranks[1], top=ranks[2], **r.keywords)
+        ),
+        r,
+        *ranks,
+    )
     return ""
 
 
@@ -222,13 +233,13 @@ def adversaries(device: Device, v: int) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (query, catalog) for name, catalog in catalogs.items()}
 
 
-def bad_value_is_named(device: Device, op: Callable[..., Any], *ranks: int) -> str:
+def bad_value_is_named(device: Device, op: Callable[..., Any], **ranks: int) -> str:
     """Raises FaultError unless check=True finds a score that is not finite, with its row."""
     source = Source(1, device.device)
     query, catalog = source.integers(3, 8).abs() + 1, source.integers(300, 8)
     catalog[40, 3] = float("nan")
     try:
-        op(query, catalog, *ranks, check=True, backend="triton")
+        op(query, catalog, **ranks, check=True, backend="triton")
     except ValueError as error:
         if "row 0 has a score of nan" in str(error):
             return str(error)
@@ -245,7 +256,7 @@ def top_case(
         exact = i % 2 == 0
         r = Ranking.draw(Source(seed + i, device.device), arithmetic, extras, exact, *shape)
         with r.arithmetic.applied():
-            found = watched(device, partial(top_k, r.query, r.catalog, k, **r.keywords))
+            found = watched(device, partial(top_k, r.query, r.catalog, k=k, **r.keywords))
         told = top_is_right(found, r, k, exact)
     return told
 
@@ -271,7 +282,7 @@ def check_top_k(device: Device, journal: Journal, seed: int) -> None:
         journal.check(device, name, partial(case, k, arithmetic, extras, normal, sizes.inputs))
     journal.check(device, f"top_k 5, {sizes.many[0]} sessions", partial(case, 5, "bf16", "lists", sizes.many, 1))
     journal.check(device, "top_k, everything excluded", partial(all_excluded, device))
-    journal.check(device, "top_k names a bad value", partial(bad_value_is_named, device, top_k, 2))
+    journal.check(device, "top_k names a bad value", partial(bad_value_is_named, device, top_k, k=2))
 
 
 def top_is_right(found: tuple[Tensor, Tensor], r: Ranking, k: int, exact: bool) -> str:
@@ -299,4 +310,4 @@ def all_excluded(device: Device) -> str:
     query, catalog = source.integers(2, 5), source.integers(40, 5)
     exclude = torch.stack([torch.arange(40), torch.arange(40) - 3]).to(device.device)
     r = Ranking(query, catalog, ARITHMETICS["fp32"], {"exclude": exclude})
-    return top_is_right(watched(device, partial(top_k, query, catalog, 6, **r.keywords)), r, 6, True)
+    return top_is_right(watched(device, partial(top_k, query, catalog, k=6, **r.keywords)), r, 6, True)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import alterrec_fast
-from alterrec_fast.ops.register import CUDA_OPS, EXTENSION, NO_EXTENSION
+from alterrec_fast.ops.library import CUDA_OPS, EXTENSION, NO_EXTENSION
 
 from . import gpu_behaviour, gpu_loss_checks, gpu_rank_checks, gpu_times
 from .gpu_acceptance import KILLED, run_limited

@@ -189,10 +189,10 @@ class Contest:
         return made
 
     def our_slice(self) -> Any:
-        return rank_slice(self.query, self.catalog, self.shape.start, self.shape.stop, backend="triton")
+        return rank_slice(self.query, self.catalog, start=self.shape.start, stop=self.shape.stop, backend="triton")
 
     def top_k(self) -> dict[str, Make]:
-        ours: Call = lambda: top_k(self.query, self.catalog, TOP, backend="triton")  # noqa: E731
+        ours: Call = lambda: top_k(self.query, self.catalog, k=TOP, backend="triton")  # noqa: E731
         torchs: Call = lambda: torch.topk(self.query @ self.catalog.T, TOP)  # noqa: E731
         made: dict[str, Make] = {
             "ours": lambda: ours,
@@ -304,7 +304,7 @@ def ranks_are_right(contest: Contest) -> str:
     """Raises FaultError where a few sessions' ranks are further from float64 than rounding explains."""
     s = contest.shape
     found = contest.our_slice()
-    values, items = top_k(contest.query, contest.catalog, TOP, backend="triton")
+    values, items = top_k(contest.query, contest.catalog, k=TOP, backend="triton")
     rows = min(ROWS, s.b)
     scores = truth.scores_of(contest.query[:rows], contest.catalog, None, s.dtype == truth.BF16)
     order = truth.order_of(scores, 0)

@@ -58,7 +58,7 @@ def ndcg(model: SASRec, sessions: Sessions) -> float:
     with torch.no_grad():
         for items, target in batches(sessions):
             real = target != 0
-            _, best = af.top_k(model(items)[real], model.item.weight, K, first_item=1)
+            _, best = af.top_k(model(items)[real], model.item.weight, k=K, first_item=1)
             hit = best == target[real].unsqueeze(1)
             gains.append((hit / torch.arange(2, K + 2).log2()).sum(1))
     return float(torch.cat(gains).mean())

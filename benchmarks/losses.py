@@ -118,9 +118,10 @@ def liger(shape: Shape, inputs: Tensors) -> Call:
     return step_of(lambda q, e, target, i: loss(e, q, target), inputs)
 
 
-def our_full(shape: Shape, inputs: Tensors, keep_bytes: int = 256 << 20, precision: str | None = None) -> Call:
+def our_full(shape: Shape, inputs: Tensors, max_saved_bytes: int = 256 << 20, precision: str | None = None) -> Call:
     return step_of(
-        lambda q, e, target, i: slice_cross_entropy(q, e, target, keep_bytes=keep_bytes, precision=precision), inputs
+        lambda q, e, target, i: slice_cross_entropy(q, e, target, max_saved_bytes=max_saved_bytes, precision=precision),
+        inputs,
     )
 
 
@@ -163,10 +164,14 @@ def masked(shape: Shape, inputs: Tensors) -> Call:
     return step_of(loss, inputs)
 
 
-def our_slice_loss(shape: Shape, inputs: Tensors, keep_bytes: int = 256 << 20, precision: str | None = None) -> Call:
+def our_slice_loss(
+    shape: Shape, inputs: Tensors, max_saved_bytes: int = 256 << 20, precision: str | None = None
+) -> Call:
     neg = _slice(shape, inputs)
     return step_of(
-        lambda q, e, target, i: slice_cross_entropy(q, e, target, neg, keep_bytes=keep_bytes, precision=precision),
+        lambda q, e, target, i: slice_cross_entropy(
+            q, e, target, neg, max_saved_bytes=max_saved_bytes, precision=precision
+        ),
         inputs,
     )
 
@@ -241,7 +246,7 @@ def ranked_step(shape: Shape, inputs: Tensors, way: Callable[..., Tensor]) -> Ca
 
 def our_step(shape: Shape, inputs: Tensors, precision: str | None = None) -> Call:
     def way(qt: Tensor, ht: Tensor, q: Tensor, e: Tensor, target: Tensor, start: int, stop: int) -> Tensor:
-        neg = rank_slice(qt, ht, start, stop, precision=precision)
+        neg = rank_slice(qt, ht, start=start, stop=stop, precision=precision)
         return slice_cross_entropy(q, e, target, neg, precision=precision)
 
     return ranked_step(shape, inputs, way)

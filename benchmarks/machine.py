@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from alterrec_fast.ops.register import EXTENSION, NO_EXTENSION
+from alterrec_fast.ops.library import EXTENSION, NO_EXTENSION
 
 FLAGS = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "neon", "sve")
 PACKAGES = ("numpy", "faiss-cpu", "usearch", "sentence-transformers", "cut-cross-entropy", "liger-kernel", "replay-rec")

@@ -79,11 +79,11 @@ def streamed(items: int, width: int, negatives: int, positives: int, rounds: int
         return queries(width), torch.randint(items, (B,)), RankSlice.from_mask(mask.roll(int(torch.randint(B, ())), 0))
 
     def loss(query: Tensor, e: Tensor, target: Tensor, neg: RankSlice, **options: Any) -> Tensor:
-        return slice_cross_entropy(query, e, target, neg, extra, **options)
+        return slice_cross_entropy(query, e, target, neg, positives=extra, **options)
 
     ours: dict[str, Loss] = {
         "slice": partial(loss, backend="native"),
-        "slice, keep_bytes=0": partial(loss, keep_bytes=0, backend="native"),
+        "slice, max_saved_bytes=0": partial(loss, max_saved_bytes=0, backend="native"),
         "slice, bf16": partial(loss, precision="bf16", backend="native"),
     }
     agree({"reference": partial(loss, backend="reference"), **ours}, catalog, draw())
@@ -100,7 +100,7 @@ def full(items: int, width: int, rounds: int) -> None:
     losses: dict[str, Loss] = {
         "F.cross_entropy(q @ e.T)": lambda query, e, target: F.cross_entropy(query @ e.T, target),
         "full softmax": partial(slice_cross_entropy, backend="native"),
-        "full softmax, keep_bytes=0": partial(slice_cross_entropy, keep_bytes=0, backend="native"),
+        "full softmax, max_saved_bytes=0": partial(slice_cross_entropy, max_saved_bytes=0, backend="native"),
     }
 
     def draw() -> tuple[Tensor, ...]:
@@ -162,7 +162,7 @@ def crossover(items: int, width: int, rounds: int) -> None:
         bits = RankSlice.from_mask(RankSlice.from_indices(ids, items).mask())
         losses: dict[str, Loss] = {
             "streamed": partial(slice_cross_entropy, neg=bits, backend="native"),
-            "gathered": partial(sampled_softmax, negatives=ids, backend="native"),
+            "gathered": partial(sampled_softmax, neg=ids, backend="native"),
         }
         steps = {name: partial(step, loss, catalog) for name, loss in losses.items()}
         title = f"one item in {share}, V = {items}, d = {width}"

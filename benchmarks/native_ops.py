@@ -20,7 +20,7 @@ from alterrec_fast.benchmarks.race import race
 from torch import Tensor
 
 from alterrec_fast.ops import rank_slice, top_k
-from alterrec_fast.ops.register import EXTENSION
+from alterrec_fast.ops.library import EXTENSION
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ def check(title: str, draw: Draw) -> None:
     """Sets must equal the reference's but for items within rounding of a boundary."""
     query, catalog = draw()
     engines = ("native", "reference")
-    native, reference = (rank_slice(query, catalog, 20, len(catalog) // 2, 5, backend=b) for b in engines)
+    native, reference = (
+        rank_slice(query, catalog, start=20, stop=len(catalog) // 2, top=5, backend=b) for b in engines
+    )
     differ = int((native.mask() != reference.mask()).sum())
     if differ > 8:
         raise SystemExit(f"{title}: {differ} items differ from the reference")
@@ -85,11 +87,11 @@ def compare(title: str, precision: str, draw: Draw, ops: Mapping[str, Op], round
 
 
 def hard(query: Tensor, catalog: Tensor) -> Any:
-    return rank_slice(query, catalog, 20, 20_000, 5, backend="native")
+    return rank_slice(query, catalog, start=20, stop=20_000, top=5, backend="native")
 
 
 def best(query: Tensor, catalog: Tensor) -> Any:
-    return top_k(query, catalog, 20, backend="native")
+    return top_k(query, catalog, k=20, backend="native")
 
 
 def main() -> None:
@@ -118,7 +120,7 @@ def main() -> None:
     for precision in ("fp32", "bf16"):
         for title, draw in draws(512, 40_258, 300).items():
             compare(title, precision, draw, both, options.rounds)
-    small = {"rank_slice 6:1800": lambda q, e: rank_slice(q, e, 6, 1_800, 5, backend="native")}
+    small = {"rank_slice 6:1800": lambda q, e: rank_slice(q, e, start=6, stop=1_800, top=5, backend="native")}
     for title, draw in draws(500, 3_800, 128).items():
         compare(title, "fp32", draw, small, options.rounds)
     if not options.quick:

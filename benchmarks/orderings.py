@@ -129,7 +129,7 @@ def true_share(model: TrainedModel, shop: Shop) -> float:
     with torch.no_grad():
         catalogs = model.recommender.catalogs()
         queries = model.recommender.queries(catalogs, torch.from_numpy(batch.items), Packing.of(batch.lengths))
-        items = top_k(queries["text"], catalogs["text"], 5)[1].numpy()
+        items = top_k(queries["text"], catalogs["text"], k=5)[1].numpy()
     share = np.take_along_axis(shop.next_item_probabilities(batch.items, first, time), items, 1).sum(1)
     return float(share.mean())
 

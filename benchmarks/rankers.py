@@ -16,7 +16,7 @@ from alterrec_fast.benchmarks.worker import BATCHES, Call, Shape, Tensors
 from torch import Tensor
 
 from alterrec_fast.ops import RankSlice, rank_slice, top_k
-from alterrec_fast.ops.register import EXTENSION, NO_EXTENSION
+from alterrec_fast.ops.library import EXTENSION, NO_EXTENSION
 
 PHASES = ("bracket", "stream", "settle")
 ITEM_BLOCK = 1 << 16  # items scored at a time by the contestant that goes through the catalog in blocks
@@ -62,7 +62,7 @@ def our_slice(shape: Shape, inputs: Tensors, precision: str | None = None) -> Ca
 
     def run(i: int) -> RankSlice:
         query = inputs["query"][i % BATCHES]
-        return rank_slice(query, inputs["catalog"], shape.start, shape.stop, precision=precision)
+        return rank_slice(query, inputs["catalog"], start=shape.start, stop=shape.stop, precision=precision)
 
     def read(found: RankSlice, rows: Tensor) -> Tensors:
         return members_of(torch.cat([found.mask_rows(row, row + 1) for row in rows.tolist()]))
@@ -83,7 +83,7 @@ def _phases() -> dict[str, float]:
 
 def our_best(shape: Shape, inputs: Tensors, precision: str | None = None) -> Call:
     def run(i: int) -> Tensor:
-        return top_k(inputs["query"][i % BATCHES], inputs["catalog"], shape.stop, precision=precision)[1]
+        return top_k(inputs["query"][i % BATCHES], inputs["catalog"], k=shape.stop, precision=precision)[1]
 
     return Call(run, take_rows)
 

@@ -50,7 +50,7 @@ def strong(qt: Tensor, ht: Tensor, q: Tensor, e: Tensor, target: Tensor, k1: int
 def ours(
     qt: Tensor, ht: Tensor, q: Tensor, e: Tensor, target: Tensor, k1: int, k2: int, precision: str = "fp32"
 ) -> Tensor:
-    neg = rank_slice(qt, ht, k1, k2, precision=precision)
+    neg = rank_slice(qt, ht, start=k1, stop=k2, precision=precision)
     return slice_cross_entropy(q, e, target, neg, precision=precision)
 
 

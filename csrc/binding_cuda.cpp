@@ -118,7 +118,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sampled_softmax(
   const SampledSoftmax& p = arguments.problem;
   if (check) {
     check_ids("target", target, ignore_index, p.items);
-    check_ids("negatives", negatives, -1, p.items);
+    check_ids("neg", negatives, -1, p.items);
     if (positives) check_ids("positives", *positives, -1, p.items);
   }
   const at::Tensor losses = arguments.floats({p.rows}), log_partition = arguments.floats({p.rows});

@@ -11,7 +11,7 @@ from hypothesis import settings
 
 from alterrec_fast.data.sessions import Dataset
 from alterrec_fast.data.shop import ShopConfig, write_shop
-from alterrec_fast.ops import register
+from alterrec_fast.ops import library
 
 settings.register_profile("fast", max_examples=40, deadline=None)
 settings.load_profile("fast")
@@ -19,8 +19,8 @@ settings.load_profile("fast")
 
 def pytest_configure() -> None:
     """Where the environment says CI_NO_SKIP, no test may be skipped for want of the extension."""
-    if os.environ.get("CI_NO_SKIP") and register.NO_EXTENSION:
-        raise pytest.UsageError(f"CI_NO_SKIP: the extension is not built ({register.NO_EXTENSION})")
+    if os.environ.get("CI_NO_SKIP") and library.NO_EXTENSION:
+        raise pytest.UsageError(f"CI_NO_SKIP: the extension is not built ({library.NO_EXTENSION})")
 
 
 def integers(rows: int, width: int, seed: int, spread: int = 2) -> torch.Tensor:

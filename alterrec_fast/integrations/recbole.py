@@ -6,7 +6,7 @@
 `SASRec`, `GRU4Rec`, `CORE`, and any other sequential model of RecBole by its own name, are RecBole's classes under
 `SequentialMixin`; a model of your own takes it the same way: ``class Mine(SequentialMixin, MyModel)``. `Trainer` is
 RecBole's with `top_k` for full-sort evaluation. The config key ``alterrec_fast`` holds `Options`. Of the B x V logits
-at most its `keep_bytes`, 64 MiB, are kept for the backward pass.
+at most its `max_saved_bytes`, 64 MiB, are kept for the backward pass.
 
 Notation: B sessions, V items (RecBole's padding item 0 among them), d width, N negatives.
 """
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from alterrec_fast.integrations import comparable, need, same_scores
 from alterrec_fast.nn.losses import FullSoftmaxLoss, SampledSoftmaxLoss, SliceCrossEntropy
-from alterrec_fast.ops import rank_slice, register, top_k
+from alterrec_fast.ops import dispatch, rank_slice, top_k
 
 INSTALL = 'pip install "recbole==1.2.1" "numpy<2" "setuptools<81"'
 need("recbole.trainer", INSTALL)
@@ -56,7 +56,7 @@ class Options:
     start, stop, hard_fraction: of "slice": the ranks, which the config key takes as range_min and range_max, too, and
         the share of them that is kept; the others are traded for uniform negatives (`RankSlice.mix`).
     precision: of the loss: "fp32", "bf16" or None, as in `rank_slice`; evaluation is in the model's own precision.
-    keep_bytes: as in `slice_cross_entropy`, but less by default, since RecBole's activations stand beside it.
+    max_saved_bytes: as in `slice_cross_entropy`, but less by default, since RecBole's activations stand beside it.
 
     Raises ValueError for a value out of range.
     """
@@ -68,7 +68,7 @@ class Options:
     stop: int = 2000
     hard_fraction: float = 0.5
     precision: str | None = None
-    keep_bytes: int = 64 << 20
+    max_saved_bytes: int = 64 << 20
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -76,7 +76,7 @@ class Options:
         if self.distribution not in DISTRIBUTIONS:
             choices = ", ".join(DISTRIBUTIONS)
             raise ValueError(f"alterrec_fast: distribution must be one of {choices}, got {self.distribution!r}")
-        for name in ("negatives", "start", "stop", "keep_bytes"):
+        for name in ("negatives", "start", "stop", "max_saved_bytes"):
             if not isinstance(getattr(self, name), int):
                 raise ValueError(f"alterrec_fast: {name} must be an integer, got {getattr(self, name)!r}")
         if self.negatives < 1:
@@ -85,10 +85,10 @@ class Options:
             raise ValueError(f"alterrec_fast: expected 0 <= start <= stop, got start={self.start}, stop={self.stop}")
         if not 0.0 <= self.hard_fraction <= 1.0:
             raise ValueError(f"alterrec_fast: hard_fraction must lie in [0, 1], got {self.hard_fraction}")
-        if self.precision not in register.PRECISIONS:
+        if self.precision not in dispatch.PRECISIONS:
             raise ValueError(f"alterrec_fast: precision must be None, 'fp32' or 'bf16', got {self.precision!r}")
-        if self.keep_bytes < 0:
-            raise ValueError(f"alterrec_fast: keep_bytes must be at least 0, got {self.keep_bytes}")
+        if self.max_saved_bytes < 0:
+            raise ValueError(f"alterrec_fast: max_saved_bytes must be at least 0, got {self.max_saved_bytes}")
 
     @classmethod
     def of(cls, config: Any) -> Options:
@@ -206,10 +206,10 @@ class SequentialMixin(RankingMixin):
         temperature, precision = self.score_temperature, options.precision
         self.next_item: torch.nn.Module
         if options.loss == "full":  # RecBole's CE has the padding row among its candidates, so this has it, too
-            self.next_item = FullSoftmaxLoss(temperature, keep_bytes=options.keep_bytes, precision=precision)
+            self.next_item = FullSoftmaxLoss(temperature, max_saved_bytes=options.max_saved_bytes, precision=precision)
         elif options.loss == "slice":
             self.next_item = SliceCrossEntropy(
-                temperature, first_item=PADDING + 1, keep_bytes=options.keep_bytes, precision=precision
+                temperature, first_item=PADDING + 1, max_saved_bytes=options.max_saved_bytes, precision=precision
             )
         else:
             popular = options.distribution == "popularity"
@@ -264,7 +264,12 @@ class SequentialMixin(RankingMixin):
         if options.loss == "sampled":
             return self.next_item(query, catalog, target, self._draw(catalog.device))
         ranked = rank_slice(
-            query.detach(), catalog.detach(), options.start, options.stop, exclude=target, first_item=PADDING + 1
+            query.detach(),
+            catalog.detach(),
+            start=options.start,
+            stop=options.stop,
+            exclude=target,
+            first_item=PADDING + 1,
         )
         return self.next_item(query, catalog, target, ranked.mix(options.hard_fraction))
 
@@ -396,7 +401,7 @@ class Trainer(StockTrainer):
             self._catalog = self.model.item_vectors()
         query = self.model.session_vectors(sessions)
         exclude = None if history is None else _lists(history, query.shape[0], query.device)
-        _, items = top_k(query, self._catalog, most, exclude=exclude, first_item=PADDING + 1)
+        _, items = top_k(query, self._catalog, k=most, exclude=exclude, first_item=PADDING + 1)
         if items.numel() and items.min() < 0:  # a history that leaves fewer than k items: RecBole fills up from it
             return super()._full_sort_batch_eval(batched_data)
         return interaction, _Ranking(items, self.tot_item_num), positive_u, positive_i

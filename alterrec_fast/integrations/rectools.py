@@ -40,7 +40,7 @@ START, STOP = 20, 2000  # the ranks where none are given
 
 
 class FastLightningModule(TransformerLightningModule):
-    """RecTools' Lightning module with two further losses, which keep at most keep_bytes of logits for backward.
+    """RecTools' Lightning module with two further losses, which keep at most max_saved_bytes of logits for backward.
 
     ``loss="full"`` is the value of RecTools' "softmax". ``loss="slice"`` is a softmax over the target and ranks
     [start, stop) of the model's own ranking for this position at this step, without the target. All other losses stay
@@ -52,7 +52,7 @@ class FastLightningModule(TransformerLightningModule):
         start, stop: the ranks of "slice", 20 and 2000 where left out; `range_min` and `range_max` are the same.
         hard_fraction: the share of the slice that is kept; the others are traded for uniform negatives
             (`RankSlice.mix`).
-        precision, keep_bytes: as in `slice_cross_entropy`.
+        precision, max_saved_bytes: as in `slice_cross_entropy`.
         args, kwargs: RecTools'.
 
     Raises TypeError for a similarity module other than RecTools' dot and cosine, and at the first batch ValueError for
@@ -68,14 +68,14 @@ class FastLightningModule(TransformerLightningModule):
         range_max: int | None = None,
         hard_fraction: float = 0.5,
         precision: str | None = None,
-        keep_bytes: int = 256 << 20,
+        max_saved_bytes: int = 256 << 20,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
         self.start, self.stop = _ranks(start, stop, range_min, range_max)
         self.hard_fraction = hard_fraction
         self.loss_precision = precision
-        self.keep_bytes = keep_bytes
+        self.max_saved_bytes = max_saved_bytes
         self._scores_compared = False
         if self.loss in LOSSES:
             _check_similarity(self.torch_model)
@@ -107,7 +107,12 @@ class FastLightningModule(TransformerLightningModule):
         negatives = None
         if sliced:
             negatives = rank_slice(
-                query.detach(), catalog.detach(), self.start, self.stop, exclude=target, first_item=first_item
+                query.detach(),
+                catalog.detach(),
+                start=self.start,
+                stop=self.stop,
+                exclude=target,
+                first_item=first_item,
             ).mix(self.hard_fraction)
         rows = slice_cross_entropy(
             query,
@@ -117,7 +122,7 @@ class FastLightningModule(TransformerLightningModule):
             temperature=self.logits_t,
             first_item=first_item,
             reduction="none",
-            keep_bytes=self.keep_bytes,
+            max_saved_bytes=self.max_saved_bytes,
             precision=self.loss_precision,
         )
         rows = rows * weight
@@ -201,8 +206,8 @@ class FrozenTeacherSampler(TransformerNegativeSamplerBase):
         ranked = rank_slice(
             query[:, -negatives.shape[1] :][real],
             catalog,
-            self.start,
-            self.stop,
+            start=self.start,
+            stop=self.stop,
             exclude=target[real],
             first_item=lowest_id,
         )

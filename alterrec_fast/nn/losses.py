@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from alterrec_fast.ops import RankSlice, register, sampled_softmax, slice_cross_entropy
+from alterrec_fast.ops import RankSlice, checks, dispatch, sampled_softmax, slice_cross_entropy
 
 
 class _Loss(nn.Module):
@@ -25,7 +25,7 @@ class _Loss(nn.Module):
         backend: str,
     ):
         super().__init__()
-        register.check_loss(temperature, positive_weight, reduction)
+        checks.check_loss(temperature, positive_weight, reduction)
         self.temperature = temperature
         self.positive_weight = positive_weight
         self.ignore_index = ignore_index
@@ -44,7 +44,7 @@ class _Loss(nn.Module):
                 return None
             # From an eager sampler: only the number of rows says how many targets are real, until the graph runs.
             real = target.reshape(-1) != self.ignore_index
-            if register.choose_check(self.check, target):
+            if dispatch.choose_check(self.check, target):
                 expected = f"{name} must have a row for each of the targets that are not ignored, or for all"
                 torch._assert_async(real.sum() == rows, expected)
             return torch.nonzero_static(real, size=rows).squeeze(1)
@@ -69,7 +69,7 @@ class _Loss(nn.Module):
 
 
 class FullSoftmaxLoss(_Loss):
-    """Cross-entropy over the whole catalog: at most keep_bytes of logits are kept for the backward pass; 0 keeps none.
+    """Cross-entropy over the whole catalog; at most max_saved_bytes of logits are kept for the backward pass.
 
     Equivalent to ``F.cross_entropy((query @ catalog.T + bias) / temperature, target)``; called like Cut Cross-Entropy's
     ``LinearCrossEntropy``. Padding costs nothing: rows whose target is ignore_index are left out before any product.
@@ -80,7 +80,7 @@ class FullSoftmaxLoss(_Loss):
         first_item: rows of the catalog before it are padding: neither candidates nor targets.
         ignore_index: a target that stands for no row, as in ``nn.CrossEntropyLoss``; 0 suits catalogs padded at item 0.
         reduction: "mean" over the targets that count (0 over none), "sum", or "none" for the target's shape.
-        keep_bytes: as in `slice_cross_entropy`.
+        max_saved_bytes: as in `slice_cross_entropy`.
         precision, check, backend: as in `rank_slice`.
 
     Raises ValueError for a temperature of 0 or less, or another reduction.
@@ -92,14 +92,14 @@ class FullSoftmaxLoss(_Loss):
         first_item: int = 0,
         ignore_index: int = -100,
         reduction: str = "mean",
-        keep_bytes: int = 256 << 20,
+        max_saved_bytes: int = 256 << 20,
         precision: str | None = None,
         check: bool | None = None,
         backend: str = "auto",
     ):
         super().__init__(temperature, 1.0, ignore_index, reduction, precision, check, backend)
         self.first_item = first_item
-        self.keep_bytes = keep_bytes
+        self.max_saved_bytes = max_saved_bytes
 
     def forward(self, query: Tensor, catalog: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
         """
@@ -122,7 +122,7 @@ class FullSoftmaxLoss(_Loss):
             first_item=self.first_item,
             reduction="none",
             ignore_index=self.ignore_index,
-            keep_bytes=self.keep_bytes,
+            max_saved_bytes=self.max_saved_bytes,
             precision=self.precision,
             check=self.check,
             backend=self.backend,
@@ -134,7 +134,7 @@ class SliceCrossEntropy(_Loss):
     """`slice_cross_entropy` as a module: each target, and extra positives, against a set of negatives.
 
     Args:
-        temperature, first_item, ignore_index, reduction, keep_bytes, precision, check, backend: as in
+        temperature, first_item, ignore_index, reduction, max_saved_bytes, precision, check, backend: as in
             `FullSoftmaxLoss`.
         positive_weight: what each of the extra positives counts against the target.
 
@@ -148,14 +148,14 @@ class SliceCrossEntropy(_Loss):
         first_item: int = 0,
         ignore_index: int = -100,
         reduction: str = "mean",
-        keep_bytes: int = 256 << 20,
+        max_saved_bytes: int = 256 << 20,
         precision: str | None = None,
         check: bool | None = None,
         backend: str = "auto",
     ):
         super().__init__(temperature, positive_weight, ignore_index, reduction, precision, check, backend)
         self.first_item = first_item
-        self.keep_bytes = keep_bytes
+        self.max_saved_bytes = max_saved_bytes
 
     def forward(
         self,
@@ -197,7 +197,7 @@ class SliceCrossEntropy(_Loss):
             first_item=self.first_item,
             reduction="none",
             ignore_index=self.ignore_index,
-            keep_bytes=self.keep_bytes,
+            max_saved_bytes=self.max_saved_bytes,
             precision=self.precision,
             check=self.check,
             backend=self.backend,

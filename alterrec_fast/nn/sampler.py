@@ -15,7 +15,7 @@ from torch import Tensor
 
 from alterrec_fast.nn.losses import real_rows, take_rows
 from alterrec_fast.nn.teachers import TeacherCopy, mean_of_items
-from alterrec_fast.ops import RankSlice, rank_slice, register
+from alterrec_fast.ops import RankSlice, checks, dispatch, rank_slice
 from alterrec_fast.ops.slices import check_weights
 
 RANDOM = ("uniform", "popularity", "log_uniform")
@@ -110,7 +110,7 @@ class RankSliceSampler:
         if isinstance(teacher, Tensor):
             if teacher.ndim != 2:
                 raise ValueError(f"teacher, where a tensor, must be (V, f), got {tuple(teacher.shape)}")
-            if teacher.dtype not in register.FLOATS:
+            if teacher.dtype not in checks.FLOATS:
                 raise TypeError(f"teacher, where a tensor, must be float32 or bfloat16, got {teacher.dtype}")
         self.hard_fraction = hard_fraction
         self.random = random
@@ -264,20 +264,18 @@ class RankSliceSampler:
             bias = None
             with torch.no_grad():
                 query, catalog = self._ask(self.teacher, target, catalog.shape[0], history, inputs)
-        table = places = guess = None
+        table = places = None
         if self.num_sessions is not None:
             table = self._table(self.num_sessions, target).view(-1, 2)
             places = self._places(self.num_sessions, session, target, kept)
-            guess = table[places]
         slice_ = rank_slice(
             take_rows(query, kept, 1),
             catalog,
-            self.start,
-            self.stop,
+            start=self.start,
+            stop=self.stop,
             exclude=exclude,
             bias=bias,
             first_item=self.first_item,
-            guess=guess,
             precision=self.precision,
             check=self.check,
             backend=self.backend,
@@ -315,7 +313,7 @@ class RankSliceSampler:
 
     def _excluded(self, target: Tensor, num_items: int, history: Tensor | None, kept: Tensor | None) -> Tensor:
         """(T, m) ids that no row may meet: its target, and the session's own items where asked for; -1 is none."""
-        if target.dtype not in register.INTEGERS:
+        if target.dtype not in checks.INTEGERS:
             raise TypeError(f"target must be int32 or int64, got {target.dtype}")
         real = torch.where(target == self.ignore_index, -1, target)
         own = take_rows(real, kept, 0).unsqueeze(1)
@@ -332,20 +330,20 @@ class RankSliceSampler:
         history = _needed("history", history, why)
         if history.ndim != 2 or history.shape[0] != target.shape[0]:
             raise ValueError(f"history must be ({target.shape[0]}, L), got {tuple(history.shape)}")
-        if history.dtype not in register.INTEGERS:
+        if history.dtype not in checks.INTEGERS:
             raise TypeError(f"history must be int32 or int64, got {history.dtype}")
-        if register.choose_check(self.check, history) and (history >= num_items).any():
+        if dispatch.choose_check(self.check, history) and (history >= num_items).any():
             raise ValueError(f"history holds {int(history.max())}, expected ids below {num_items}; negative is padding")
         return history
 
     def _places(self, num_sessions: int, session: Tensor | None, target: Tensor, kept: Tensor | None) -> Tensor:
         """(T,) where in the table of thresholds each row stands."""
         session = _needed("session", session, "num_sessions keeps thresholds of each session")
-        if session.dtype not in register.INTEGERS:
+        if session.dtype not in checks.INTEGERS:
             raise TypeError(f"session must be int32 or int64, got {session.dtype}")
         if session.shape != target.shape[:1]:
             raise ValueError(f"session must be ({target.shape[0]},), got {tuple(session.shape)}")
-        if register.choose_check(self.check, session) and ((session < 0) | (session >= num_sessions)).any():
+        if dispatch.choose_check(self.check, session) and ((session < 0) | (session >= num_sessions)).any():
             beyond = session[(session < 0) | (session >= num_sessions)][0]
             raise ValueError(f"session holds {int(beyond)}, expected a number in [0, {num_sessions})")
         if target.ndim == 1:
@@ -359,7 +357,7 @@ class RankSliceSampler:
         length = 1 if target.ndim == 1 else target.shape[1]
         table = self.thresholds
         if table is None or table.shape[1] < length:
-            # What `rank_slice` gives for an empty slice: a guess that tells nothing.
+            # What `rank_slice` gives for an empty slice.
             wider = torch.tensor([math.inf, -math.inf]).repeat(num_sessions, length, 1)
             if table is not None:
                 wider[:, : table.shape[1]] = table

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alterrec_fast.ops import register
-from alterrec_fast.ops.reference import check_exclude_values, rank_slice_ref
+from alterrec_fast.ops import checks, dispatch, library
+from alterrec_fast.ops.checks import check_exclude_values
+from alterrec_fast.ops.reference import rank_slice_ref
 from alterrec_fast.ops.slices import RankSlice, bits_width, exclude_lists, uses_bits
 
-register.LIBRARY.define(
+library.LIBRARY.define(
     "rank_slice(Tensor query, Tensor catalog, int start, int stop, int top, Tensor exclude_values, "
     "Tensor exclude_offsets, Tensor? bias, int first_item, Tensor? guess, str precision, bool check) "
     "-> (Tensor members, Tensor top, Tensor thresholds)"
@@ -19,16 +20,16 @@ register.LIBRARY.define(
 def rank_slice(
     query: Tensor,
     catalog: Tensor,
+    *,
     start: int,
     stop: int,
     top: int = 0,
     exclude: Tensor | tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
     first_item: int = 0,
-    guess: Tensor | None = None,
     precision: str | None = None,
     check: bool | None = None,
-    backend: str = "auto",
+    backend: str | None = None,
 ) -> RankSlice:
     """The items of ranks [start, stop) by the score ``query @ catalog.T + bias``, for every row of the query.
 
@@ -44,12 +45,11 @@ def rank_slice(
             are counted over the whole catalog, and excluded ids then leave the slice; `top` and `thresholds` ignore it.
         bias: (V,) added to the scores.
         first_item: rows of the catalog before it are padding; ranks count from there.
-        guess: (B, 2) float32, `RankSlice.thresholds` of an earlier call: a hint that no engine uses at present, since a
-            sample of the scores costs less than a stale guess.
         precision: "fp32", "bf16" (products of values rounded to bfloat16, accumulated in float32), or None: bf16 where
             an input is bfloat16 or under autocast to bfloat16.
         check: whether values are checked; None: on the CPU.
-        backend: "auto", "reference", "native" or "triton".
+        backend: "auto", "reference", "native" or "triton"; None: that of the `backend` block around the call, else
+            "auto".
 
     Raises:
         TypeError: for a wrong dtype.
@@ -57,23 +57,21 @@ def rank_slice(
             also for an excluded id beyond the catalog and for a score that is not finite.
         BackendError: where the backend named cannot serve these tensors.
     """
-    engine = register.choose_backend(backend, query, "rank_slice")
-    register.check_matrices(query, catalog, bias, first_item, engine)
-    register.check_range("start, stop", start, stop, catalog.shape[0] - first_item)
-    register.check_range("top", 0, top, catalog.shape[0] - first_item)
-    if guess is not None and guess.shape != (query.shape[0], 2):
-        raise ValueError(f"guess must be ({query.shape[0]}, 2), got {tuple(guess.shape)}")
+    engine = dispatch.choose_backend(backend, query, "rank_slice")
+    checks.check_matrices(query, catalog, bias, first_item, engine)
+    checks.check_range("start, stop", start, stop, catalog.shape[0] - first_item)
+    checks.check_range("top", 0, top, catalog.shape[0] - first_item)
     left_out = exclude_lists(exclude, query.shape[0], query.device)
-    checked = register.choose_check(check, query)
-    arithmetic = register.choose_precision(precision, query, catalog)
-    query, catalog, bias = register.detached(query, catalog, bias)
+    checked = dispatch.choose_check(check, query)
+    arithmetic = dispatch.choose_precision(precision, query, catalog)
+    query, catalog, bias = dispatch.detached(query, catalog, bias)
     if engine == "reference":
         if checked:
             check_exclude_values(left_out, catalog.shape[0])
         return rank_slice_ref(query, catalog, start, stop, top, left_out, bias, first_item, arithmetic, checked)
     op = _triton if engine == "triton" and query.device.type == "cpu" else torch.ops.alterrec_fast.rank_slice
     members, best, thresholds = op(
-        query, catalog, start, stop, top, *left_out, bias, first_item, guess, arithmetic, checked
+        query, catalog, start, stop, top, *left_out, bias, first_item, None, arithmetic, checked
     )
     as_bits = uses_bits(catalog.shape[0], stop - start)
     return RankSlice(
@@ -111,7 +109,7 @@ def _fake(
     return members, query.new_empty(b, top, dtype=torch.int64), query.new_empty(b, 2, dtype=torch.float32)
 
 
-torch.library.register_fake("alterrec_fast::rank_slice", _fake, lib=register.LIBRARY)
+torch.library.register_fake("alterrec_fast::rank_slice", _fake, lib=library.LIBRARY)
 
 
 def _triton(
@@ -128,7 +126,7 @@ def _triton(
     precision: str,
     check: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The Triton engine; CPU tensors come here directly, under the interpreter. The sample is as good as a guess."""
+    """The Triton engine; CPU tensors come here directly, under the interpreter."""
     from alterrec_fast.kernels.rank_slice import rank_slice_fwd
 
     v = catalog.shape[0]
@@ -149,10 +147,10 @@ def _triton(
         uses_bits(v, stop - start),
         bits_width(v),
     )
-    register.raise_not_finite(bad)
+    checks.raise_not_finite(bad)
     members, best, thresholds = found
     return members, best, thresholds
 
 
-torch.library.impl("alterrec_fast::rank_slice", "CUDA", _triton, lib=register.LIBRARY)
-register.TRITON_OPS.add("rank_slice")
+torch.library.impl("alterrec_fast::rank_slice", "CUDA", _triton, lib=library.LIBRARY)
+library.TRITON_OPS.add("rank_slice")

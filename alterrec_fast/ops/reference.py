@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from alterrec_fast.ops.checks import check_ids_in
 from alterrec_fast.ops.slices import RankSlice, pack_bits, uses_bits
 
 P = ParamSpec("P")
@@ -183,7 +184,7 @@ def sampled_softmax_ref(
     query: Tensor,
     catalog: Tensor,
     target: Tensor,
-    negatives: Tensor,
+    neg: Tensor,
     log_q: Tensor | None,
     positives: Tensor | None,
     positive_weight: float,
@@ -198,18 +199,18 @@ def sampled_softmax_ref(
     b, v = query.shape[0], catalog.shape[0]
     if check:
         check_ids_in("target", target, 0, v, ignore_index)
-        check_ids_in("negatives", negatives if negatives.ndim == 2 else negatives.unsqueeze(1), 0, v, -1)
+        check_ids_in("neg", neg if neg.ndim == 2 else neg.unsqueeze(1), 0, v, -1)
         if positives is not None:
             check_ids_in("positives", positives, 0, v, -1)
     wanted = _positive_ids(target, positives, 0, b, ignore_index)  # (B, 1 + P)
-    touched, place = torch.cat([wanted.flatten(), negatives.flatten().long()]).clamp(min=0).unique(return_inverse=True)
+    touched, place = torch.cat([wanted.flatten(), neg.flatten().long()]).clamp(min=0).unique(return_inverse=True)
     rows = _TouchedRows.apply(catalog, touched) if sparse_grad else catalog.index_select(0, touched)
     rows, q = widen(rows, precision), widen(query, precision)
     shift = torch.zeros(touched.numel(), dtype=q.dtype, device=q.device)  # what is added to q . e
     if bias is not None:
         shift = shift + bias.index_select(0, touched).to(q.dtype)
     minus = None if log_q is None else log_q.index_select(0, touched).to(q.dtype)
-    place_wanted, place_neg = place[: wanted.numel()].view_as(wanted), place[wanted.numel() :].view_as(negatives)
+    place_wanted, place_neg = place[: wanted.numel()].view_as(wanted), place[wanted.numel() :].view_as(neg)
 
     def logits(q: Tensor, rows: Tensor, shift: Tensor, minus: Tensor | None, place: Tensor) -> Tensor:
         dots = q @ rows[place].T if place.ndim == 1 else torch.einsum("bd,bnd->bn", q, rows[place])
@@ -217,8 +218,8 @@ def sampled_softmax_ref(
         return y if minus is None else y - minus[place]
 
     def block(q: Tensor, rows: Tensor, shift: Tensor, minus: Tensor | None, begin: int, end: int) -> Tensor:
-        ids = negatives if negatives.ndim == 1 else negatives[begin:end]
-        y = logits(q, rows, shift, minus, place_neg if negatives.ndim == 1 else place_neg[begin:end])  # (b, n)
+        ids = neg if neg.ndim == 1 else neg[begin:end]
+        y = logits(q, rows, shift, minus, place_neg if neg.ndim == 1 else place_neg[begin:end])  # (b, n)
         want = wanted[begin:end]
         member = (ids >= 0) & (ids != want[:, :1])
         best = logits(q, rows, shift, minus, place_wanted[begin:end])
@@ -226,31 +227,9 @@ def sampled_softmax_ref(
             _check_finite(torch.cat([y, best], 1), begin)
         return _row_loss(y, member, best, want, positive_weight)
 
-    width = negatives.shape[0] if negatives.ndim == 1 else negatives.shape[1] * query.shape[1]
+    width = neg.shape[0] if neg.ndim == 1 else neg.shape[1] * query.shape[1]
     blocks = list(_blocks(b, width)) or [(0, 0)]
     return torch.cat([_bounded(block, len(blocks), q[i:j], rows, shift, minus, i, j) for i, j in blocks])
-
-
-def check_ids_in(name: str, ids: Tensor, first: int, stop: int, none: int) -> None:
-    """Raises ValueError with row and value where an id is neither `none` nor in [first, stop)."""
-    bad = (ids != none) & ((ids < first) | (ids >= stop))
-    if bad.any():
-        where = bad.nonzero()[0]
-        raise ValueError(
-            f"{name}: row {int(where[0])} holds {int(ids[tuple(where)])}, expected {none} or an id in [{first}, {stop})"
-        )
-
-
-def check_exclude_values(exclude: tuple[Tensor, Tensor], num_items: int) -> None:
-    """Raises ValueError with row and value where an excluded id lies beyond the catalog, or offsets do not rise."""
-    values, offsets = exclude
-    if int(offsets[0]) != 0 or int(offsets[-1]) != values.numel() or bool((offsets.diff() < 0).any()):
-        raise ValueError(f"exclude: offsets must rise from 0 to the {values.numel()} values, got {offsets.tolist()}")
-    beyond = values >= num_items
-    if beyond.any():
-        place = int(beyond.nonzero()[0])
-        row = int(torch.searchsorted(offsets, place, right=True)) - 1
-        raise ValueError(f"exclude: row {row} holds {int(values[place])}, expected an id below {num_items}")
 
 
 def _blocks(rows: int, width: int) -> Iterator[tuple[int, int]]:
@@ -373,3 +352,12 @@ def _row_loss(y: Tensor, member: Tensor, logits: Tensor, wanted: Tensor, positiv
     weight[:, 0] = 1.0
     counted = (wanted >= 0) & (wanted[:, :1] >= 0) & some
     return torch.where(counted, losses * weight, 0.0).sum(1)
+
+
+def reduce_loss(rows: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """rows (B,), zero where the target is ignored -> (B,) or a scalar; the mean is over the rows not ignored."""
+    if reduction == "none":
+        return rows
+    if reduction == "sum":
+        return rows.sum()
+    return rows.sum() / (target != ignore_index).sum().clamp(min=1)

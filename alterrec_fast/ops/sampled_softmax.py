@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alterrec_fast.ops import register
-from alterrec_fast.ops.reference import check_ids_in, sampled_softmax_ref
+from alterrec_fast.ops import checks, dispatch, library
+from alterrec_fast.ops.checks import check_ids_in
+from alterrec_fast.ops.reference import reduce_loss, sampled_softmax_ref
 
 
 def sampled_softmax(
     query: Tensor,
     catalog: Tensor,
     target: Tensor,
-    negatives: Tensor,
+    neg: Tensor,
+    *,
     log_q: Tensor | None = None,
     positives: Tensor | None = None,
     positive_weight: float = 1.0,
@@ -27,7 +29,7 @@ def sampled_softmax(
     sparse_grad: bool = False,
     precision: str | None = None,
     check: bool | None = None,
-    backend: str = "auto",
+    backend: str | None = None,
 ) -> Tensor:
     """Cross-entropy of each target against its sampled negatives, with logQ correction.
 
@@ -38,7 +40,7 @@ def sampled_softmax(
         query: (B, d) float32 or bfloat16, unit last stride; gets a gradient.
         catalog: (V, d) float32 or bfloat16, unit last stride; gets a gradient.
         target: (B,) int32 or int64.
-        negatives: (B, n), or (n,) shared by all rows; int32 or int64, -1 is none.
+        neg: (B, n), or (n,) shared by all rows; int32 or int64, -1 is none.
         log_q: (V,), the log of each item's expected count among the negatives; no gradient.
         positives, positive_weight, temperature, bias, reduction, ignore_index: as in `slice_cross_entropy`.
         sparse_grad: the catalog's gradient as a coalesced sparse tensor of the touched rows. torch drops the mark, not
@@ -48,19 +50,19 @@ def sampled_softmax(
     Raises:
         TypeError, ValueError, BackendError: as `slice_cross_entropy` does.
     """
-    engine = register.choose_backend(backend, query, "sampled_softmax")
-    register.check_matrices(query, catalog, bias, 0, engine)
-    register.check_loss(temperature, positive_weight, reduction)
+    engine = dispatch.choose_backend(backend, query, "sampled_softmax")
+    checks.check_matrices(query, catalog, bias, 0, engine)
+    checks.check_loss(temperature, positive_weight, reduction)
     b, v = query.shape[0], catalog.shape[0]
-    register.check_ids("target", target, b, (1,), query.device)
-    rows = negatives.shape[0] if negatives.ndim == 1 else b
-    register.check_ids("negatives", negatives, rows, (1, 2), query.device)
+    checks.check_ids("target", target, b, (1,), query.device)
+    rows = neg.shape[0] if neg.ndim == 1 else b
+    checks.check_ids("neg", neg, rows, (1, 2), query.device)
     if positives is not None:
-        register.check_ids("positives", positives, b, (2,), query.device)
+        checks.check_ids("positives", positives, b, (2,), query.device)
     if log_q is not None:
-        register.check_vector("log_q", log_q, v, query.device)
+        checks.check_vector("log_q", log_q, v, query.device)
     fixed_log_q = None if log_q is None else log_q.detach()
-    chosen, checked = register.choose_precision(precision, query, catalog), register.choose_check(check, query)
+    chosen, checked = dispatch.choose_precision(precision, query, catalog), dispatch.choose_check(check, query)
     if engine != "reference":
         op = torch.ops.alterrec_fast.sampled_softmax
         kept = _kept_on_cpu if query.device.type == "cpu" else _kept_logits
@@ -71,7 +73,7 @@ def sampled_softmax(
             query,
             catalog,
             target,
-            negatives,
+            neg,
             fixed_log_q,
             positives,
             positive_weight,
@@ -79,7 +81,7 @@ def sampled_softmax(
             bias,
             ignore_index,
             sparse_grad,
-            kept(query, negatives, positives) if needed else 0,
+            kept(query, neg, positives) if needed else 0,
             chosen == "bf16",
             checked,
         )[0]
@@ -88,7 +90,7 @@ def sampled_softmax(
             query,
             catalog,
             target,
-            negatives,
+            neg,
             fixed_log_q,
             positives,
             positive_weight,
@@ -99,26 +101,26 @@ def sampled_softmax(
             chosen,
             checked,
         )
-    return register.reduce_loss(losses, target, ignore_index, reduction)
+    return reduce_loss(losses, target, ignore_index, reduction)
 
 
 KEEP_SHARED_BYTES = 256 << 20  # what the logits of shared negatives may take from forward to backward
 
 
-def _kept_on_cpu(query: Tensor, negatives: Tensor, positives: Tensor | None) -> int:
+def _kept_on_cpu(query: Tensor, neg: Tensor, positives: Tensor | None) -> int:
     """What the CPU engine keeps for the backward pass: for each row a softmax over its negatives and a mean embedding;
     of shared negatives the logits, in whole tiles of 512 distinct items."""
     rows, width = query.shape
-    if negatives.ndim == 2:
-        return rows * (negatives.shape[1] + width) * 4
-    items = negatives.shape[0] + rows * (1 if positives is None else 1 + positives.shape[1])
+    if neg.ndim == 2:
+        return rows * (neg.shape[1] + width) * 4
+    items = neg.shape[0] + rows * (1 if positives is None else 1 + positives.shape[1])
     kept: int = torch.sym_min(KEEP_SHARED_BYTES, rows * -(-items // 512) * (512 + 1) * 4)
     return kept
 
 
-def _kept_logits(query: Tensor, negatives: Tensor, positives: Tensor | None) -> int:
+def _kept_logits(query: Tensor, neg: Tensor, positives: Tensor | None) -> int:
     """What engines for CUDA tensors keep: the logits of negatives, target and positives."""
-    return query.shape[0] * (negatives.shape[-1] + 1 + (0 if positives is None else positives.shape[1])) * 4
+    return query.shape[0] * (neg.shape[-1] + 1 + (0 if positives is None else positives.shape[1])) * 4
 
 
 def _forward_fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,21 +141,21 @@ def _backward_fake(_grad: Tensor, query: Tensor, catalog: Tensor, *rest: Any) ->
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, catalog, target, negatives, log_q, positives, ctx.positive_weight, ctx.temperature, bias, *static = inputs
+    query, catalog, target, neg, log_q, positives, ctx.positive_weight, ctx.temperature, bias, *static = inputs
     ctx.ignore_index, ctx.sparse_grad, _, ctx.bf16, _ = static
     ctx.set_materialize_grads(False)  # there are none for what is kept, which may be large
-    ctx.save_for_backward(query, catalog, target, negatives, log_q, positives, bias, output[1], output[2])
+    ctx.save_for_backward(query, catalog, target, neg, log_q, positives, bias, output[1], output[2])
 
 
 def _backward(backward_op: str, ctx: Any, grad_losses: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    query, catalog, target, negatives, log_q, positives, bias, log_partition, kept = ctx.saved_tensors
+    query, catalog, target, neg, log_q, positives, bias, log_partition, kept = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 8)]
     grad_query, grad_catalog, grad_bias, items = getattr(torch.ops.alterrec_fast, backward_op)(
         grad_losses,
         query,
         catalog,
         target,
-        negatives,
+        neg,
         log_q,
         positives,
         ctx.positive_weight,
@@ -178,29 +180,29 @@ def _backward(backward_op: str, ctx: Any, grad_losses: Tensor, *_: Any) -> tuple
 
 def _define(name: str) -> None:
     """Schemas, fakes and autograd of one engine's pair of ops."""
-    register.LIBRARY.define(
-        f"{name}(Tensor query, Tensor catalog, Tensor target, Tensor negatives, Tensor? log_q, Tensor? positives, "
+    library.LIBRARY.define(
+        f"{name}(Tensor query, Tensor catalog, Tensor target, Tensor neg, Tensor? log_q, Tensor? positives, "
         "float positive_weight, float temperature, Tensor? bias, SymInt ignore_index, bool sparse_grad, "
         "SymInt kept_size, bool bf16, bool check) -> (Tensor losses, Tensor log_partition, Tensor kept)"
     )
-    register.LIBRARY.define(
-        f"{name}_backward(Tensor grad_losses, Tensor query, Tensor catalog, Tensor target, Tensor negatives, "
+    library.LIBRARY.define(
+        f"{name}_backward(Tensor grad_losses, Tensor query, Tensor catalog, Tensor target, Tensor neg, "
         "Tensor? log_q, Tensor? positives, float positive_weight, float temperature, Tensor? bias, "
         "SymInt ignore_index, bool sparse_grad, bool bf16, Tensor log_partition, Tensor kept, bool[3] needs) "
         "-> (Tensor query, Tensor catalog, Tensor bias, Tensor items)"
     )
     full = f"alterrec_fast::{name}"
-    torch.library.register_fake(full, _forward_fake, lib=register.LIBRARY)
-    torch.library.register_fake(f"{full}_backward", _backward_fake, lib=register.LIBRARY)
+    torch.library.register_fake(full, _forward_fake, lib=library.LIBRARY)
+    torch.library.register_fake(f"{full}_backward", _backward_fake, lib=library.LIBRARY)
     backward = functools.partial(_backward, f"{name}_backward")
-    torch.library.register_autograd(full, backward, setup_context=_setup_context, lib=register.LIBRARY)
+    torch.library.register_autograd(full, backward, setup_context=_setup_context, lib=library.LIBRARY)
 
 
 def _triton(
     query: Tensor,
     catalog: Tensor,
     target: Tensor,
-    negatives: Tensor,
+    neg: Tensor,
     log_q: Tensor | None,
     positives: Tensor | None,
     positive_weight: float,
@@ -218,16 +220,16 @@ def _triton(
     if check:
         v = catalog.shape[0]
         check_ids_in("target", target, 0, v, ignore_index)
-        check_ids_in("negatives", negatives if negatives.ndim == 2 else negatives.unsqueeze(1), 0, v, -1)
+        check_ids_in("neg", neg if neg.ndim == 2 else neg.unsqueeze(1), 0, v, -1)
         if positives is not None:
             check_ids_in("positives", positives, 0, v, -1)
     p = Problem.of(
         query, catalog, target, positives, positive_weight, temperature, bias, log_q, ignore_index, bf16, check
     )
-    kept = Kept.empty(p, kept_size, negatives)
-    losses, log_partition, logits = sampled_softmax_fwd(p, negatives, kept.negatives)
+    kept = Kept.empty(p, kept_size, neg)
+    losses, log_partition, logits = sampled_softmax_fwd(p, neg, kept.negatives)
     kept.keep(logits)
-    register.raise_not_finite(p.bad)
+    checks.raise_not_finite(p.bad)
     return losses, log_partition, kept.memory
 
 
@@ -236,7 +238,7 @@ def _triton_backward(
     query: Tensor,
     catalog: Tensor,
     target: Tensor,
-    negatives: Tensor,
+    neg: Tensor,
     log_q: Tensor | None,
     positives: Tensor | None,
     positive_weight: float,
@@ -255,9 +257,9 @@ def _triton_backward(
     p = Problem.of(
         query, catalog, target, positives, positive_weight, temperature, bias, log_q, ignore_index, bf16, False
     )
-    logits = Kept.of(p, kept, negatives)
+    logits = Kept.of(p, kept, neg)
     x = Slopes.of(p, grad_losses, log_partition, logits.wanted)
-    grads = sampled_softmax_bwd(p, negatives, logits.negatives, x, sparse_grad, needs)
+    grads = sampled_softmax_bwd(p, neg, logits.negatives, x, sparse_grad, needs)
     return grads.query, grads.catalog, grads.bias if bias is None else grads.bias.to(bias.dtype), grads.items
 
 
@@ -266,6 +268,6 @@ def _triton_backward(
 for name in ("sampled_softmax", "sampled_softmax_triton"):
     _define(name)
 for key in ("CUDA", "CPU"):
-    torch.library.impl("alterrec_fast::sampled_softmax_triton", key, _triton, lib=register.LIBRARY)
-    torch.library.impl("alterrec_fast::sampled_softmax_triton_backward", key, _triton_backward, lib=register.LIBRARY)
-register.TRITON_OPS.add("sampled_softmax")
+    torch.library.impl("alterrec_fast::sampled_softmax_triton", key, _triton, lib=library.LIBRARY)
+    torch.library.impl("alterrec_fast::sampled_softmax_triton_backward", key, _triton_backward, lib=library.LIBRARY)
+library.TRITON_OPS.add("sampled_softmax")

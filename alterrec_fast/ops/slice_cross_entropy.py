@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alterrec_fast.ops import register
-from alterrec_fast.ops.reference import check_ids_in, slice_cross_entropy_ref
+from alterrec_fast.ops import checks, dispatch, library
+from alterrec_fast.ops.checks import check_ids_in
+from alterrec_fast.ops.reference import reduce_loss, slice_cross_entropy_ref
 from alterrec_fast.ops.slices import RankSlice
 
 
@@ -18,6 +19,7 @@ def slice_cross_entropy(
     catalog: Tensor,
     target: Tensor,
     neg: RankSlice | None = None,
+    *,
     positives: Tensor | None = None,
     positive_weight: float = 1.0,
     temperature: float = 1.0,
@@ -25,10 +27,10 @@ def slice_cross_entropy(
     first_item: int = 0,
     reduction: str = "mean",
     ignore_index: int = -100,
-    keep_bytes: int = 256 << 20,
+    max_saved_bytes: int = 256 << 20,
     precision: str | None = None,
     check: bool | None = None,
-    backend: str = "auto",
+    backend: str | None = None,
 ) -> Tensor:
     """Cross-entropy of each target, and of extra positives, against the same negatives.
 
@@ -50,7 +52,7 @@ def slice_cross_entropy(
             targets.
         reduction: "mean" over the rows whose target is not ignore_index (0 over none), "sum", or "none" for (B,).
         ignore_index: a target that stands for no row.
-        keep_bytes: the native engine keeps at most so much of the logits for the backward pass, which computes the
+        max_saved_bytes: the native engine keeps at most so much of the logits for the backward pass, which computes the
             others again; 0 keeps none. It changes speed and memory only, and other engines do not look at it.
         precision, check, backend: as in `rank_slice`. An engine need not score, and so not check, items that are no
             row's negatives.
@@ -58,15 +60,15 @@ def slice_cross_entropy(
     Raises:
         TypeError, ValueError, BackendError: as `rank_slice` does; ValueError also for ids beyond the catalog.
     """
-    engine = register.choose_backend(backend, query, "slice_cross_entropy")
-    register.check_matrices(query, catalog, bias, first_item, engine)
-    register.check_loss(temperature, positive_weight, reduction)
+    engine = dispatch.choose_backend(backend, query, "slice_cross_entropy")
+    checks.check_matrices(query, catalog, bias, first_item, engine)
+    checks.check_loss(temperature, positive_weight, reduction)
     (b, d), v = query.shape, catalog.shape[0]
-    register.check_ids("target", target, b, (1,), query.device)
+    checks.check_ids("target", target, b, (1,), query.device)
     if positives is not None:
-        register.check_ids("positives", positives, b, (2,), query.device)
-    if keep_bytes < 0:
-        raise ValueError(f"keep_bytes must be at least 0, got {keep_bytes}")
+        checks.check_ids("positives", positives, b, (2,), query.device)
+    if max_saved_bytes < 0:
+        raise ValueError(f"max_saved_bytes must be at least 0, got {max_saved_bytes}")
     if neg is not None:
         if (neg.batch_size, neg.num_items) != (b, v):
             raise ValueError(f"neg must be of {b} rows over {v} items, got {neg.batch_size} over {neg.num_items}")
@@ -74,10 +76,13 @@ def slice_cross_entropy(
             raise ValueError(f"neg must be on {query.device}, got {neg.device}")
         if neg.first_item < first_item:
             raise ValueError(f"neg must be made with first_item {first_item} or more, as here, got {neg.first_item}")
-    chosen, checked = register.choose_precision(precision, query, catalog), register.choose_check(check, query)
+    chosen, checked = dispatch.choose_precision(precision, query, catalog), dispatch.choose_check(check, query)
     if engine != "reference":
         members = None if neg is None else neg.ids if neg.bits is None else neg.bits
-        op, kept_size = torch.ops.alterrec_fast.slice_cross_entropy, torch.sym_min(keep_bytes, _kept_bytes(b, v, d))
+        op, kept_size = (
+            torch.ops.alterrec_fast.slice_cross_entropy,
+            torch.sym_min(max_saved_bytes, _kept_bytes(b, v, d)),
+        )
         if engine == "triton":
             op, kept_size = torch.ops.alterrec_fast.slice_cross_entropy_triton, _kept_logits(b, members, positives)
         if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in (query, catalog, bias)):
@@ -112,7 +117,7 @@ def slice_cross_entropy(
             chosen,
             checked,
         )
-    return register.reduce_loss(rows, target, ignore_index, reduction)
+    return reduce_loss(rows, target, ignore_index, reduction)
 
 
 def _kept_bytes(rows: int, items: int, width: int) -> int:
@@ -180,21 +185,21 @@ def _backward(backward_op: str, ctx: Any, grad_losses: Tensor, *_: Any) -> tuple
 
 def _define(name: str) -> None:
     """Schemas, fakes and autograd of one engine's pair of ops."""
-    register.LIBRARY.define(
+    library.LIBRARY.define(
         f"{name}(Tensor query, Tensor catalog, Tensor target, Tensor? members, Tensor? positives, "
         "float positive_weight, float temperature, Tensor? bias, SymInt first_item, SymInt ignore_index, "
         "SymInt kept_size, bool bf16, bool check) -> (Tensor losses, Tensor log_partition, Tensor kept)"
     )
-    register.LIBRARY.define(
+    library.LIBRARY.define(
         f"{name}_backward(Tensor grad_losses, Tensor query, Tensor catalog, Tensor target, Tensor? members, "
         "Tensor? positives, float positive_weight, float temperature, Tensor? bias, SymInt first_item, "
         "SymInt ignore_index, bool bf16, Tensor log_partition, Tensor kept, bool[3] needs) -> (Tensor, Tensor, Tensor)"
     )
     full = f"alterrec_fast::{name}"
-    torch.library.register_fake(full, _forward_fake, lib=register.LIBRARY)
-    torch.library.register_fake(f"{full}_backward", _backward_fake, lib=register.LIBRARY)
+    torch.library.register_fake(full, _forward_fake, lib=library.LIBRARY)
+    torch.library.register_fake(f"{full}_backward", _backward_fake, lib=library.LIBRARY)
     backward = functools.partial(_backward, f"{name}_backward")
-    torch.library.register_autograd(full, backward, setup_context=_setup_context, lib=register.LIBRARY)
+    torch.library.register_autograd(full, backward, setup_context=_setup_context, lib=library.LIBRARY)
 
 
 def _triton(
@@ -229,7 +234,7 @@ def _triton(
     else:
         losses, log_partition, logits = dense.slice_cross_entropy_fwd(p, dense.Columns.of(p, first_item, members))
     kept.keep(logits)
-    register.raise_not_finite(p.bad)
+    checks.raise_not_finite(p.bad)
     return losses, log_partition, kept.memory
 
 
@@ -273,6 +278,6 @@ def _triton_backward(
 for name in ("slice_cross_entropy", "slice_cross_entropy_triton"):
     _define(name)
     for key in ("CUDA", "CPU") if name.endswith("triton") else ("CUDA",):
-        torch.library.impl(f"alterrec_fast::{name}", key, _triton, lib=register.LIBRARY)
-        torch.library.impl(f"alterrec_fast::{name}_backward", key, _triton_backward, lib=register.LIBRARY)
-register.TRITON_OPS.add("slice_cross_entropy")
+        torch.library.impl(f"alterrec_fast::{name}", key, _triton, lib=library.LIBRARY)
+        torch.library.impl(f"alterrec_fast::{name}_backward", key, _triton_backward, lib=library.LIBRARY)
+library.TRITON_OPS.add("slice_cross_entropy")

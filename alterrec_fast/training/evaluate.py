@@ -110,7 +110,7 @@ def evaluate(recommender: Recommender, sessions: Sessions, counts: np.ndarray, c
             out = {}
             for name, view in views.items():
                 depth = min(DEPTH, view.catalog.shape[0])
-                out[name] = top_k(view.query(queries), view.catalog, depth, backend=config.backend)[1]
+                out[name] = top_k(view.query(queries), view.catalog, k=depth, backend=config.backend)[1]
             return out
 
         found = measure(rank, sessions, counts, config.group_edges, config.max_length, config.eval_targets)

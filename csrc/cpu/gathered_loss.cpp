@@ -31,7 +31,7 @@ GatheredLoss::GatheredLoss(const LossProblem& problem, const Negatives& negative
       query_(float_rows(problem.query, 0, rows_, problem.bf16, query_copy_, &query_stride_)),
       wanted_(problem, query_, query_stride_) {
   for (int64_t i = 0; i < rows_ * negatives.count; ++i) {
-    check_id("negatives", i / negatives.count, negatives.at(i), -1, 0, problem.catalog.rows);
+    check_id("neg", i / negatives.count, negatives.at(i), -1, 0, problem.catalog.rows);
   }
 }
 

@@ -9,7 +9,7 @@ SharedNegatives::SharedNegatives(const LossProblem& problem, const Negatives& ne
   const int64_t stop = problem.catalog.rows;
   std::vector<int64_t> drawn;
   for (int64_t i = 0; i < negatives.count; ++i) {
-    check_id("negatives", i, negatives.at(i), -1, 0, stop);
+    check_id("neg", i, negatives.at(i), -1, 0, stop);
     if (negatives.at(i) >= 0) drawn.push_back(negatives.at(i));
   }
   std::sort(drawn.begin(), drawn.end());

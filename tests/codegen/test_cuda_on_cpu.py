@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 
-from alterrec_fast.ops import register, sampled_softmax
+from alterrec_fast.ops import library, sampled_softmax
 from tests.ops.loss_helpers import assert_no_worse, call, needs_native, widened
 from tests.ops.test_sampled_softmax import BF16_LEAST, problem
 
@@ -76,7 +76,7 @@ def test_the_extension_has_it() -> None:
     """Built where nvcc is, imported without a driver."""
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc")
-    assert "sampled_softmax" in register.CUDA_OPS
+    assert "sampled_softmax" in library.CUDA_OPS
     for op in ("sampled_softmax", "sampled_softmax_backward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"alterrec_fast::{op}", "CUDA")
 
@@ -137,7 +137,7 @@ def test_no_rows_and_no_negatives() -> None:
     ("change", "message"),
     [
         ({"target": 50}, r"target: row 4 holds 50, expected -100 or an id in \[0, 50\)"),
-        ({"negatives": -2}, r"negatives: row 4 holds -2, expected -1 or an id in \[0, 50\)"),
+        ({"neg": -2}, r"neg: row 4 holds -2, expected -1 or an id in \[0, 50\)"),
         ({"positives": 50}, r"positives: row 4 holds 50, expected -1 or an id in \[0, 50\)"),
         ({"query": float("inf")}, r"scores: row 4 has a score of (-?inf|-?nan), expected a finite one"),
     ],

@@ -9,11 +9,11 @@ pytest.importorskip("triton")
 from alterrec_fast.benchmarks import gpu_model
 from alterrec_fast.benchmarks.gpu_model import Call
 
-from alterrec_fast.ops import register
+from alterrec_fast.ops import library
 
 pytestmark = [
     pytest.mark.proof,
-    pytest.mark.skipif(register.INTERPRETED, reason="the interpreter has taken the compiler's place"),
+    pytest.mark.skipif(library.INTERPRETED, reason="the interpreter has taken the compiler's place"),
 ]
 
 

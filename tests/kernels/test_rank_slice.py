@@ -15,7 +15,7 @@ from alterrec_fast.kernels.rank_slice.sample import SPREAD
 from torch import Tensor
 
 import alterrec_fast as af
-from alterrec_fast.ops import register
+from alterrec_fast.ops import library
 from alterrec_fast.ops.slices import bits_width, exclude_lists, uses_bits
 from tests.conftest import integers
 
@@ -41,9 +41,9 @@ def same(
 ) -> None:
     """Asserts equality, bit for bit, with the reference and with the native engine."""
     members, best, thresholds = launched(query, catalog, start, stop, top, luck, **options)
-    engines = ["reference"] if register.NO_EXTENSION else ["reference", "native"]
+    engines = ["reference"] if library.NO_EXTENSION else ["reference", "native"]
     for engine in engines:
-        want = af.rank_slice(query, catalog, start, stop, top, backend=engine, **options)
+        want = af.rank_slice(query, catalog, start=start, stop=stop, top=top, backend=engine, **options)
         assert torch.equal(members, want.ids if want.bits is None else want.bits), engine
         assert torch.equal(best, want.top), engine
         assert torch.equal(thresholds, want.thresholds), engine
@@ -151,8 +151,8 @@ def test_a_catalog_sorted_by_popularity_misses_nothing(top: int, missed: list[in
     generator = torch.Generator().manual_seed(5)
     query, catalog = torch.randn(2, 16, generator=generator), torch.randn(6_000, 16, generator=generator)
     popular = -6.0 * torch.arange(1.0, 6_001).log()
-    found = af.rank_slice(query, catalog, 20, 150, top, bias=popular, backend="triton")
-    want = af.rank_slice(query, catalog, 20, 150, top, bias=popular, backend="reference")
+    found = af.rank_slice(query, catalog, start=20, stop=150, top=top, bias=popular, backend="triton")
+    want = af.rank_slice(query, catalog, start=20, stop=150, top=top, bias=popular, backend="reference")
     assert torch.equal(found.indices(), want.indices())
     assert missed == [0]
 
@@ -197,7 +197,7 @@ def test_rounds_to_bfloat16_as_the_reference_does() -> None:
     generator = torch.Generator().manual_seed(5)
     query, catalog = torch.randn(2, 48, generator=generator), torch.randn(3_000, 48, generator=generator)
     for precision in ("fp32", "bf16"):
-        found = af.rank_slice(query, catalog, 20, 1_500, 5, precision=precision, backend="triton")
+        found = af.rank_slice(query, catalog, start=20, stop=1_500, top=5, precision=precision, backend="triton")
         q, e = (x.bfloat16().double() if precision == "bf16" else x.double() for x in (query, catalog))
         scores = q @ e.T
         ranked = scores.sort(1, descending=True).values
@@ -234,7 +234,7 @@ def test_luck_is_the_rule(missed: list[int]) -> None:
     catalog = torch.randn(4_000, 16, generator=generator) + torch.arange(4_000)[:, None] / 2_000  # sorted, in a way
     query = torch.randn(6, 16, generator=generator)
     for start, stop in ((20, 2_000), (1_500, 1_600)):
-        af.rank_slice(query, catalog, start, stop, 5, backend="triton")
+        af.rank_slice(query, catalog, start=start, stop=stop, top=5, backend="triton")
     assert len(missed) == 2
     assert sum(missed) <= 1
 
@@ -242,8 +242,8 @@ def test_luck_is_the_rule(missed: list[int]) -> None:
 def test_no_session_and_an_empty_slice() -> None:
     query, catalog = integers(2, 8, 1), integers(90, 8, 2)
     for rows in (query, query[:0]):
-        found = af.rank_slice(rows, catalog, 5, 5, backend="triton")
-        want = af.rank_slice(rows, catalog, 5, 5, backend="reference")
+        found = af.rank_slice(rows, catalog, start=5, stop=5, backend="triton")
+        want = af.rank_slice(rows, catalog, start=5, stop=5, backend="reference")
         assert torch.equal(found.indices(), want.indices())
         assert torch.equal(found.thresholds, want.thresholds)
 
@@ -253,17 +253,19 @@ def test_bad_values_are_named() -> None:
     broken = catalog.clone()
     broken[40, 3] = float("inf")
     with pytest.raises(ValueError, match=r"scores: row 0 has a score of inf, expected a finite one"):
-        af.rank_slice(query, broken, 3, 50, backend="triton")
+        af.rank_slice(query, broken, start=3, stop=50, backend="triton")
     same(query, broken, 3, 50, 2, {}, first_item=41)  # padding may hold anything
-    af.rank_slice(query, broken * float("nan"), 3, 50, 4, check=False, backend="triton")  # no promise but to return
+    af.rank_slice(
+        query, broken * float("nan"), start=3, stop=50, top=4, check=False, backend="triton"
+    )  # no promise but to return
     with pytest.raises(ValueError, match="exclude: row 2 holds 300, expected an id below 300"):
-        af.rank_slice(query, catalog, 3, 50, exclude=torch.tensor([1, 2, 300]), backend="triton")
+        af.rank_slice(query, catalog, start=3, stop=50, exclude=torch.tensor([1, 2, 300]), backend="triton")
 
 
 def test_masked_items_may_score_minus_infinity_unchecked() -> None:
     query, catalog, bias = integers(2, 8, 1), integers(900, 8, 2), torch.zeros(900)
     bias[::3] = -float("inf")
-    found = af.rank_slice(query, catalog, 20, 800, 5, bias=bias, check=False, backend="triton")
-    want = af.rank_slice(query, catalog, 20, 800, 5, bias=bias, check=False, backend="reference")
+    found = af.rank_slice(query, catalog, start=20, stop=800, top=5, bias=bias, check=False, backend="triton")
+    want = af.rank_slice(query, catalog, start=20, stop=800, top=5, bias=bias, check=False, backend="reference")
     assert torch.equal(found.mask(), want.mask())
     assert torch.equal(found.thresholds, want.thresholds)

@@ -73,7 +73,7 @@ def test_no_rows_and_no_negatives() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"negatives": 50}, r"negatives: row 4 holds 50, expected -1 or an id in \[0, 50\)"),
+        ({"neg": 50}, r"neg: row 4 holds 50, expected -1 or an id in \[0, 50\)"),
         ({"query": math.inf}, r"scores: row 4 has a score of (-?inf|nan), expected a finite one"),
     ],
 )
@@ -89,7 +89,7 @@ def test_wrong_values(shared: bool, change: dict[str, float], message: str) -> N
 @pytest.mark.parametrize("shared", [False, True])
 def test_opcheck(shared: bool) -> None:
     query, catalog, options = problem(4, 30, 8, 12, shared)
-    rest = (options["target"], options["negatives"], torch.randn(30), options["positives"], 0.5, 0.7)
+    rest = (options["target"], options["neg"], torch.randn(30), options["positives"], 0.5, 0.7)
     kept = 4 * (12 + 3) * 4 if not shared else 4 * 3 * 4
     torch.library.opcheck(
         torch.ops.alterrec_fast.sampled_softmax_triton.default,

@@ -10,7 +10,7 @@ from alterrec_fast.kernels import top_k as kernels
 from torch import Tensor
 
 import alterrec_fast as af
-from alterrec_fast.ops import register
+from alterrec_fast.ops import library
 from alterrec_fast.ops.slices import exclude_lists
 from tests.conftest import integers
 
@@ -19,8 +19,8 @@ def same(query: Tensor, catalog: Tensor, k: int, luck: dict[str, float], **optio
     lists = exclude_lists(options.get("exclude"), query.shape[0], query.device)
     tail = (options.get("bias"), options.get("first_item", 0), options.get("precision", "fp32"), True)
     scores, items, _ = kernels.top_k_fwd(query, catalog, k, *lists, *tail, **luck)
-    for engine in ["reference"] if register.NO_EXTENSION else ["reference", "native"]:
-        want = af.top_k(query, catalog, k, backend=engine, **options)
+    for engine in ["reference"] if library.NO_EXTENSION else ["reference", "native"]:
+        want = af.top_k(query, catalog, k=k, backend=engine, **options)
         assert torch.equal(scores, want[0]), engine
         assert torch.equal(items, want[1]), engine
 
@@ -59,7 +59,7 @@ def test_blocks_of_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_shapes_at_their_extremes() -> None:
     for b, v, d, k in ((1, 1, 1, 1), (65, 130, 3, 2), (2, 63, 1_024, 63), (2, 9, 2, 0)):
         same(integers(b, d, b), integers(v, d, v), k, {})
-    nobody = af.top_k(integers(2, 4, 1)[:0], integers(9, 4, 2), 3, backend="triton")
+    nobody = af.top_k(integers(2, 4, 1)[:0], integers(9, 4, 2), k=3, backend="triton")
     assert [x.shape for x in nobody] == [(0, 3), (0, 3)]
 
 
@@ -68,5 +68,5 @@ def test_bad_values_are_named() -> None:
     catalog[40, 3] = float("nan")
     for k in (2, 250):
         with pytest.raises(ValueError, match=r"scores: row 0 has a score of nan, expected a finite one"):
-            af.top_k(query, catalog, k, backend="triton")
-        af.top_k(query, catalog, k, check=False, backend="triton")  # no promise but to return
+            af.top_k(query, catalog, k=k, backend="triton")
+        af.top_k(query, catalog, k=k, check=False, backend="triton")  # no promise but to return

@@ -125,12 +125,12 @@ def test_positives_follow_their_rows() -> None:
     query, catalog, target = sequences(3, 4, 2)
     positives = torch.randint(-1, V, (3, 4, 2))
     real = target != -100
-    neg = af.rank_slice(query[real], catalog, 5, 60)
+    neg = af.rank_slice(query[real], catalog, start=5, stop=60)
     loss = af.SliceCrossEntropy(positive_weight=0.5, temperature=0.3)
     torch.testing.assert_close(
         loss(query, catalog, target, neg, positives),
         af.slice_cross_entropy(
-            query[real], catalog, target[real], neg, positives[real], positive_weight=0.5, temperature=0.3
+            query[real], catalog, target[real], neg, positives=positives[real], positive_weight=0.5, temperature=0.3
         ),
     )
     sampled = af.SampledSoftmaxLoss(positive_weight=0.5)(query, catalog, target, torch.arange(30), positives)
@@ -171,7 +171,7 @@ def test_autocast_is_bf16_with_a_float32_loss_and_gradients_of_the_inputs_dtype(
     real = target != -100
     others = {
         "FullSoftmaxLoss": (),
-        "SliceCrossEntropy": (af.rank_slice(query[real], catalog, 5, 60),),
+        "SliceCrossEntropy": (af.rank_slice(query[real], catalog, start=5, stop=60),),
         "SampledSoftmaxLoss": (torch.arange(40),),
     }[name]
     bias = torch.randn(V)
@@ -201,7 +201,7 @@ def test_one_graph_with_padding() -> None:
     query, catalog, target = sequences(3, 4, 5)
     losses = {
         af.FullSoftmaxLoss(): (),
-        af.SliceCrossEntropy(): (af.rank_slice(query.flatten(0, 1), catalog, 3, 50),),
+        af.SliceCrossEntropy(): (af.rank_slice(query.flatten(0, 1), catalog, start=3, stop=50),),
         af.SampledSoftmaxLoss(): (torch.arange(40),),
     }
     for loss, others in losses.items():
@@ -232,7 +232,7 @@ def test_one_graph_with_padding() -> None:
             "negatives must have a row for each of the 7 targets that are not ignored, or for all 12, got 3 rows",
         ),
         (
-            lambda q, e, t: af.SliceCrossEntropy()(q, e, t, af.rank_slice(q[0], e, 0, 5)),
+            lambda q, e, t: af.SliceCrossEntropy()(q, e, t, af.rank_slice(q[0], e, start=0, stop=5)),
             "neg must have a row for each of the 7 targets that are not ignored, or for all 12, got 4 rows",
         ),
         (

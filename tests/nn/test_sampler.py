@@ -231,34 +231,6 @@ def test_a_run_that_goes_on_draws_what_it_would_have_drawn() -> None:
     assert torch.equal(other.sample(query, catalog, target, 9, history, torch.arange(B)), ids)
 
 
-def test_thresholds_of_each_session_are_kept_for_the_next_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    import alterrec_fast.nn.sampler as module
-
-    guesses: list[Tensor] = []
-
-    def spied(*args: Any, **options: Any) -> af.RankSlice:
-        guesses.append(options["guess"].clone())
-        return af.rank_slice(*args, **options)
-
-    monkeypatch.setattr(module, "rank_slice", spied)
-    query, catalog, target, _ = batch(6, padding=-100)
-    sampler = af.RankSliceSampler(3, 40, num_sessions=50)
-    session = torch.tensor([7, 40, 2, 49, 0])
-    found = [sampler(query, catalog, target, session=s) for s in (session, session)]
-    order = torch.tensor([3, 0, 4, 1, 2])  # another epoch, another order, and sequences cut shorter
-    short = sampler(query[order, :2], catalog, target[order, :2], session=session[order])
-    assert torch.equal(guesses[0], torch.tensor([math.inf, -math.inf]).expand_as(guesses[0]))
-    assert torch.equal(guesses[1], found[0].thresholds) and torch.equal(guesses[2], short.thresholds)
-    longer = torch.nn.functional.pad(target, (0, 2), value=-100)
-    sampler(torch.nn.functional.pad(query, (0, 0, 0, 2)), catalog, longer, session=session)
-    assert torch.equal(guesses[3], found[0].thresholds)
-    rows = af.RankSliceSampler(3, 40, num_sessions=50)
-    for _ in range(2):
-        single = rows(query[:, 0], catalog, target[:, 0], session=session)
-    assert torch.equal(guesses[5], single.thresholds) and rows.thresholds is not None
-    assert rows.thresholds.shape == (50, 1, 2)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

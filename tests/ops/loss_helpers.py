@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from alterrec_fast.ops import register
+from alterrec_fast.ops import library
 
-needs_native = pytest.mark.skipif(bool(register.NO_EXTENSION), reason="the extension is not built")
+needs_native = pytest.mark.skipif(bool(library.NO_EXTENSION), reason="the extension is not built")
 
 
 def call(

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 import alterrec_fast as af
-from alterrec_fast.ops import register
+from alterrec_fast.ops import library
 from tests.conftest import integers, pytest_configure
 from tests.ops.loss_helpers import assert_no_worse, call, needs_native
 from tests.ops.test_rank_slice import same as same_slice
 from tests.ops.test_top_k import same as same_top_k
 
-if not register.NO_EXTENSION:
+if not library.NO_EXTENSION:
     from alterrec_fast import _C
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_ci_skips_nothing_for_want_of_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "export CI_NO_SKIP=1\n" in (ROOT / ".ci" / "run").read_text()
-    monkeypatch.setattr(register, "NO_EXTENSION", "no compiler")
+    monkeypatch.setattr(library, "NO_EXTENSION", "no compiler")
     monkeypatch.delenv("CI_NO_SKIP", raising=False)
     pytest_configure()
     monkeypatch.setenv("CI_NO_SKIP", "1")
@@ -43,10 +43,10 @@ def test_sizes_at_their_extremes(b: int, v: int, d: int) -> None:
     same_slice(query, catalog, v // 50, v // 2, 5)
     same_top_k(query, catalog, 20)
     target = torch.arange(b) % v
-    neg = af.rank_slice(query, catalog, v // 50, v // 2)
+    neg = af.rank_slice(query, catalog, start=v // 50, stop=v // 2)
     ids = torch.randint(v, (b, 30), generator=torch.Generator().manual_seed(3))
     query, catalog = query / d**0.5, catalog / d**0.5
-    for op, options in ((af.slice_cross_entropy, {"neg": neg}), (af.sampled_softmax, {"negatives": ids})):
+    for op, options in ((af.slice_cross_entropy, {"neg": neg}), (af.sampled_softmax, {"neg": ids})):
         ours, theirs = (
             call(op, query, catalog, target=target, backend=backend, **options) for backend in ("native", "reference")
         )
@@ -67,8 +67,8 @@ def step(
     teacher_query: Tensor, teacher_catalog: Tensor, query: Tensor, catalog: Tensor, target: Tensor, ids: Tensor
 ) -> Tensor:
     """All four ops in one function."""
-    neg = af.rank_slice(teacher_query, teacher_catalog, 20, 200, top=5, exclude=target)
-    scores, _ = af.top_k(query, catalog, 5)
+    neg = af.rank_slice(teacher_query, teacher_catalog, start=20, stop=200, top=5, exclude=target)
+    scores, _ = af.top_k(query, catalog, k=5)
     loss = af.slice_cross_entropy(2 * query, catalog, target, neg, positives=neg.top)
     return loss + af.sampled_softmax(query, catalog, target, ids) + (query.sum(1) - scores.mean(1)).square().mean()
 
@@ -98,8 +98,8 @@ def test_one_step_of_all_ops_compiles_with_inductor(tmp_path: Path, monkeypatch:
 @needs_native
 def test_what_ranks_asks_for_no_gradient() -> None:
     query, catalog = (x.requires_grad_() for x in (integers(3, 4, 1), integers(90, 4, 2)))
-    neg = af.rank_slice(query, catalog, 5, 50)
-    assert not neg.thresholds.requires_grad and not af.top_k(query, catalog, 5)[0].requires_grad
+    neg = af.rank_slice(query, catalog, start=5, stop=50)
+    assert not neg.thresholds.requires_grad and not af.top_k(query, catalog, k=5)[0].requires_grad
 
 
 def resident() -> int:

@@ -46,7 +46,17 @@ def test_rank_slice_is_the_slice_of_a_stable_sort(size: tuple[int, int, int], se
     top = data.draw(st.integers(0, v - first))
     query, catalog, bias = integers(b, d, seed), integers(v, d, seed + 1), integers(1, v, seed + 2)[0]
     exclude = torch.randint(-2, v, (b, 3), generator=torch.Generator().manual_seed(seed))
-    found = af.rank_slice(query, catalog, start, stop, top, exclude, bias=bias, first_item=first, backend="reference")
+    found = af.rank_slice(
+        query,
+        catalog,
+        start=start,
+        stop=stop,
+        top=top,
+        exclude=exclude,
+        bias=bias,
+        first_item=first,
+        backend="reference",
+    )
     scores = query @ catalog.T + bias
     for row in range(b):
         order = [item + first for item in ranking(scores[row, first:])]
@@ -66,7 +76,7 @@ def test_top_k_is_the_head_of_a_stable_sort(size: tuple[int, int, int], seed: in
     k = data.draw(st.integers(0, v - first))
     query, catalog = integers(b, d, seed), integers(v, d, seed + 1)
     exclude = torch.randint(-2, v, (b, 3), generator=torch.Generator().manual_seed(seed))
-    scores, items = af.top_k(query, catalog, k, exclude, first_item=first, backend="reference")
+    scores, items = af.top_k(query, catalog, k=k, exclude=exclude, first_item=first, backend="reference")
     dense = query @ catalog.T
     for row in range(b):
         order = [item + first for item in ranking(dense[row, first:])]
@@ -80,7 +90,10 @@ def test_the_three_forms_of_exclude_agree() -> None:
     ids = torch.tensor([3, -1, 7, 29])
     matrix = torch.stack([ids, torch.full_like(ids, -5)], 1).int()
     lists = (torch.tensor([3, 7, 29]), torch.tensor([0, 1, 1, 2, 3]))
-    slices = [af.rank_slice(query, catalog, 0, 30, exclude=x, backend="reference").mask() for x in (ids, matrix, lists)]
+    slices = [
+        af.rank_slice(query, catalog, start=0, stop=30, exclude=x, backend="reference").mask()
+        for x in (ids, matrix, lists)
+    ]
     assert torch.equal(slices[0], slices[1])
     assert torch.equal(slices[0], slices[2])
     assert (~slices[0]).sum() == 3
@@ -102,7 +115,16 @@ def test_slice_cross_entropy_is_the_papers_sum(
     positives = torch.randint(-1, v, (b, 3), generator=generator)
     leaves = [x.requires_grad_() for x in (query, catalog, bias)]
     loss = af.slice_cross_entropy(
-        query, catalog, target, neg, positives, 0.5, 0.7, bias, reduction="none", backend="reference"
+        query,
+        catalog,
+        target,
+        neg,
+        positives=positives,
+        positive_weight=0.5,
+        temperature=0.7,
+        bias=bias,
+        reduction="none",
+        backend="reference",
     )
     y = (query @ catalog.T + bias) / 0.7
     rows = [
@@ -143,8 +165,8 @@ def test_sampled_softmax_is_the_papers_sum(
     positives = torch.randint(-1, v, (b, 2), generator=generator)
     leaves = [x.requires_grad_() for x in (query, catalog, bias)]
     loss = af.sampled_softmax(
-        query, catalog, target, negatives, log_q, positives, 0.5, 0.7, bias, "sum", sparse_grad=sparse,
-        backend="reference",
+        query, catalog, target, negatives, log_q=log_q, positives=positives, positive_weight=0.5, temperature=0.7,
+        bias=bias, reduction="sum", sparse_grad=sparse, backend="reference",
     )  # fmt: skip
     y = (query @ catalog.T + bias) / 0.7 - log_q
     expected = y.sum() * 0.0
@@ -167,8 +189,8 @@ def test_row_blocks_change_nothing(rows_a_block: int, monkeypatch: pytest.Monkey
     target, negatives = torch.tensor([1, 2, 3, 4, 5]), torch.randint(0, 40, (5, 8))
 
     def everything() -> list[torch.Tensor]:
-        neg = af.rank_slice(query, catalog, 3, 30, top=2, backend="reference")
-        loss = af.slice_cross_entropy(query, catalog, target, neg, neg.top, backend="reference")
+        neg = af.rank_slice(query, catalog, start=3, stop=30, top=2, backend="reference")
+        loss = af.slice_cross_entropy(query, catalog, target, neg, positives=neg.top, backend="reference")
         loss = loss + af.sampled_softmax(query, catalog, target, negatives, backend="reference")
         grads = torch.autograd.grad(loss, (query, catalog))
         return [neg.mask(), neg.top, neg.thresholds, loss.detach(), *grads]
@@ -190,10 +212,23 @@ def test_gradcheck(shared: bool, with_slice: bool) -> None:
     negatives = torch.randint(0, 9, (4,) if shared else (3, 4), generator=generator)
 
     def slice_loss(q: torch.Tensor, e: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
-        return af.slice_cross_entropy(q, e, target, neg, positives, 0.5, 0.3, o, backend="reference")
+        return af.slice_cross_entropy(
+            q, e, target, neg, positives=positives, positive_weight=0.5, temperature=0.3, bias=o, backend="reference"
+        )
 
     def sampled_loss(q: torch.Tensor, e: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
-        return af.sampled_softmax(q, e, target, negatives, None, positives, 0.5, 0.3, o, backend="reference")
+        return af.sampled_softmax(
+            q,
+            e,
+            target,
+            negatives,
+            log_q=None,
+            positives=positives,
+            positive_weight=0.5,
+            temperature=0.3,
+            bias=o,
+            backend="reference",
+        )
 
     assert torch.autograd.gradcheck(slice_loss, (query, catalog, bias))
     assert torch.autograd.gradcheck(sampled_loss, (query, catalog, bias))
@@ -229,7 +264,7 @@ def test_bf16_rounds_the_inputs_and_keeps_their_gradients_dtype() -> None:
     target = torch.tensor([1, 2, 3, 4])
     rounded = [x.detach().bfloat16().float() for x in (query, catalog)]
     loss = af.slice_cross_entropy(query, catalog, target, precision="bf16", backend="reference")
-    torch.testing.assert_close(loss, af.slice_cross_entropy(*rounded, target, backend="reference"))
+    torch.testing.assert_close(loss, af.slice_cross_entropy(*rounded, target=target, backend="reference"))
     loss.backward()
     assert query.grad is not None and query.grad.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
@@ -244,24 +279,23 @@ def test_bf16_rounds_the_inputs_and_keeps_their_gradients_dtype() -> None:
 def test_bad_arguments_are_named() -> None:
     q, e, t = torch.randn(2, 3), torch.randn(5, 3), torch.tensor([0, 1])
     wrong: list[tuple[type[Exception], str, object]] = [
-        (TypeError, "float16", lambda: af.top_k(q.half(), e.half(), 1)),
-        (TypeError, "float64", lambda: af.top_k(q.double(), e, 1, backend="reference")),
-        (ValueError, "3 and 2", lambda: af.top_k(q, e[:, :2], 1)),
-        (ValueError, "2-D", lambda: af.top_k(q[0], e, 1)),
-        (ValueError, "unit last stride", lambda: af.top_k(q, torch.randn(3, 5).T, 1)),
-        (ValueError, "rank 6 is beyond the catalog, which holds 5", lambda: af.top_k(q, e, 6)),
-        (ValueError, "rank 5 is beyond the catalog, which holds 4", lambda: af.top_k(q, e, 5, first_item=1)),
-        (ValueError, "start=3, stop=2", lambda: af.rank_slice(q, e, 3, 2)),
-        (ValueError, "start=-1", lambda: af.rank_slice(q, e, -1, 2)),
-        (ValueError, r"guess must be \(2, 2\)", lambda: af.rank_slice(q, e, 0, 2, guess=torch.zeros(3, 2))),
-        (ValueError, r"bias must be \(5,\)", lambda: af.top_k(q, e, 1, bias=torch.zeros(4))),
-        (ValueError, "first_item", lambda: af.top_k(q, e, 0, first_item=6)),
-        (ValueError, "precision", lambda: af.top_k(q, e, 1, precision="fp8")),
-        (ValueError, "backend", lambda: af.top_k(q, e, 1, backend="cuda")),
-        (ValueError, "exclude: row 1 holds 5", lambda: af.top_k(q, e, 1, torch.tensor([4, 5]))),
+        (TypeError, "float16", lambda: af.top_k(q.half(), e.half(), k=1)),
+        (TypeError, "float64", lambda: af.top_k(q.double(), e, k=1, backend="reference")),
+        (ValueError, "3 and 2", lambda: af.top_k(q, e[:, :2], k=1)),
+        (ValueError, "2-D", lambda: af.top_k(q[0], e, k=1)),
+        (ValueError, "unit last stride", lambda: af.top_k(q, torch.randn(3, 5).T, k=1)),
+        (ValueError, "rank 6 is beyond the catalog, which holds 5", lambda: af.top_k(q, e, k=6)),
+        (ValueError, "rank 5 is beyond the catalog, which holds 4", lambda: af.top_k(q, e, k=5, first_item=1)),
+        (ValueError, "start=3, stop=2", lambda: af.rank_slice(q, e, start=3, stop=2)),
+        (ValueError, "start=-1", lambda: af.rank_slice(q, e, start=-1, stop=2)),
+        (ValueError, r"bias must be \(5,\)", lambda: af.top_k(q, e, k=1, bias=torch.zeros(4))),
+        (ValueError, "first_item", lambda: af.top_k(q, e, k=0, first_item=6)),
+        (ValueError, "precision", lambda: af.top_k(q, e, k=1, precision="fp8")),
+        (ValueError, "backend", lambda: af.top_k(q, e, k=1, backend="cuda")),
+        (ValueError, "exclude: row 1 holds 5", lambda: af.top_k(q, e, k=1, exclude=torch.tensor([4, 5]))),
         (ValueError, "temperature", lambda: af.slice_cross_entropy(q, e, t, temperature=0.0)),
         (ValueError, "reduction", lambda: af.slice_cross_entropy(q, e, t, reduction="avg")),
-        (ValueError, "keep_bytes", lambda: af.slice_cross_entropy(q, e, t, keep_bytes=-1)),
+        (ValueError, "max_saved_bytes", lambda: af.slice_cross_entropy(q, e, t, max_saved_bytes=-1)),
         (ValueError, "target must be", lambda: af.slice_cross_entropy(q, e, t[:1])),
         (TypeError, "target must be int", lambda: af.slice_cross_entropy(q, e, t.float())),
         (ValueError, "row 1 holds 7", lambda: af.slice_cross_entropy(q, e, torch.tensor([0, 7]))),
@@ -273,7 +307,7 @@ def test_bad_arguments_are_named() -> None:
             "first_item 1 or more, as here, got 0",
             lambda: af.slice_cross_entropy(q, e, t, af.RankSlice.uniform(2, 5, 3), first_item=1),
         ),
-        (ValueError, "negatives: row 1 holds 9", lambda: af.sampled_softmax(q, e, t, torch.tensor([[0], [9]]))),
+        (ValueError, "neg: row 1 holds 9", lambda: af.sampled_softmax(q, e, t, torch.tensor([[0], [9]]))),
         (ValueError, r"log_q must be \(5,\)", lambda: af.sampled_softmax(q, e, t, t, log_q=torch.zeros(4))),
     ]
     for error, message, call in wrong:
@@ -287,19 +321,19 @@ def test_a_score_that_is_not_finite_is_named(value: float) -> None:
     catalog[4, 0] = value
     target = torch.zeros(3, dtype=torch.int64)
     for call in (
-        lambda: af.rank_slice(query, catalog, 0, 2, backend="reference"),
-        lambda: af.top_k(query, catalog, 2, backend="reference"),
+        lambda: af.rank_slice(query, catalog, start=0, stop=2, backend="reference"),
+        lambda: af.top_k(query, catalog, k=2, backend="reference"),
         lambda: af.slice_cross_entropy(query, catalog, target, backend="reference"),
         lambda: af.sampled_softmax(query, catalog, target, torch.full((3, 1), 4), backend="reference"),
     ):
         with pytest.raises(ValueError, match="scores: row 0"):
             call()
-    assert af.top_k(query, catalog[:4], 2, backend="reference")[1].tolist() == [[0, 1]] * 3
-    af.top_k(query, catalog, 2, check=False, backend="reference")  # unchecked values pass
+    assert af.top_k(query, catalog[:4], k=2, backend="reference")[1].tolist() == [[0, 1]] * 3
+    af.top_k(query, catalog, k=2, check=False, backend="reference")  # unchecked values pass
 
 
 def test_non_contiguous_rows() -> None:
     wide = torch.randn(20, 16)
-    expected = af.top_k(wide[:4, :7].contiguous(), wide[4:, :7].contiguous(), 5, backend="reference")
-    found = af.top_k(wide[:4, :7], wide[4:, :7], 5, backend="reference")
+    expected = af.top_k(wide[:4, :7].contiguous(), wide[4:, :7].contiguous(), k=5, backend="reference")
+    found = af.top_k(wide[:4, :7], wide[4:, :7], k=5, backend="reference")
     assert torch.equal(expected[1], found[1])

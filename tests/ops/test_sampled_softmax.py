@@ -37,7 +37,7 @@ def problem(b: int, v: int, d: int, n: int, shared: bool, seed: int = 0) -> Any:
     elif b > 3:
         negatives[2] = -1
         negatives[0, : n // 2] = target[0]
-    return query, catalog, {"target": target, "negatives": negatives, "positives": positives}
+    return query, catalog, {"target": target, "neg": negatives, "positives": positives}
 
 
 def compare(query: Tensor, catalog: Tensor, options: dict[str, Any], **more: Any) -> None:
@@ -165,7 +165,7 @@ def test_extreme_logits(shared: bool) -> None:
     query, catalog = torch.full((4, 2), 50.0), torch.zeros(300, 2)
     catalog[:, 0] = torch.linspace(-40, 40, 300)
     negatives = torch.randint(0, 300, (90,) if shared else (4, 90))
-    options = {"target": torch.tensor([7, 70, 299, 0]), "negatives": negatives, "temperature": 0.07}
+    options = {"target": torch.tensor([7, 70, 299, 0]), "neg": negatives, "temperature": 0.07}
     got = native(query, catalog, **options)
     for ours, truth in zip(got, reference(query.double(), catalog.double(), **options), strict=True):
         assert ours.isfinite().all()
@@ -188,7 +188,7 @@ def test_rows_that_are_not_contiguous() -> None:
     query, catalog, options = problem(40, 900, 24, 50, False)
     wide_query, wide_catalog = torch.zeros(40, 60), torch.zeros(900, 31)
     wide_query[:, 3:27], wide_catalog[:, :24] = query, catalog
-    flipped = dict(options, negatives=options["negatives"].T.contiguous().T)
+    flipped = dict(options, neg=options["neg"].T.contiguous().T)
     apart = native(wide_query[:, 3:27], wide_catalog[:, :24], **flipped)
     for ours, theirs in zip(apart, native(query, catalog, **options), strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -201,8 +201,8 @@ def test_rows_that_are_not_contiguous() -> None:
     ("change", "message"),
     [
         ({"target": 50}, r"target: row 4 holds 50, expected -100 or an id in \[0, 50\)"),
-        ({"negatives": 50}, r"negatives: row 4 holds 50, expected -1 or an id in \[0, 50\)"),
-        ({"negatives": -2}, r"negatives: row 4 holds -2, expected -1 or an id in \[0, 50\)"),
+        ({"neg": 50}, r"neg: row 4 holds 50, expected -1 or an id in \[0, 50\)"),
+        ({"neg": -2}, r"neg: row 4 holds -2, expected -1 or an id in \[0, 50\)"),
         ({"positives": -2}, r"positives: row 4 holds -2, expected -1 or an id in \[0, 50\)"),
         ({"query": math.inf}, r"scores: row 4 has a score of (-?inf|nan), expected a finite one"),
     ],
@@ -231,7 +231,7 @@ def test_gradients_of_the_reference(shared: bool) -> None:
 @pytest.mark.parametrize("shared", [False, True])
 def test_opcheck(shared: bool) -> None:
     query, catalog, options = problem(9, 60, 8, 20, shared)
-    ids = [options[name] for name in ("target", "negatives")]
+    ids = [options[name] for name in ("target", "neg")]
     bias, log_q = torch.randn(60, requires_grad=True), torch.randn(60)
     forward = torch.ops.alterrec_fast.sampled_softmax
     rest = (*ids, log_q, options["positives"], 0.5, 0.7)

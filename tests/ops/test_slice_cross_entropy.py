@@ -71,26 +71,34 @@ def test_matches_the_reference(b: int, v: int, d: int, form: str, precision: str
     d=st.integers(1, 70),
     form=st.sampled_from(["bits", "ids", "all"]),
     density=st.sampled_from([0.0, 0.002, 0.02, 0.5, 1.0]),
-    keep_bytes=st.sampled_from([0, 50_000, 1 << 28]),
+    max_saved_bytes=st.sampled_from([0, 50_000, 1 << 28]),
     temperature=st.sampled_from([0.07, 1.0, 3.0]),
     with_bias=st.booleans(),
     seed=st.integers(0, 1_000),
 )
 def test_any_shape_and_option(
-    b: int, v: int, d: int, form: str, density: float, keep_bytes: int, temperature: float, with_bias: bool, seed: int
+    b: int,
+    v: int,
+    d: int,
+    form: str,
+    density: float,
+    max_saved_bytes: int,
+    temperature: float,
+    with_bias: bool,
+    seed: int,
 ) -> None:
     query, catalog, options = problem(b, v, d, form, density, first_item=min(1, v - 1), seed=seed)
     bias = torch.randn(v, generator=torch.Generator().manual_seed(seed)) if with_bias else None
     # Logits are scaled back, since gradients of a saturated softmax are zero in any arithmetic.
-    compare(query / math.sqrt(d), catalog, options, bias=bias, keep_bytes=keep_bytes, temperature=temperature)
+    compare(query / math.sqrt(d), catalog, options, bias=bias, max_saved_bytes=max_saved_bytes, temperature=temperature)
 
 
 @needs_native
-@pytest.mark.parametrize("keep_bytes", [0, 2_000_000, 1 << 28])
-def test_what_is_kept_changes_rounding_only(keep_bytes: int) -> None:
+@pytest.mark.parametrize("max_saved_bytes", [0, 2_000_000, 1 << 28])
+def test_what_is_kept_changes_rounding_only(max_saved_bytes: int) -> None:
     query, catalog, options = problem(120, 2_500, 48, "bits")
-    compare(query, catalog, options, keep_bytes=keep_bytes)
-    compare(query, catalog, options, keep_bytes=keep_bytes, precision="bf16")
+    compare(query, catalog, options, max_saved_bytes=max_saved_bytes)
+    compare(query, catalog, options, max_saved_bytes=max_saved_bytes, precision="bf16")
 
 
 @needs_native
@@ -232,7 +240,7 @@ def test_wrong_values(backend: str, change: dict[str, float], message: str) -> N
         ({"temperature": 0.0}, ValueError, "temperature must be above 0"),
         ({"positive_weight": -1.0}, ValueError, "positive_weight must be at least 0"),
         ({"reduction": "max"}, ValueError, "reduction must be one of"),
-        ({"keep_bytes": -1}, ValueError, "keep_bytes must be at least 0"),
+        ({"max_saved_bytes": -1}, ValueError, "max_saved_bytes must be at least 0"),
         ({"target": torch.zeros(5, dtype=torch.int64)}, ValueError, r"target must be \(6\), got \(5,\)"),
         ({"target": torch.zeros(6)}, TypeError, "target must be int32 or int64"),
         ({"query": torch.zeros(6, 8, dtype=torch.float16)}, TypeError, "query must be float32 or bfloat16"),
@@ -301,8 +309,8 @@ def test_compiles_into_one_graph() -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("keep_bytes", [0, 1 << 28])
-def test_bias_gradient_in_bf16_is_no_worse_than_torchs(keep_bytes: int) -> None:
+@pytest.mark.parametrize("max_saved_bytes", [0, 1 << 28])
+def test_bias_gradient_in_bf16_is_no_worse_than_torchs(max_saved_bytes: int) -> None:
     """Against the same loss written in torch with bfloat16 products; both are compared with float64."""
     g = torch.Generator().manual_seed(4)
     query, catalog = torch.randn(200, 64, generator=g) / 8, torch.randn(900, 64, generator=g)
@@ -315,6 +323,6 @@ def test_bias_gradient_in_bf16_is_no_worse_than_torchs(keep_bytes: int) -> None:
     exact = call(plain, query.double(), catalog.double(), bias.double(), target=target)
     kind = torch.bfloat16
     theirs = call(plain, query, catalog, bias, target=target)
-    ours = native(query, catalog, bias, target=target, precision="bf16", keep_bytes=keep_bytes)
+    ours = native(query, catalog, bias, target=target, precision="bf16", max_saved_bytes=max_saved_bytes)
     error, allowed = (float((x[3].double() - exact[3]).norm() / exact[3].norm()) for x in (ours, theirs))
     assert error <= allowed

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import alterrec_fast as af
-from alterrec_fast.ops import register
+from alterrec_fast.ops import library
 from alterrec_fast.ops.slices import exclude_lists
 
-pytestmark = pytest.mark.skipif(bool(register.NO_EXTENSION), reason="the extension is not built")
-if not register.NO_EXTENSION:
+pytestmark = pytest.mark.skipif(bool(library.NO_EXTENSION), reason="the extension is not built")
+if not library.NO_EXTENSION:
     from alterrec_fast import _C
 
 
@@ -23,12 +23,12 @@ def integers(rows: int, width: int, seed: int) -> Tensor:
     return torch.randint(-3, 4, (rows, width), generator=torch.Generator().manual_seed(seed)).float()
 
 
-def same(query: Tensor, catalog: Tensor, k: int, **options: Any) -> tuple[Tensor, Tensor]:
+def same(query: Tensor, catalog: Tensor, k: int, **options: Any) -> af.TopK:
     """Asserts that both engines return the same items and scores, and returns them."""
-    native = af.top_k(query, catalog, k, backend="native", **options)
-    reference = af.top_k(query, catalog, k, backend="reference", **options)
-    assert torch.equal(native[1], reference[1])
-    assert torch.equal(native[0], reference[0])
+    native = af.top_k(query, catalog, k=k, backend="native", **options)
+    reference = af.top_k(query, catalog, k=k, backend="reference", **options)
+    assert torch.equal(native.indices, reference.indices)
+    assert torch.equal(native.scores, reference.scores)
     return native
 
 
@@ -88,7 +88,7 @@ def test_is_an_op_that_compiles_into_one_graph() -> None:
     torch.library.opcheck(op, (query, catalog, 7, *exclude, catalog[:, 0], 5, "bf16", False))
 
     def best(query: Tensor, catalog: Tensor) -> Tensor:
-        return af.top_k(query, catalog, 7, exclude=torch.arange(4))[0] * 2
+        return af.top_k(query, catalog, k=7, exclude=torch.arange(4))[0] * 2
 
     compiled = torch.compile(best, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(query, catalog), best(query, catalog))
@@ -99,13 +99,13 @@ def test_bad_values_are_named() -> None:
     broken = query.clone()
     broken[2, 1] = float("nan")
     with pytest.raises(ValueError, match="scores: row 2 has a score of nan, expected a finite one"):
-        af.top_k(broken, catalog, 3, backend="native")
+        af.top_k(broken, catalog, k=3, backend="native")
     with pytest.raises(ValueError, match="exclude: row 1 holds 9000"):
-        af.top_k(query, catalog, 3, exclude=torch.tensor([0, 9_000, 1, 1]), backend="native")
+        af.top_k(query, catalog, k=3, exclude=torch.tensor([0, 9_000, 1, 1]), backend="native")
 
 
 def test_a_backend_that_cannot_serve_says_why() -> None:
     query, catalog = integers(4, 8, 1), integers(30, 8, 2)
     with pytest.raises(af.BackendError, match=r"tensors on CPU or CUDA, got torch\.float64 on cpu"):
-        af.top_k(query.double(), catalog.double(), 3, backend="native")
-    assert af.top_k(query.double(), catalog.double(), 3)[1].shape == (4, 3)  # auto: the reference
+        af.top_k(query.double(), catalog.double(), k=3, backend="native")
+    assert af.top_k(query.double(), catalog.double(), k=3)[1].shape == (4, 3)  # auto: the reference

@@ -81,7 +81,7 @@ def test_hard_fraction_is_the_share_of_the_slice(fraction: float, shop: Dataset,
     torch.manual_seed(0)
     neg, positives = made._negatives(epoch, items, packing, catalog)
     network = made.recommender.network(epoch.teacher)
-    hard = af.rank_slice(network.queries(catalog, items, packing), catalog, K1, K2).mask()
+    hard = af.rank_slice(network.queries(catalog, items, packing), catalog, start=K1, stop=K2).mask()
     size, rest = K2 - K1, shop.num_items - (K2 - K1)
     assert positives is None
     assert float((neg.mask() & hard).sum(1).double().mean()) == pytest.approx(fraction * size, rel=0.04)

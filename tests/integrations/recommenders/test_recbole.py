@@ -371,7 +371,7 @@ def test_models_by_name() -> None:
         ({"stop": "20"}, "alterrec_fast: stop must be an integer, got '20'"),
         ({"hard_fraction": 1.5}, r"alterrec_fast: hard_fraction must lie in \[0, 1\], got 1.5"),
         ({"precision": "fp16"}, "alterrec_fast: precision must be None, 'fp32' or 'bf16', got 'fp16'"),
-        ({"keep_bytes": -1}, "alterrec_fast: keep_bytes must be at least 0, got -1"),
+        ({"max_saved_bytes": -1}, "alterrec_fast: max_saved_bytes must be at least 0, got -1"),
         ({"stop": 9, "range_max": 9}, "alterrec_fast: stop and range_max are the same"),
         ({"negative": 10}, "takes loss, negatives"),
         ("sampled", "takes loss, negatives"),

@@ -1,0 +1,131 @@
+"""The choices that all ops share: the engine, the precision of products, and whether values are checked."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from alterrec_fast.ops import library
+
+BACKENDS = ("auto", "reference", "native", "triton")
+PRECISIONS = (None, "fp32", "bf16")
+
+
+class BackendError(RuntimeError):
+    """The engine asked for cannot serve these tensors; the message says why."""
+
+
+class _Block(threading.local):
+    """The engine of the innermost `backend` block of this thread.
+
+    Not a context variable: torch.compile traces reads and writes of a thread's attribute, and guards on it, and refuses
+    those of a context variable.
+    """
+
+    def __init__(self) -> None:
+        self.backend = "auto"
+
+
+_block = _Block()
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Set the engine of all ops called in a ``with`` block by this thread that name no engine themselves.
+
+    Blocks may be nested, and stand inside or around a function compiled by torch.compile.
+
+    Args:
+        name: "auto", "reference", "native" or "triton".
+
+    Raises:
+        ValueError: for another name.
+    """
+    check_backend(name)
+    before, _block.backend = _block.backend, name
+    try:
+        yield
+    finally:
+        _block.backend = before
+
+
+def check_backend(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+
+
+def choose_backend(name: str | None, tensor: Tensor, op: str) -> str:
+    """The engine that serves `op` on `tensor`: the one named, else that of the `backend` block around the call, or for
+    "auto" the best one that is there.
+
+    Raises ValueError for an unknown name and BackendError for an engine that cannot serve this tensor.
+    """
+    asked = _block.backend if name is None else name
+    check_backend(asked)
+    if asked == "reference":
+        return asked
+    chosen = asked
+    if asked == "auto":
+        chosen = "native" if tensor.device.type == "cpu" or not why_not_native(tensor, op) else "triton"
+    why = why_not_native(tensor, op) if chosen == "native" else why_not_triton(tensor, op)
+    if not why:
+        return chosen
+    if asked == "auto":
+        return "reference"
+    raise BackendError(f"backend={asked!r}: {why}; backend='auto' and backend='reference' always work")
+
+
+def why_not_native(tensor: Tensor, op: str) -> str:
+    """Why the extension cannot serve `op` on this tensor; empty where it can."""
+    if library.NO_EXTENSION:
+        return (
+            f"the extension {library.EXTENSION} is not there ({library.NO_EXTENSION}); install again with a C++ "
+            "compiler and without ALTERREC_FAST_NO_EXT=1"
+        )
+    # float64 is for gradcheck, which only the specification computes in.
+    if tensor.device.type not in ("cpu", "cuda") or tensor.dtype == torch.float64:
+        return f"it takes float32 and bfloat16 tensors on CPU or CUDA, got {tensor.dtype} on {tensor.device}"
+    if tensor.device.type == "cuda" and op not in library.CUDA_OPS:
+        return f"it has no CUDA kernel for {op}" + ("" if library.CUDA_OPS else ", it was built without nvcc")
+    return ""
+
+
+def why_not_triton(tensor: Tensor, op: str) -> str:
+    """Why the Triton kernels cannot serve this tensor; empty where they can."""
+    if op not in library.TRITON_OPS:
+        return f"it has no kernel for {op}"
+    if not library.TRITON:
+        return "triton is not installed"
+    if tensor.device.type != "cuda" and not (library.INTERPRETED and tensor.device.type == "cpu"):
+        return f"it takes CUDA tensors, and CPU tensors only under TRITON_INTERPRET=1, got {tensor.device}"
+    if tensor.dtype == torch.float64:
+        return f"it takes float32 and bfloat16 tensors, got {tensor.dtype}"
+    return ""
+
+
+def choose_precision(precision: str | None, query: Tensor, catalog: Tensor) -> str:
+    """What is asked for, else "bf16" under bf16 autocast, else the narrower input's; "fp64" for float64 inputs."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be None, 'fp32' or 'bf16', got {precision!r}")
+    if torch.float64 in (query.dtype, catalog.dtype):
+        return "fp64"
+    if precision is not None:
+        return precision
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
+        return "bf16"
+    return "bf16" if torch.bfloat16 in (query.dtype, catalog.dtype) else "fp32"
+
+
+def choose_check(check: bool | None, tensor: Tensor) -> bool:
+    """Whether values are checked: as asked for, else on the CPU only, since elsewhere it synchronises."""
+    return tensor.device.type == "cpu" if check is None else check
+
+
+def detached(query: Tensor, catalog: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What ops without a gradient score with, so that what they return asks for none either."""
+    return query.detach(), catalog.detach(), None if bias is None else bias.detach()
