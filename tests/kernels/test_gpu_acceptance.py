@@ -278,7 +278,7 @@ foreign = "polars safetensors sentence_transformers typer pydantic tomli_w tqdm 
 sys.modules.update(dict.fromkeys(foreign.split()))
 import torch
 import alterrec_fast as af
-assert af.top_k(torch.ones(1, 4), torch.eye(4), 1, backend="triton")[1].tolist() == [[0]]
+assert af.top_k(torch.ones(1, 4), torch.eye(4), k=1, backend="triton")[1].tolist() == [[0]]
 """
 
 

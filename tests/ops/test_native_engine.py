@@ -180,12 +180,12 @@ import sys
 sys.meta_path = [x for x in sys.meta_path if "editable" not in repr(x)]  # such a finder leads back to the repository
 import torch, alterrec_fast as af
 q, e = torch.randn(3, 4), torch.randn(30, 4)
-neg = af.rank_slice(q, e, 2, 9)
+neg = af.rank_slice(q, e, start=2, stop=9)
 af.slice_cross_entropy(q, e, torch.arange(3), neg) + af.sampled_softmax(q, e, torch.arange(3), torch.arange(9))
-assert af.top_k(q, e, 5)[1].shape == (3, 5)
+assert af.top_k(q, e, k=5)[1].shape == (3, 5)
 print(af.__file__, *(hasattr(torch.ops.alterrec_fast, op) for op in ("rank_slice", "top_k", "slice_cross_entropy")))
 try:
-    af.rank_slice(q, e, 2, 9, backend="native")
+    af.rank_slice(q, e, start=2, stop=9, backend="native")
 except af.BackendError as error:
     print(error)
 """
