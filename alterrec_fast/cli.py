@@ -155,14 +155,14 @@ def bench(
     threads: Annotated[int, typer.Option(min=0, help="default: one for each core")] = 0,
 ) -> None:
     """Measure the ops against the alternatives on this machine; each result is checked before it is timed."""
-    from alterrec_fast.benchmarks import bench as benchmarks
+    from alterrec_fast.benchmarks.harness import bench as benchmarks
 
     pythons: dict[str, str] = {}
     with _Errors():
         for given in python or []:
             name, equals, path = given.partition("=")
-            if not equals or name not in benchmarks.PEERS:
-                raise ConfigError(f"--python takes NAME=PATH, NAME of {', '.join(benchmarks.PEERS)}, got {given!r}")
+            if not equals or name not in benchmarks.PYTHONS:
+                raise ConfigError(f"--python takes NAME=PATH, NAME of {', '.join(benchmarks.PYTHONS)}, got {given!r}")
             pythons[name] = path
         command = shlex.join(["alterrec-fast", *sys.argv[1:]])
         options = benchmarks.Options(out, quick, tuple(op or ()), pythons, threads, command)
@@ -171,7 +171,7 @@ def bench(
         except benchmarks.BenchError as error:
             raise RunError(str(error)) from error
     if compare:
-        typer.echo("\n" + benchmarks.comparison(results))
+        typer.echo("\n" + benchmarks.compare(results))
     typer.echo(f"\ntable: {out / 'table.md'}\nresults: {out / 'results.json'}")
 
 

@@ -1,4 +1,4 @@
-"""Contestants of a made-up op, doubling a vector, for the tests of `alterrec-fast bench`: good ones and bad ones."""
+"""Implementations of a made-up op, doubling a vector, for the tests of `alterrec-fast bench`."""
 
 from __future__ import annotations
 
@@ -8,35 +8,34 @@ import time
 from pathlib import Path
 
 import torch
-from alterrec_fast.benchmarks.contestants import Contestant, Op
-from alterrec_fast.benchmarks.records import FLOOR
-from alterrec_fast.benchmarks.worker import Call, Shape, Task, Tensors
+from alterrec_fast.benchmarks.harness.op import BASELINE, Implementation, Op
+from alterrec_fast.benchmarks.harness.worker import Call, Case, Tensors
 
-SHAPE = Shape(items=64, width=4, sessions=8)
-HOG = 64 << 30  # bytes that no limit in these tests allows
-
-
-def make(shape: Shape) -> Tensors:
-    return {"x": torch.arange(shape.items, dtype=torch.float32)}
+CASE = Case(items=64, width=4, sessions=8)
+HUGE = 64 << 30  # bytes that no limit in these tests allows
 
 
-def make_nothing(shape: Shape) -> Tensors:
-    raise MemoryError("no room for the inputs")
+def make(case: Case) -> Tensors:
+    return {"x": torch.arange(case.items, dtype=torch.float32)}
 
 
-def truth(shape: Shape, inputs: Tensors) -> Tensors:
-    return {"rows": torch.arange(2), "double": inputs["x"].double() * 2}
+def make_nothing(case: Case) -> Tensors:
+    raise MemoryError("no memory for the inputs")
 
 
-def compare(found: Tensors, true: Tensors) -> float:
-    return float((found["y"].double() - true["double"]).abs().max())
+def truth(case: Case, inputs: Tensors) -> Tensors:
+    return {"double": inputs["x"].double() * 2}
 
 
-def doubles(shape: Shape, inputs: Tensors) -> Call:
+def error(result: Tensors, truth: Tensors) -> float:
+    return float((result["y"].double() - truth["double"]).abs().max())
+
+
+def doubles(case: Case, inputs: Tensors) -> Call:
     return Call(lambda i: {"y": inputs["x"] * 2}, detail=lambda: {"answer": 42.0})
 
 
-def sleeps(shape: Shape, inputs: Tensors) -> Call:
+def sleeps(case: Case, inputs: Tensors) -> Call:
     def run(i: int) -> Tensors:
         time.sleep(0.02)
         return {"y": inputs["x"] * 2}
@@ -44,57 +43,41 @@ def sleeps(shape: Shape, inputs: Tensors) -> Call:
     return Call(run)
 
 
-def warms(shape: Shape, inputs: Tensors, slow: int) -> Call:
-    """Slow in its first calls."""
+def holds(case: Case, inputs: Tensors) -> Call:
+    """Holds 64 MiB while it runs."""
+    return Call(lambda i: {"y": inputs["x"] * 2 * torch.ones(16 << 20)[0]})
+
+
+def slow_at_first(case: Case, inputs: Tensors) -> Call:
     calls: list[int] = []
 
     def run(i: int) -> Tensors:
         calls.append(i)
-        time.sleep(0.3 if len(calls) <= slow else 0.0)
+        time.sleep(0.3 if len(calls) <= 2 else 0.0)
         return {"y": inputs["x"] * 2}
 
     return Call(run)
 
 
-def spins(shape: Shape, inputs: Tensors) -> Call:
-    """Keeps a core busy for a fifth of a second."""
-
-    def run(i: int) -> Tensors:
-        begun = time.process_time()
-        while time.process_time() - begun < 0.2:
-            pass
-        return {"y": inputs["x"] * 2}
-
-    return Call(run)
-
-
-def lingers(shape: Shape, inputs: Tensors) -> Call:
-    """Takes a while to make ready, and leaves a file that says from when to when."""
-    begun = time.monotonic()
-    time.sleep(0.2)
-    Path(f"ready-{os.getpid()}").write_text(f"{begun} {time.monotonic()}")
-    return doubles(shape, inputs)
-
-
-def triples(shape: Shape, inputs: Tensors) -> Call:
+def triples(case: Case, inputs: Tensors) -> Call:
     return Call(lambda i: {"y": inputs["x"] * 3})
 
 
-def gives_no_number(shape: Shape, inputs: Tensors) -> Call:
+def not_a_number(case: Case, inputs: Tensors) -> Call:
     return Call(lambda i: {"y": inputs["x"] * float("nan")})
 
 
-def raises(shape: Shape, inputs: Tensors) -> Call:
+def raises(case: Case, inputs: Tensors) -> Call:
     raise RuntimeError("cannot do this\non this machine")
 
 
-def dies(shape: Shape, inputs: Tensors) -> Call:
+def dies(case: Case, inputs: Tensors) -> Call:
     print("last words", flush=True)
     os.kill(os.getpid(), signal.SIGSEGV)
     raise AssertionError
 
 
-def dies_later(shape: Shape, inputs: Tensors) -> Call:
+def dies_later(case: Case, inputs: Tensors) -> Call:
     calls = []
 
     def run(i: int) -> Tensors:
@@ -106,9 +89,9 @@ def dies_later(shape: Shape, inputs: Tensors) -> Call:
     return Call(run)
 
 
-def _been_here(name: str) -> bool:
-    """Whether a process before this one has been told the same; the folder is the arena's."""
-    path = Path(f"been-here-{name}")
+def _second_process(name: str) -> bool:
+    """Whether a process before this one has asked; the folder is the runner's."""
+    path = Path(f"first-process-of-{name}")
     try:
         path.touch(exist_ok=False)
     except FileExistsError:
@@ -116,60 +99,41 @@ def _been_here(name: str) -> bool:
     return False
 
 
-def dies_the_second_time(shape: Shape, inputs: Tensors) -> Call:
-    if _been_here("dies"):
+def dies_the_second_time(case: Case, inputs: Tensors) -> Call:
+    if _second_process("dies"):
         os._exit(3)
-    return doubles(shape, inputs)
+    return doubles(case, inputs)
 
 
-def wrong_the_second_time(shape: Shape, inputs: Tensors) -> Call:
-    return triples(shape, inputs) if _been_here("wrong") else doubles(shape, inputs)
+def wrong_the_second_time(case: Case, inputs: Tensors) -> Call:
+    return triples(case, inputs) if _second_process("wrong") else doubles(case, inputs)
 
 
-def eats(shape: Shape, inputs: Tensors) -> Call:
-    return Call(lambda i: {"y": torch.zeros(HOG // 4)})
+def allocates(case: Case, inputs: Tensors) -> Call:
+    return Call(lambda i: {"y": torch.zeros(HUGE // 4)})
 
 
-def hangs(shape: Shape, inputs: Tensors) -> Call:
+def hangs(case: Case, inputs: Tensors) -> Call:
     time.sleep(600)
     raise AssertionError
 
 
-def holds(shape: Shape, inputs: Tensors) -> Call:
-    """Holds 64 MiB while it runs."""
-
-    def run(i: int) -> Tensors:
-        held = torch.ones(16 << 20)
-        return {"y": inputs["x"] * 2 * held[0]}
-
-    return Call(run)
-
-
-def _contestant(name: str, task: Task, **more: object) -> Contestant:
-    return Contestant(name, "torch", task, 1e-6, **more)  # type: ignore[arg-type]
-
-
-GOOD = (
-    _contestant(FLOOR, Task(doubles, compare)),
-    _contestant("sleeps", Task(sleeps, compare), ours=True),
-    _contestant("holds", Task(holds, compare)),
-)
+BASE = Implementation(BASELINE, doubles)
+GOOD = (BASE, Implementation("sleeps", sleeps, ours=True), Implementation("holds", holds))
 BAD = (
-    _contestant("triples", Task(triples, compare), ours=True),
-    _contestant("not a number", Task(gives_no_number, compare)),
-    _contestant("raises", Task(raises, compare)),
-    _contestant("dies", Task(dies, compare)),
-    _contestant("dies later", Task(dies_later, compare)),
-    _contestant("eats", Task(eats, compare)),
-    _contestant("hangs", Task(hangs, compare)),
-    _contestant("is not installed", Task(doubles, compare, ("no_such_library",))),
+    Implementation("triples", triples, ours=True),
+    Implementation("not a number", not_a_number),
+    Implementation("raises", raises),
+    Implementation("dies", dies),
+    Implementation("dies later", dies_later),
+    Implementation("allocates", allocates),
+    Implementation("hangs", hangs),
+    Implementation("is not installed", doubles, modules=("no_such_library",)),
 )
 
 
-def traffic(shape: Shape) -> float:
-    return 8.0 * shape.items
-
-
-def op(*contestants: Contestant, without_inputs: bool = False) -> Op:
+def op(*implementations: Implementation, without_inputs: bool = False) -> Op:
     maker = make_nothing if without_inputs else make
-    return Op("double", "Twice a vector", 2, maker, truth, traffic, contestants, (SHAPE,), ())
+    return Op(
+        "double", "Twice a vector", 2, maker, truth, error, (1e-6, 1e-6), lambda case: 8.0, implementations, (CASE,)
+    )

@@ -1,124 +1,121 @@
-"""`alterrec-fast bench`: its contests, what it makes of contestants that fail, and what a run leaves."""
+"""`alterrec-fast bench`: how it measures, what it makes of implementations that fail, and what a run leaves."""
 
 from __future__ import annotations
 
-import time
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
-from alterrec_fast.benchmarks import (
-    bench,
-    machine,
-    steadiness,
-    tables,
-)
-from alterrec_fast.benchmarks.compare import (
-    key,
-    kind_of,
-)
-from alterrec_fast.benchmarks.contest import Arena, Budget, Contest, how_it_ended
-from alterrec_fast.benchmarks.contestants import OPS, Op
-from alterrec_fast.benchmarks.records import FLOOR, Record, Results
-from alterrec_fast.benchmarks.worker import Shape, Task
+from alterrec_fast.benchmarks.harness import bench
+from alterrec_fast.benchmarks.harness.machine import Machine, native_seconds
+from alterrec_fast.benchmarks.harness.op import BASELINE, Implementation, Op
+from alterrec_fast.benchmarks.harness.processes import Budget, Measurement, Runner, how_it_ended
+from alterrec_fast.benchmarks.harness.report import Record, Results, comparison, markdown, read_stored, table
+from alterrec_fast.benchmarks.harness.worker import Case
+from alterrec_fast.benchmarks.ops import OPS
 from typer.testing import CliRunner
 
 from alterrec_fast.cli import app
-from tests.benchmarks import stubs as bench_stubs
+from tests.benchmarks import stubs
 
-BUDGET = Budget(sittings=2, rounds=3, long=1.0, turn=0.05, first=20.0, memory=8 << 30)
-
-
-def held(arena: Arena, op: Op, shape: Shape = bench_stubs.SHAPE, sittings: int = 2) -> list[Record]:
-    """The records of a contest after so many sittings."""
-    contest = Contest(op, shape, threads=1)
-    for _ in range(sittings):
-        arena.sit(contest)
-    return contest.records
+BUDGET = Budget(repetitions=2, samples=3, seconds=0.02, first=20.0, memory=8 << 30)
 
 
 @pytest.fixture(scope="module")
-def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
-    return Arena(tmp_path_factory.mktemp("arena"), BUDGET, {}, threads=1)
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    return Runner(tmp_path_factory.mktemp("runner"), BUDGET, {}, threads=1)
+
+
+def measured(runner: Runner, op: Op, repetitions: int = 2) -> dict[str, Record]:
+    measurement = Measurement(op, stubs.CASE, threads=1)
+    for _ in range(repetitions):
+        runner.repeat(measurement)
+    return {record.implementation: record for record in measurement.records}
 
 
 @pytest.fixture(scope="module")
-def good(arena: Arena) -> dict[str, Record]:
-    return {record.contestant: record for record in held(arena, bench_stubs.op(*bench_stubs.GOOD))}
+def good(runner: Runner) -> dict[str, Record]:
+    return measured(runner, stubs.op(*stubs.GOOD))
 
 
-# --- contests ---
+def results_of(*records: Record) -> Results:
+    return Results("alterrec-fast bench", "2026-11-27", Machine.this(2), 0.5, list(records))
 
 
-def test_good_contestants_are_timed(good: dict[str, Record]) -> None:
-    floor, sleeps = good[FLOOR], good["sleeps"]
-    assert all(r.failed is None and [len(turns) for turns in r.turns] == [3, 3] for r in good.values())
-    assert floor.ratio == 1.0 and floor.error == 0.0 and floor.detail == {"answer": 42.0}
-    assert sleeps.seconds is not None and sleeps.ratio is not None and floor.seconds is not None
-    assert sleeps.seconds >= 0.02 and sleeps.ratio > 1.0
-    assert sleeps.share == pytest.approx(2 * floor.seconds / sleeps.seconds)
-    assert sleeps.shape == replace(bench_stubs.SHAPE, threads=1)
+# --- measuring ---
 
 
-def test_memory_is_that_of_the_contestants_own_process(good: dict[str, Record]) -> None:
-    holds, floor = good["holds"], good[FLOOR]
-    assert holds.extra_bytes is not None and holds.peak_bytes is not None and floor.extra_bytes is not None
-    assert 64 << 20 <= holds.extra_bytes < 96 << 20
+def test_every_repetition_has_its_samples(good: dict[str, Record]) -> None:
+    assert all(r.failed is None and [len(s) for s in r.samples] == [3, 3] for r in good.values())
+    base, sleeps = good[BASELINE], good["sleeps"]
+    assert base.error == 0.0 and base.detail == {"answer": 42.0}
+    assert sleeps.seconds is not None and 0.02 <= sleeps.seconds <= sleeps.quartiles[0] <= sleeps.quartiles[2]
+    assert sleeps.case == replace(stubs.CASE, threads=1)
+    results = results_of(*good.values())
+    assert results.ratio(base) == 1.0 and (results.ratio(sleeps) or 0.0) > 1.0
+
+
+def test_memory_is_that_of_the_implementations_process(good: dict[str, Record]) -> None:
+    holds, base = good["holds"], good[BASELINE]
+    assert holds.extra_bytes is not None and holds.peak_bytes is not None and base.extra_bytes is not None
+    assert 64 << 20 <= holds.extra_bytes < 96 << 20 and base.extra_bytes < 32 << 20
     assert holds.peak_bytes > holds.extra_bytes
-    assert floor.extra_bytes < 32 << 20
 
 
-def test_a_bad_contestant_costs_its_own_record_alone(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arena, "budget", replace(BUDGET, first=10.0))
-    contestants = (*bench_stubs.GOOD, *bench_stubs.BAD)
-    found = {record.contestant: record for record in held(arena, bench_stubs.op(*contestants))}
-    assert all(found[contestant.name].seconds is not None for contestant in bench_stubs.GOOD)
+def test_a_bad_implementation_costs_its_own_record_alone(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "budget", replace(BUDGET, first=8.0))
+    records = measured(runner, stubs.op(*stubs.GOOD, *stubs.BAD), repetitions=1)
+    assert all(records[one.name].seconds is not None for one in stubs.GOOD)
     expected = {
         "triples": "wrong: error 6.3e+01, allowed 1e-06",
         "not a number": "wrong: error nan, allowed 1e-06",
         "raises": "RuntimeError: cannot do this",
         "dies": "killed by SIGSEGV: last words",
         "dies later": "the process ended with status 3",
-        "eats": "RuntimeError: ",
-        "hangs": "stopped after 10 s",
+        "allocates": "RuntimeError: ",
+        "hangs": "stopped after 8 s",
         "is not installed": "ModuleNotFoundError: No module named 'no_such_library'",
     }
+    page = table(list(records.values()), results_of(*records.values()))
     for name, words in expected.items():
-        record = found[name]
+        record = records[name]
         assert record.failed is not None and record.failed.startswith(words), (name, record.failed)
-        assert record.seconds is None and record.ratio is None
-    assert "alloc" in str(found["eats"].failed)
-    page = tables.table(list(found.values()))
-    assert all(words in page for words in expected.values())
+        assert record.seconds is None and words in page
 
 
-def test_without_inputs_every_record_says_why(arena: Arena) -> None:
-    records = held(arena, bench_stubs.op(*bench_stubs.GOOD, without_inputs=True))
-    assert [record.failed for record in records] == ["no inputs: MemoryError: no room for the inputs"] * 3
+def test_without_inputs_every_record_says_why(runner: Runner) -> None:
+    records = measured(runner, stubs.op(*stubs.GOOD, without_inputs=True), repetitions=1)
+    assert {record.failed for record in records.values()} == {"no inputs: MemoryError: no memory for the inputs"}
 
 
-def test_a_later_sitting_without_inputs_takes_nothing_away(arena: Arena) -> None:
-    contest = Contest(bench_stubs.op(bench_stubs.GOOD[0]), bench_stubs.SHAPE, threads=1)
-    arena.sit(contest)
-    before = replace(contest.records[0])
-    contest.op = bench_stubs.op(bench_stubs.GOOD[0], without_inputs=True)
-    arena.sit(contest)
-    now = contest.records[0]
-    assert now.seconds == before.seconds is not None and now.turns == before.turns and now.failed is None
-    assert now.stopped == "in sitting 2 no inputs: MemoryError: no room for the inputs"
+def test_a_late_failure_takes_no_repetition_away(runner: Runner) -> None:
+    late = [Implementation(f.__name__, f) for f in (stubs.dies_the_second_time, stubs.wrong_the_second_time)]
+    base, died, lied = measured(runner, stubs.op(stubs.BASE, *late), repetitions=3).values()
+    assert [len(record.samples) for record in (base, died, lied)] == [3, 1, 0]
+    assert died.failed is None and died.stopped == "in repetition 2 the process ended with status 3"
+    assert died.stopped in table([base, died], results_of(base, died))
+    assert lied.seconds is None and lied.failed is not None and lied.failed.startswith("wrong")
 
 
-def test_an_interpreter_without_the_library_is_told_so(arena: Arena) -> None:
-    sampled = next(op for op in OPS if op.name == "sampled_softmax")
-    replay = tuple(contestant for contestant in sampled.contestants if contestant.python == "replay")
-    shape = Shape(200, 8, sessions=8, negatives=16)
-    (record,) = held(arena, replace(sampled, contestants=replay), shape)
-    assert record.failed is None or record.failed.startswith(("ModuleNotFoundError", "ImportError"))
-    arena.pythons["replay"] = "/no/such/python"
-    (record,) = held(arena, replace(sampled, contestants=replay), shape)
+def test_the_first_calls_are_not_timed(runner: Runner) -> None:
+    record = measured(runner, stubs.op(Implementation("slow", stubs.slow_at_first)), repetitions=1)["slow"]
+    assert len(record.samples[0]) == 3 and max(record.samples[0]) < 0.2
+
+
+def test_long_calls_have_fewer_samples() -> None:
+    assert [BUDGET.samples_of(seconds) for seconds in (0.1, 0.6, 3.0)] == [3, 2, 1]
+
+
+def test_an_interpreter_that_is_not_there_is_named(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    replay = Implementation("RePlay CESampled", None, python="replay")
+    record = measured(runner, stubs.op(replay), repetitions=1)["RePlay CESampled"]
+    assert record.failed is not None and record.failed.startswith(("ModuleNotFoundError", "ImportError"))
+    monkeypatch.setitem(runner.pythons, "replay", "/no/such/python")
+    record = measured(runner, stubs.op(replay), repetitions=1)["RePlay CESampled"]
     assert "/no/such/python" in str(record.failed)
 
 
@@ -128,183 +125,162 @@ def test_how_a_process_ended_in_words() -> None:
     assert how_it_ended(None, "") == "the process does not answer"
 
 
-def test_all_sit_as_often_and_long_calls_have_fewer_turns(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
-    for long, turns in ((1.0, 3), (0.01, 2), (0.001, 1)):
-        monkeypatch.setattr(arena, "budget", replace(BUDGET, long=long))
-        records = {r.contestant: r for r in held(arena, bench_stubs.op(*bench_stubs.GOOD), sittings=3)}
-        assert all(len(record.turns) == 3 for record in records.values())
-        assert [len(own) for own in records["sleeps"].turns] == [turns] * 3
-
-
-@pytest.mark.parametrize(("long", "slow"), [(1.0, 2), (0.05, 1)])
-def test_nobody_is_timed_cold(arena: Arena, monkeypatch: pytest.MonkeyPatch, long: float, slow: int) -> None:
-    """Neither ours nor a rival: an untimed turn comes before the first round, and tells how many turns there are."""
-    monkeypatch.setattr(arena, "budget", replace(BUDGET, long=long))
-    task = Task(partial(bench_stubs.warms, slow=slow), bench_stubs.compare)
-    contestants = [bench_stubs.GOOD[0]]
-    contestants += [replace(bench_stubs.GOOD[0], name=str(own), ours=own, task=task) for own in (True, False)]
-    _, *found = held(arena, bench_stubs.op(*contestants))
-    assert all(turn < 0.2 for record in found for turns in record.turns for turn in turns)
-    assert all([len(turns) for turns in record.turns] == [3, 3] for record in found)
-
-
-def test_a_late_failure_takes_no_sitting_away(arena: Arena) -> None:
-    dies, wrong = (
-        replace(bench_stubs.GOOD[0], name=name, task=Task(prepare, bench_stubs.compare))
-        for name, prepare in (("dies", bench_stubs.dies_the_second_time), ("wrong", bench_stubs.wrong_the_second_time))
-    )
-    for path in arena.folder.glob("been-here-*"):
-        path.unlink()
-    floor, died, lied = held(arena, bench_stubs.op(bench_stubs.GOOD[0], dies, wrong), sittings=3)
-    assert [len(record.turns) for record in (floor, died, lied)] == [3, 1, 0]
-    assert died.failed is None and died.ratio is not None and died.stopped is not None
-    assert died.stopped == "in sitting 2 the process ended with status 3"
-    assert died.stopped in tables.table([floor, died])
-    assert lied.seconds is None and lied.failed is not None and lied.failed.startswith("wrong")
-
-
-def test_nobody_is_at_work_while_a_contestant_tunes_itself(tmp_path: Path) -> None:
-    lingers = Task(bench_stubs.lingers, bench_stubs.compare)
-    tasks = {FLOOR: lingers, "tunes": replace(lingers, tunes=True), "also tunes": replace(lingers, tunes=True)}
-    contestants = [replace(bench_stubs.GOOD[0], name=name, task=task) for name, task in tasks.items()]
-    held(Arena(tmp_path, BUDGET, {}, threads=3), bench_stubs.op(*contestants), sittings=1)
-    spans = sorted(tuple(map(float, path.read_text().split())) for path in tmp_path.glob("ready-*"))
-    assert len(spans) == 3 and all(spans[i][1] <= spans[i + 1][0] for i in range(2))
-
-
-def test_bandwidth_is_measured_with_the_threads_of_the_contest(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arena, "_bandwidths", {1: 1e6, 2: 2e6})
-    shape = replace(bench_stubs.SHAPE, threads=2)
-    record, *_ = held(arena, bench_stubs.op(*bench_stubs.GOOD), shape)
-    assert record.bandwidth_ratio == pytest.approx((record.seconds or 0.0) / (bench_stubs.traffic(shape) / 2e6))
-
-
-def test_others_are_what_is_busy_less_what_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = {"clock": 100.0, "busy": 50.0, "own": 3.0}
-    monkeypatch.setattr(bench.time, "monotonic", lambda: now["clock"])
-    monkeypatch.setattr(machine, "busy_seconds", lambda: now["busy"])
-    monkeypatch.setattr(machine, "own_seconds", lambda: now["own"])
-    watch = bench.Watch()
-    now |= {"clock": 110.0, "busy": 68.0, "own": 16.0}
-    assert watch.others() == pytest.approx(0.5)
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="CPU time of processes is read from /proc")
-def test_the_work_of_contestants_that_have_ended_is_our_own(arena: Arena) -> None:
-    before = machine.own_seconds(), time.process_time()
-    spins = replace(bench_stubs.GOOD[0], task=Task(bench_stubs.spins, bench_stubs.compare))
-    held(arena, bench_stubs.op(spins))
-    assert machine.own_seconds() - before[0] > time.process_time() - before[1] + 1.0
-
-
-def test_slow_spells_of_the_machine_are_told() -> None:
-    looks = [(0.0, 1e-3), (0.1, 1e-3), (0.2, 1.5e-3), (0.3, 1.4e-3), (0.4, 1.1e-3)]
-    told = steadiness.spells(looks)
-    assert told == "best 1.00 ms, over 1.2 times that in 40% of 5 looks, for up to 0.1 s at a stretch"
-    assert "in 0% of 1 looks, for up to 0.0 s" in steadiness.spells(looks[:1])
-    threads = torch.get_num_threads()
-    assert steadiness.look(threads) > 0.0
+def test_phases_of_the_native_engine_are_told_in_seconds() -> None:
+    assert all(isinstance(seconds, float) and not name.endswith("_ns") for name, seconds in native_seconds().items())
 
 
 # --- what a run leaves ---
 
 
 @pytest.fixture
-def small_run(arena: Arena, good: dict[str, Record], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Shape]]:
-    """bench.run() with sittings that are over at once; the shapes it asks for are listed."""
-    asked: list[Shape] = []
+def short_run(runner: Runner, good: dict[str, Record], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Case]]:
+    """bench.run() with repetitions that are over at once; the cases that it asks for are listed."""
+    asked: list[Case] = []
 
-    def sit(contest: Contest) -> None:
-        asked.append(contest.shape)
-        contest.sittings += 1
-        for runner, one in zip(contest.runners, [*good.values()] * 4, strict=False):
-            name = runner.record.contestant if runner.record.contestant == FLOOR else one.contestant
-            runner.record = replace(one, op=contest.op.name, shape=contest.shape, contestant=name)
-        del contest.runners[3:]
+    def repeat(measurement: Measurement) -> None:
+        asked.append(measurement.case)
+        measurement.repetitions += 1
+        del measurement.takers[3:]
+        for taker, one in zip(measurement.takers, good.values(), strict=True):
+            sizes = {"op": measurement.op.name, "case": measurement.case, "product": measurement.case.label}
+            taker.record = replace(one, **sizes)
 
-    monkeypatch.setattr(arena, "sit", sit)
-    monkeypatch.setattr(bench, "Arena", lambda *_: arena)
-    monkeypatch.setattr(bench.Watch, "others", lambda self: 1.5)
+    monkeypatch.setattr(runner, "repeat", repeat)
+    monkeypatch.setattr(bench, "Runner", lambda *_: runner)
+    monkeypatch.setattr(bench.BackgroundLoad, "cores", lambda self: 1.5)
     yield asked
 
 
 def test_a_run_leaves_json_a_table_and_figures(
-    small_run: list[Shape], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short_run: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "read_baselines", lambda: {kind_of(machine.look(machine.cores())): {}})
-    found = CliRunner().invoke(app, ["bench", "--quick", "--op", "rank_slice", "--compare", "--out", str(tmp_path)])
-    assert found.exit_code == 0, found.output
-    assert "slower than the baseline" in found.output
+    monkeypatch.setattr(bench, "read_stored", lambda: {Machine.this(bench.cores()).kind: {}})
+    done = CliRunner().invoke(app, ["bench", "--quick", "--op", "rank_slice", "--compare", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "as slow as the baseline: 0 of 0" in done.output
     results = Results.read(tmp_path / "results.json")
-    contests = len(small_run) // bench.QUICK.sittings
-    assert small_run == small_run[:contests] * bench.QUICK.sittings  # all of them, and then all again
-    assert results.busy and len(results.records) == 3 * contests
+    cases = len(short_run) // bench.QUICK.repetitions
+    assert short_run == short_run[:cases] * bench.QUICK.repetitions  # all of them, and then all again
+    assert len(results.records) == 3 * cases
     page = (tmp_path / "table.md").read_text()
     assert "busy with other work" in page and "## rank_slice" in page and "**sleeps**" in page
-    for name in ("time_rank_slice", "memory_rank_slice", "ceiling", "threads"):
+    for name in ("time_rank_slice", "memory_rank_slice", "threads"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000, name
         assert "<svg" in (tmp_path / f"{name}.svg").read_text()
 
 
-def test_contests_that_do_not_fit_the_time_are_listed(
-    small_run: list[Shape], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_matplotlib_the_extra_is_named(
+    short_run: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "alterrec_fast.benchmarks.harness.plots", None)
+    lines: list[str] = []
+    bench.run(bench.Options(tmp_path, quick=True, ops=("top_k",)), tell=lines.append)
+    assert "no figures" in lines[-1] and "alterrec-fast[bench]" in lines[-1] and (tmp_path / "table.md").exists()
+
+
+def test_cases_that_do_not_fit_the_time_are_listed(
+    short_run: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "QUICK_MINUTES", -1.0)
     results = bench.run(bench.Options(tmp_path, quick=True, ops=("top_k",)), tell=lambda _: None)
-    assert small_run == [] and all(record.shape.threads for record in results.records)
+    assert short_run == [] and all(record.case.threads for record in results.records)
     assert all(record.failed == "not begun within -1 minutes" for record in results.records)
     assert "not begun within" in (tmp_path / "table.md").read_text()
 
 
-def test_what_cannot_be_served_is_refused_in_one_line(tmp_path: Path) -> None:
-    for arguments, words in (
-        (["--op", "no_op"], "no_op"),
-        (["--python", "recbole"], "NAME=PATH"),
-        (["--python", "other=/bin/python"], "recbole"),
-    ):
-        found = CliRunner().invoke(app, ["bench", "--out", str(tmp_path / "out"), *arguments])
-        assert found.exit_code == 1 and words in found.output, found.output
-
-
-def test_the_table_is_there_after_each_contest(
-    small_run: list[Shape], arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_is_known_is_written_after_each_case(
+    short_run: list[Case], runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sit = arena.sit
+    repeat = runner.repeat
 
-    def stops(contest: Contest) -> None:
-        if small_run:
+    def stops(measurement: Measurement) -> None:
+        if short_run:
             raise KeyboardInterrupt
-        sit(contest)
+        repeat(measurement)
 
-    monkeypatch.setattr(arena, "sit", stops)
+    monkeypatch.setattr(runner, "repeat", stops)
     with pytest.raises(KeyboardInterrupt):
         bench.run(bench.Options(tmp_path, quick=True, ops=("top_k",)), tell=lambda _: None)
     assert "## top_k" in (tmp_path / "table.md").read_text()
 
 
-def test_a_sitting_that_would_not_end_in_time_is_not_begun(
-    small_run: list[Shape], arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sit = arena.sit
-
-    def slowly(contest: Contest) -> None:
-        sit(contest)
-        contest.cost = 60 * bench.QUICK_MINUTES if len(small_run) == 1 else 0.0
-
-    monkeypatch.setattr(arena, "sit", slowly)
-    bench.run(bench.Options(tmp_path, quick=True, ops=("top_k",)), tell=lambda _: None)
-    assert small_run.count(small_run[0]) == 1 and small_run.count(small_run[1]) == bench.QUICK.sittings
+def test_a_request_that_cannot_be_served_is_refused_in_one_line(tmp_path: Path) -> None:
+    for arguments, words in (
+        (["--op", "no_op"], "no_op"),
+        (["--python", "recbole"], "NAME=PATH"),
+        (["--python", "other=/bin/python"], "recbole"),
+    ):
+        done = CliRunner().invoke(app, ["bench", "--out", str(tmp_path / "out"), *arguments])
+        assert done.exit_code == 1 and words in done.output, done.output
 
 
-def test_the_table_of_contests_is_sound() -> None:
+def test_tables_have_the_baseline_ours_and_distinct_keys() -> None:
     for op in OPS:
-        names = [contestant.name for contestant in op.contestants]
-        assert names[0] == FLOOR and len(set(names)) == len(names)
-        for shape in (*op.quick, *op.full):
-            takers = [contestant for contestant in op.contestants if contestant.takes(shape)]
-            assert takers[0].name == FLOOR and any(one.ours for one in takers) and op.traffic(shape) > 0
+        for case in (*op.quick, *op.full, *op.gpu):
+            takers = [one for one in op.implementations if one.takes(case)]
+            assert takers[0].name == BASELINE and any(one.ours for one in takers) and op.traffic(case) > 0
     for quick in (False, True):
-        contests = [Contest(op, shape, threads=2) for op, shape in bench.plan(bench.Options(Path(), quick), 2)]
-        keys = [key(record) for contest in contests for record in contest.records]
-        assert len(set(keys)) == len(keys) and all("thread" in name for name in keys)
+        plan = bench.plan(bench.Options(Path(), quick), 2)
+        keys = [record.key for op, case in plan for record in Measurement(op, case, threads=2).records]
+        assert len(set(keys)) == len(keys) and all("thread" in key for key in keys)
     assert bench.thread_counts(6) == [1, 2, 4, 6] and bench.thread_counts(1) == [1]
+
+
+# --- records, the table, the comparison ---
+
+
+def record(op: str, name: str, seconds: float, product: str = "a") -> Record:
+    samples = [[1.2 * seconds, seconds], [1.5 * seconds]]
+    return Record(op, Case(40_258, 300, threads=2), name, name == "ours", "", 1e-5, product, 3, 1e9, samples)
+
+
+def test_ratios_are_to_the_least_time_of_the_same_product() -> None:
+    results = results_of(record("x", BASELINE, 2.0), record("x", "ours", 3.0), record("y", BASELINE, 1.0))
+    assert [results.ratio(one) for one in results.records] == [2.0, 3.0, 1.0]
+    other = record("z", "ours", 3.0, product="b")
+    assert results_of(*results.records, other).ratio(other) is None
+    row = table(results.records[:2], results).splitlines()[-1]
+    assert row == "| **ours** | 3000.0 | 3600.0 | 750.0 | 3.00 | 100% |  |  |  |"
+
+
+def test_a_single_sample_is_its_own_quartiles() -> None:
+    assert replace(record("x", "ours", 1.0), samples=[[2.0]]).quartiles == (2.0, 2.0, 2.0)
+
+
+def test_the_comparison_names_what_got_slower() -> None:
+    kind = Machine.this(2).kind
+    results = results_of(record("x", BASELINE, 1.0), record("x", "ours", 1.5), record("y", "ours", 1.2))
+    stored = {f"x | {results.records[1].case.label} | ours": 1.1, f"y | {results.records[1].case.label} | ours": 1.0}
+    said = comparison(results, {kind: stored}).splitlines()
+    assert said[0].endswith("1 of 2 ratios to torch.mm") and "1.50 times mm, was 1.10" in said[1] and len(said) == 2
+    assert "no baseline of this kind" in comparison(results, {"another machine": stored})
+    results.records[1] = replace(results.records[1], samples=[], failed="RuntimeError")
+    assert "no ratio any more" in comparison(results, {kind: stored})
+    results.records[1].failed = "not begun within 4 minutes"
+    assert "0 of 1" in comparison(results, {kind: stored})
+
+
+def test_the_stored_baseline_has_every_op() -> None:
+    stored = read_stored()
+    assert stored and all(
+        {key.split(" | ")[0] for key in ratios} == {op.name for op in OPS} for ratios in stored.values()
+    )
+    assert all(ratio > 0.0 for ratios in stored.values() for ratio in ratios.values())
+
+
+def test_a_row_of_another_length_is_refused() -> None:
+    assert markdown(["a"], [["x|y"]]).splitlines()[-1] == "| x\\|y |"
+    with pytest.raises(ValueError, match="every row must have 1 cells"):
+        markdown(["a"], [["x", "y"]])
+
+
+def test_the_runner_of_other_libraries_needs_torch_alone() -> None:
+    """harness/foreign.py is imported as a package of its own, without this one's dependencies."""
+    code = (
+        "import sys, json; sys.modules.update(dict.fromkeys(['alterrec_fast', 'pandas'])); "
+        "import harness.foreign; print(json.dumps([*harness.foreign.JOBS]))"
+    )
+    folder = str(Path(bench.__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": folder}, capture_output=True, text=True)
+    names = json.loads(done.stdout) if done.returncode == 0 else done.stderr
+    assert set(names) == {one.name for op in OPS for one in op.implementations if one.python}

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from alterrec_fast.benchmarks import engine_quality
-from alterrec_fast.benchmarks.count_baselines import BASELINES, DECAY
-from alterrec_fast.benchmarks.results import ROWS, _page
-from alterrec_fast.benchmarks.runs import END, between_marks
+from alterrec_fast.benchmarks.experiments import engine_quality
+from alterrec_fast.benchmarks.experiments.counting import BASELINES, DECAY
+from alterrec_fast.benchmarks.experiments.results import ROWS, _page
+from alterrec_fast.benchmarks.experiments.runs import END, between_marks
 
 from alterrec_fast.data.batches import pack
 from alterrec_fast.data.sessions import Dataset

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from alterrec_fast.benchmarks.sasrec import SASRec
+from alterrec_fast.benchmarks.experiments.sasrec import SASRec
 from torch import Tensor, nn
 
 import alterrec_fast as af

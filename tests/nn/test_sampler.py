@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
-from alterrec_fast.benchmarks.sasrec import SASRec
+from alterrec_fast.benchmarks.experiments.sasrec import SASRec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from alterrec_fast.benchmarks import integrations_recbole as measured
+from alterrec_fast.benchmarks.integrations import recbole as measured
 
 
 @pytest.fixture(autouse=True)
@@ -32,12 +32,12 @@ def test_evaluation_gives_the_same_ndcg_with_less_memory(tmp_path: Path, monkeyp
     assert stock.batch == ours.batch == 300 and stock.options is None and ours.options is not None
     measured.write_sessions(tmp_path, stock.items, stock.sessions)
 
-    def call(_module: str, _flag: str, contestant: str, *_: str) -> dict[str, float]:
-        return measured.measure(measured.Contestant(**json.loads(contestant)), tmp_path)
+    def call(_module: str, _flag: str, setting: str, *_: str) -> dict[str, float]:
+        return measured.measure(measured.Setting(**json.loads(setting)), tmp_path)
 
     monkeypatch.setattr(measured, "call", call)
     measured.train_once(stock, str(tmp_path))
-    found = [measured.measure(contestant, tmp_path) for contestant in (ours, stock)]
+    found = [measured.measure(setting, tmp_path) for setting in (ours, stock)]
     assert found[0]["ndcg"] == found[1]["ndcg"] > 0
     assert found[0]["mib"] < found[1]["mib"]
 
@@ -53,8 +53,8 @@ def test_rows_compare_with_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
         "full softmax": {"seconds": 2.0, "mib": 90.0, "ndcg": 0.2},
     }
 
-    def call(module: str, flag: str, contestant: str, *_: str) -> dict[str, float]:
-        return next(answer for title, answer in answers.items() if f'"{title}"' in contestant)
+    def call(module: str, flag: str, setting: str, *_: str) -> dict[str, float]:
+        return next(answer for title, answer in answers.items() if f'"{title}"' in setting)
 
     monkeypatch.setattr(measured, "call", call)
     rows = measured.rows(measured.training(items=50, sessions=10)[:2], rounds=2)

@@ -1,0 +1,362 @@
+"""A training step: slice, loss and gradients; SASRec for a pass over its sessions; AlterRec's step, optimiser included.
+
+RecBole's and RecTools' SASRec are in harness/foreign.py, since they need interpreters of their own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alterrec_fast.ops import rank_slice, slice_cross_entropy
+
+from .bench_loss import forward_backward, gather_loss, indexing_loss
+from .bench_rank import BASE, LARGE, SHOP_SLICED, SLICED, on_gpu, slice_curve, torch_mm
+from .harness import inputs as data
+from .harness.op import ANY_DTYPE, BOTH, LOSS, Implementation, Op, bytes_of, ours
+from .harness.worker import BATCHES, Call, Case, Tensors
+
+# --- slice, loss and gradients: the teacher ranks, and the student learns from the slice ---
+
+
+def published_loss(
+    teacher_query: Tensor, teacher_catalog: Tensor, q: Tensor, e: Tensor, target: Tensor, start: int, stop: int
+) -> Tensor:
+    """As the published code has it: a sorted topk and advanced indexing. The mean over B sessions."""
+    ranked = (teacher_query @ teacher_catalog.T).topk(stop).indices
+    return indexing_loss(q, e, target, ranked[:, start:])
+
+
+def unsorted_loss(
+    teacher_query: Tensor, teacher_catalog: Tensor, q: Tensor, e: Tensor, target: Tensor, start: int, stop: int
+) -> Tensor:
+    """The best of plain torch: an unsorted topk, whose first `start` ranks are masked, and gather."""
+    best = (teacher_query @ teacher_catalog.T).topk(stop, sorted=False)
+    first = best.values.topk(start, sorted=False).indices
+    drop = torch.zeros_like(best.indices, dtype=torch.bool).scatter_(1, first, True)
+    return gather_loss(q, e, target, best.indices, drop)
+
+
+def our_loss(
+    teacher_query: Tensor,
+    teacher_catalog: Tensor,
+    q: Tensor,
+    e: Tensor,
+    target: Tensor,
+    start: int,
+    stop: int,
+    precision: str | None = None,
+) -> Tensor:
+    neg = rank_slice(teacher_query, teacher_catalog, start=start, stop=stop, precision=precision)
+    return slice_cross_entropy(q, e, target, neg, precision=precision)
+
+
+def step(loss: Callable[..., Tensor], case: Case, inputs: Tensors, **options: Any) -> Call:
+    return forward_backward(inputs, partial(loss, start=case.start, stop=case.stop, **options), teacher=True)
+
+
+# --- SASRec: a call is one pass over all sessions ---
+
+MEAN_LENGTH, MAX_LENGTH = 4.5, 50
+LAYERS, HEADS, DROPOUT, RATE = 2, 2, 0.1, 1e-3
+
+
+def make_sessions(case: Case) -> Tensors:
+    """items (N,) int64 and offsets: sessions of geometric length, in which every item of the catalog occurs.
+
+    A fifth more items than the catalog has, the others by Zipf's law. query and catalog are for the baseline alone.
+    """
+    rng = np.random.default_rng(1)
+    weights = 1.0 / np.arange(1, case.items + 1)
+    more = rng.choice(case.items, case.items // 5, p=weights / weights.sum())
+    items = rng.permutation(np.concatenate([np.arange(case.items), more]))
+    lengths = np.minimum(1 + rng.geometric(1.0 / (MEAN_LENGTH - 1.0), len(items)), MAX_LENGTH)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    offsets = np.append(offsets[offsets < len(items) - 1], len(items))
+    return data.make_ranking(case) | {"items": torch.from_numpy(items), "offsets": torch.from_numpy(offsets)}
+
+
+def sessions_truth(case: Case, inputs: Tensors) -> Tensors:
+    """How many targets a pass has: every item of a session but the first."""
+    return {"targets": torch.tensor(targets_of(inputs)), "product": _product(inputs)}
+
+
+def pass_error(result: Tensors, truth: Tensors) -> float:
+    """The share of targets that were left out, or trained on twice; ValueError where the loss is not finite.
+
+    No float64 to compare the loss with: initial weights and the places of norms are each library's.
+    """
+    if not bool(result["loss"].isfinite()):
+        raise ValueError(f"wrong: a loss of {result['loss']}")
+    return abs(int(result["targets"]) - int(truth["targets"])) / int(truth["targets"])
+
+
+def targets_of(inputs: Tensors) -> int:
+    return len(inputs["items"]) - len(inputs["offsets"]) + 1
+
+
+@lru_cache
+def batches_of(case: Case) -> int:
+    """Batches of a pass over the sessions."""
+    return len(list(_batches(make_sessions(case), case, 0)))
+
+
+def _batches(inputs: Tensors, case: Case, seed: int) -> Iterator[Any]:
+    from alterrec_fast.data.batches import pack, plan
+
+    sessions = _sessions(inputs)
+    for which in plan(sessions, MAX_LENGTH, case.sessions, np.random.default_rng(seed)):
+        yield pack(sessions, which, MAX_LENGTH)
+
+
+def _sessions(inputs: Tensors) -> Any:
+    from alterrec_fast.data.sessions import Sessions
+
+    return Sessions(inputs["items"].numpy().astype(np.int32), inputs["offsets"].numpy())
+
+
+def _product(inputs: Tensors) -> Tensor:
+    return inputs["query"][0][inputs["rows"]].double() @ inputs["catalog"][: data.PRODUCT_ITEMS].double().T
+
+
+def products_of_pass(case: Case, inputs: Tensors) -> Call:
+    """The baseline: a product of the case's shape for each batch of a pass."""
+    once, batches = torch_mm(case, inputs), batches_of(case)
+
+    def run(i: int) -> Any:
+        for number in range(batches):
+            result = once.run(i + batches - 1 - number)  # last the one that is compared: of batch i
+        return result
+
+    return Call(run, once.read)
+
+
+def our_sasrec(case: Case, inputs: Tensors, precision: str | None = None) -> Call:
+    """The ID network of this package and cross-entropy over the whole catalog; packing the batches is timed."""
+    from alterrec_fast.model.packing import Packing
+    from alterrec_fast.training.config import Config
+    from alterrec_fast.training.variants import build
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"width": case.width, "layers": LAYERS, "heads": HEADS, "dropout": DROPOUT}
+    recommender = build(Config(data="generated", variant="id_only", init="xavier", **sizes), case.items, None)
+    network = recommender.network("id").train()
+    optimizer = torch.optim.Adam(network.parameters(), lr=RATE, fused=True)
+
+    def run(i: int) -> Tensors:
+        targets, total = 0, torch.zeros(())
+        for batch in _batches(inputs, case, i):
+            optimizer.zero_grad()
+            catalog = network.catalog()
+            query = network.queries(catalog, torch.from_numpy(batch.items), Packing.of(batch.lengths))
+            loss = slice_cross_entropy(query, catalog, torch.from_numpy(batch.targets), precision=precision)
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(batch.targets)
+            targets += len(batch.targets)
+        return {"targets": torch.tensor(targets), "loss": total / targets}
+
+    return Call(run, detail=lambda: {"targets": float(targets_of(inputs))})
+
+
+# --- AlterRec: a call is one step of the ID phase, against ranks of the frozen text network ---
+
+TEXT_WIDTH = 384
+
+
+def make_alterrec(case: Case) -> Tensors:
+    """The sessions of about BATCHES batches, and features (V, F) of the items' text."""
+    rng = np.random.default_rng(1)
+    lengths = np.minimum(1 + rng.geometric(1.0 / (MEAN_LENGTH - 1.0), BATCHES * case.sessions), MAX_LENGTH)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return data.make_ranking(case) | {
+        "items": torch.from_numpy(rng.integers(case.items, size=offsets[-1])),
+        "offsets": torch.from_numpy(offsets),
+        "features": torch.randn(case.items, TEXT_WIDTH, generator=torch.Generator().manual_seed(1)),
+    }
+
+
+def alterrec_truth(case: Case, inputs: Tensors) -> Tensors:
+    """The loss of the first batch, and the gradients of all parameters of the ID network, in float64."""
+    trainer, batches = _trainer(case, inputs)
+    published = PublishedStep(trainer.recommender.double(), trainer.bounds)
+    loss = published.run(*prefixes(batches[0], MAX_LENGTH))
+    return {"loss": loss, "product": _product(inputs)} | _gradients(published.student)
+
+
+def step_error(result: Tensors, truth: Tensors) -> float:
+    """The larger of the loss's relative error and that of the gradients of all parameters together, in the 2-norm."""
+    names = truth.keys() - {"product"}
+    if result.keys() != names:
+        raise ValueError(f"wrong: {sorted(result.keys() ^ names)} on one side only")
+    errors, sizes = (
+        {name: float(x.norm()) for name, x in one.items()}
+        for one in ({n: result[n].double() - truth[n] for n in names}, {n: truth[n] for n in names})
+    )
+    loss = errors.pop("loss") / sizes.pop("loss")
+    return float(max(loss, np.hypot.reduce([*errors.values()]) / np.hypot.reduce([*sizes.values()])))
+
+
+def our_alterrec(case: Case, inputs: Tensors, precision: str | None = None) -> Call:
+    """`Trainer.step`, what `alterrec-fast train` does for each batch."""
+    trainer, batches = _trainer(case, inputs, precision)
+    phase = _id_phase()
+    catalog, student = trainer.teacher_catalog(phase), trainer.recommender.network("id")
+
+    def run(i: int) -> Tensors:
+        losses, _ = trainer.step(phase, batches[i % BATCHES], catalog)
+        return {"loss": losses["loss"]} | _gradients(student)
+
+    return Call(run, detail=lambda: {"targets": sum(len(batch.targets) for batch in batches) / len(batches)})
+
+
+def published_alterrec(case: Case, inputs: Tensors) -> Call:
+    trainer, batches = _trainer(case, inputs)
+    published = PublishedStep(copy.deepcopy(trainer.recommender), trainer.bounds)
+    rows = [prefixes(batch, MAX_LENGTH) for batch in batches]
+
+    def run(i: int) -> Tensors:
+        return {"loss": published.run(*rows[i % BATCHES])} | _gradients(published.student)
+
+    return Call(run, detail=lambda: {"targets": sum(len(batch.targets) for batch in batches) / len(batches)})
+
+
+class PublishedStep:
+    """The published hard-negative step of the ID phase, rewritten on the networks of `recommender`.
+
+    It does what the original does for every batch: expands each prefix into a row padded to 50, runs the text network
+    forward only to throw the result away, runs the frozen teacher's padded encoder, ranks with a sorted topk, and steps
+    an Adam that is not fused. What it is spared: the teacher's text MLP and all data loading.
+    """
+
+    def __init__(self, recommender: Any, bounds: tuple[int, int]):
+        self.student, self.other = recommender.network("id"), recommender.network("text")
+        self.teacher = copy.deepcopy(self.other).eval()
+        self.bounds = bounds
+        self.optimizer = torch.optim.Adam(self.student.parameters(), lr=RATE)
+        with torch.no_grad():
+            self.teacher_catalog = self.teacher.catalog()
+
+    def run(self, rows: Tensor, lengths: Tensor, target: Tensor) -> Tensor:
+        """rows (T, L), lengths and target (T,) -> the loss; leaves gradients in the student's parameters."""
+        catalog = self.student.catalog()
+        query = encode_padded(self.student.session, catalog[rows], lengths)
+        encode_padded(self.other.session, self.other.catalog()[rows], lengths)  # computed and thrown away
+        with torch.no_grad():
+            teacher_query = encode_padded(self.teacher.session, self.teacher_catalog[rows], lengths)
+        loss = published_loss(teacher_query, self.teacher_catalog, query, catalog, target, *self.bounds)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        value: Tensor = loss.detach()
+        return value
+
+
+def prefixes(batch: Any, max_length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Every prefix as a row of its own: items (T, max_length), padded with item 0, lengths (T,), targets (T,)."""
+    rows = np.zeros((len(batch.items), max_length), np.int64)
+    ends = np.cumsum(batch.lengths)
+    lengths = np.arange(len(batch.items)) - np.repeat(ends - batch.lengths, batch.lengths) + 1
+    for row, length in enumerate(lengths):
+        rows[row, :length] = batch.items[row + 1 - length : row + 1]
+    return torch.from_numpy(rows), torch.from_numpy(lengths), torch.from_numpy(batch.targets)
+
+
+def encode_padded(encoder: Any, x: Tensor, lengths: Tensor) -> Tensor:
+    """x (T, L, d) -> (T, d): all L places of every row go through the encoder, and one is used."""
+    b, length, d = x.shape
+    mask = torch.full((length, length), -torch.inf, dtype=x.dtype).triu(1)  # torch 2.13 misreads another dtype
+    h = encoder.dropout(x + encoder.position[:length])
+    for block in encoder.blocks:
+        q, k, v = block.qkv(h).view(b, length, 3, block.heads, d // block.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(b, length, d)
+        h = block.norm_attention(h + block.dropout(block.out(mixed)))
+        h = block.norm_forward(h + block.dropout(block.down(F.relu(block.up(h)))))
+    last: Tensor = h[torch.arange(b), lengths - 1]
+    return last
+
+
+def _trainer(case: Case, inputs: Tensors, precision: str | None = None) -> tuple[Any, list[Any]]:
+    """Without dropout, so that every implementation's first step has the same loss and gradients."""
+    from alterrec_fast.data.batches import pack, plan
+    from alterrec_fast.data.sessions import Dataset, Sessions
+    from alterrec_fast.training.alternate import Trainer
+    from alterrec_fast.training.config import from_mapping
+
+    sessions = _sessions(inputs)
+    few = Sessions(sessions.items[: sessions.offsets[1]], sessions.offsets[:2])
+    dataset = Dataset(Path(), sessions, few, few, {"num_items": case.items, "text_columns": []})
+    settings = {"data": "generated", "width": case.width, "dropout": 0.0, "precision": precision}
+    config = from_mapping({**settings, "k1": case.start, "k2": case.stop, "lr_id": RATE}, "settings")
+    trainer = Trainer(config, dataset, inputs["features"], Path(mkdtemp(dir=Path.cwd())))
+    whole = list(plan(sessions, MAX_LENGTH, case.sessions, np.random.default_rng(2)))[:BATCHES]
+    return trainer, [pack(sessions, which, MAX_LENGTH) for which in whole]
+
+
+def _id_phase() -> Any:
+    from alterrec_fast.training.variants import Epoch
+
+    return Epoch(5, "id", "text", 2)
+
+
+def _gradients(network: torch.nn.Module) -> Tensors:
+    return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+
+
+# --- the tables ---
+
+
+def traffic(case: Case) -> float:
+    """The teacher's queries and catalog are read, the student's as well, and its gradients are written."""
+    return 3 * bytes_of(case, case.sessions + case.items)
+
+
+def pass_traffic(case: Case) -> float:
+    return batches_of(case) * 2 * bytes_of(case, case.sessions + case.items)
+
+
+STEP = (
+    BASE,
+    *ours(partial(step, our_loss), LOSS, devices=BOTH),
+    Implementation("published", partial(step, published_loss), dtypes=ANY_DTYPE, devices=BOTH),
+    Implementation("topk unsorted, gather", partial(step, unsorted_loss), dtypes=ANY_DTYPE, devices=BOTH),
+)
+NONE_WRONG = (0.0, 0.0)
+SASREC = (
+    replace(BASE, prepare=products_of_pass),
+    *ours(our_sasrec, NONE_WRONG, dtypes=("fp32",)),
+    Implementation("RecBole SASRec", None, "recbole", python="recbole"),
+    Implementation("RecTools SASRec", None, "rectools", python="rectools"),
+)
+ALTERREC = (BASE, *ours(our_alterrec, LOSS, dtypes=("fp32",)), Implementation("published", published_alterrec))
+
+OPS = (
+    Op(
+        "step", "A training step's kernel part: slice, loss and gradients", 4,
+        data.make_step, data.step_truth, data.loss_error, LOSS, traffic, STEP,
+        quick=(SLICED,),
+        full=(SHOP_SLICED, *slice_curve((10_000, 40_000, 160_000))),
+        gpu=tuple(case for case in on_gpu(start=20, stop=20_000) if case.items < LARGE[-1]),
+    ),
+    Op(
+        "sasrec", "SASRec end to end: a pass over the same sessions, with the same width, layers, heads and dropout", 3,
+        make_sessions, sessions_truth, pass_error, NONE_WRONG, pass_traffic, SASREC,
+        full=(Case(2_000, 64, training=True), Case(10_000, 64, training=True)),
+        batches=batches_of,
+    ),
+    Op(
+        "alterrec", "AlterRec's ID phase end to end: one step against ranks of the text network, optimiser included", 4,
+        make_alterrec, alterrec_truth, step_error, LOSS, traffic, ALTERREC,
+        full=(replace(SLICED, training=True),),
+    ),
+)  # fmt: skip

@@ -1,0 +1,329 @@
+"""The runner: a process for each implementation, which take turns in an order drawn anew each round.
+
+A case is measured in several repetitions, with other cases in between. Each starts the processes again: two processes
+differ, by where their memory lies, by more than the samples of one show, and a machine may be slow for a while. A
+process that crashes, runs out of memory or takes too long costs its own record and nothing else.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .machine import version_of
+from .op import Implementation, Op
+from .report import Record
+from .worker import Case, Tensors, limit_memory, one_line, serve
+
+PRELOAD = [__name__.rpartition(".harness")[0] + ".ops"]  # imported once, by the process that the others fork from
+LONG = 0.5  # seconds of a call from which on two samples of a repetition are enough, and from four times that one
+
+
+class ImplementationError(Exception):
+    """Why an implementation has no result."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a repetition of a case may take."""
+
+    repetitions: int  # of a case, at most
+    samples: int  # of an implementation in a repetition
+    seconds: float  # of a sample, in which short calls are repeated
+    first: float  # seconds that preparing and the first call may take
+    memory: int  # bytes of a process, 0 for any
+
+    def samples_of(self, seconds: float) -> int:
+        """When a call takes so many seconds."""
+        return min(self.samples, self.samples if seconds < LONG else 2 if seconds < 4 * LONG else 1)
+
+
+class Process:
+    """One implementation's process as seen from here: answers or ImplementationError."""
+
+    def __init__(
+        self, connection: Connection, wait: Callable[[float], int | None], kill: Callable[[], None], log: Path
+    ):
+        self._connection, self._wait, self._kill, self._log = connection, wait, kill, log
+
+    def ask(self, request: Any, seconds: float) -> Any:
+        try:
+            self._connection.send(request)
+            if not self._connection.poll(seconds):
+                self.end(kill=True)
+                raise ImplementationError(f"stopped after {seconds:.0f} s")
+            kind, value = self._connection.recv()
+        except (EOFError, OSError):
+            code = self._wait(5.0)
+            self.end(kill=True)
+            lines = self._log.read_text(errors="replace").strip().splitlines() if self._log.exists() else []
+            raise ImplementationError(how_it_ended(code, lines[-1][:200] if lines else "")) from None
+        if kind == "failed":
+            self.end()
+            raise ImplementationError(value)
+        return value
+
+    def end(self, kill: bool = False) -> None:
+        if not kill:
+            try:
+                self._connection.send("end")
+                kill = self._wait(5.0) is None
+            except OSError:
+                kill = True
+        if kill:
+            self._kill()
+            self._wait(5.0)
+        self._connection.close()
+
+
+def how_it_ended(code: int | None, last_line: str) -> str:
+    """An exit status as subprocess and multiprocessing give it, in words."""
+    if code is None:
+        ended = "the process does not answer"
+    elif code >= 0:
+        ended = f"the process ended with status {code}"
+    else:
+        ended = f"killed by {signal.Signals(-code).name}" + (", out of memory?" if -code == signal.SIGKILL else "")
+    return f"{ended}: {last_line}" if last_line else ended
+
+
+class Measurement:
+    """All implementations that take a case, over its repetitions."""
+
+    def __init__(self, op: Op, case: Case, threads: int):
+        self.op, self.case = op, replace(case, threads=case.threads or threads)
+        self.takers = [_Taker(op, self.case, one) for one in op.implementations if one.takes(case)]
+        self.repetitions = 0
+        self.cost = 0.0  # seconds that the last repetition took
+
+    @property
+    def records(self) -> list[Record]:
+        return [taker.record for taker in self.takers]
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to repeat."""
+        return all(record.failed or record.stopped for record in self.records)
+
+
+class _Taker:
+    """One implementation at one case."""
+
+    def __init__(self, op: Op, case: Case, implementation: Implementation):
+        self.implementation = implementation
+        self.record = Record(
+            op.name, case, implementation.name, implementation.ours, version_of(implementation.package),
+            op.allowed(implementation, case), op.product(case), op.products, op.operations(case),
+        )  # fmt: skip
+        self.process: Process | None = None
+        self.expected = 0.0  # seconds of a call
+        self.complete = 0  # repetitions
+
+    def fail(self, why: str) -> None:
+        """It takes part no more; its complete repetitions stay."""
+        if self.process is not None:
+            self.process.end(kill=True)
+            self.process = None
+        del self.record.samples[self.complete :]
+        if self.complete:
+            self.record.stopped = f"in repetition {self.complete + 1} {why}"
+        else:
+            self.record.failed = why
+
+    def take(self, number: int, budget: Budget, timed: bool = True) -> None:
+        """One sample, or an untimed call."""
+        if self.process is None:
+            return
+        try:
+            limit = budget.first + 10 * self.expected
+            seconds = self.process.ask((number, budget.seconds if timed else 0.0, self.expected), limit)
+        except ImplementationError as failure:
+            self.fail(str(failure))
+            return
+        self.expected = seconds
+        if timed:
+            self.record.samples[-1].append(seconds)
+
+    def end(self) -> None:
+        """Ends the process, and keeps what it tells beside its times if these are its best."""
+        if self.process is None:
+            return
+        try:
+            detail = self.process.ask("detail", 10.0)
+            self.process.end()
+        except ImplementationError as failure:
+            self.fail(str(failure))
+            return
+        self.process = None
+        self.complete = len(self.record.samples)
+        if min(map(min, self.record.samples)) == min(self.record.samples[-1]):
+            self.record.detail = detail
+
+
+class Runner:
+    """Measures cases in a scratch folder, with the interpreters of other libraries."""
+
+    def __init__(self, folder: Path, budget: Budget, pythons: dict[str, str], threads: int):
+        self.folder, self.budget, self.pythons, self.threads = folder, budget, pythons, threads
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOAD)
+
+    def repeat(self, measurement: Measurement) -> None:
+        """One repetition with all implementations that have not failed."""
+        begun = time.monotonic()
+        op, case = measurement.op, measurement.case
+        takers = [taker for taker in measurement.takers if not (taker.record.failed or taker.record.stopped)]
+        inputs, truth_file = self.folder / "inputs.pt", self.folder / "truth.pt"
+        try:
+            maker = self._fork(_make_inputs, (op.make, op.truth, case, inputs, truth_file))
+            maker.ask("make", 10 * self.budget.first)
+            maker.end()
+            truth: Tensors = torch.load(truth_file)
+        except ImplementationError as failure:
+            for taker in takers:
+                taker.fail(f"no inputs: {failure}")
+            takers = []
+        with ThreadPoolExecutor(self.threads) as pool:
+            list(pool.map(lambda taker: self._start(op, taker, inputs), takers))
+        for taker in takers:
+            self._check(op, taker, truth)
+        self._interleave(takers, random.Random(f"{op.name} {case} {measurement.repetitions}"))
+        for taker in takers:
+            taker.end()
+        inputs.unlink(missing_ok=True)
+        measurement.repetitions += 1
+        measurement.cost = time.monotonic() - begun
+
+    def _start(self, op: Op, taker: _Taker, inputs: Path) -> None:
+        """Starts the process and has it prepare and call the implementation once."""
+        implementation, record = taker.implementation, taker.record
+        output = self._output(taker)
+        try:
+            if implementation.python:
+                taker.process = self._spawn(implementation, record.case, inputs, output)
+            else:
+                taker.process = self._fork(serve, (implementation.job(), record.case, inputs, output))
+            first = taker.process.ask("first", self.budget.first)
+        except ImplementationError as failure:
+            taker.fail(str(failure))
+            return
+        record.peak_bytes = max(first["peak"], record.peak_bytes or 0)
+        record.extra_bytes = max(first["extra"], record.extra_bytes or 0)
+        record.version = first["version"] or record.version
+        taker.expected = first["seconds"]
+        record.samples.append([])
+
+    def _check(self, op: Op, taker: _Taker, truth: Tensors) -> None:
+        """Nothing is timed before its result was compared with the truth."""
+        if taker.process is None:
+            return
+        output, record = self._output(taker), taker.record
+        try:
+            error = op.error_of(taker.implementation, torch.load(output), truth)
+            why = "" if error <= record.allowed else f"wrong: error {error:.1e}, allowed {record.allowed:.0e}"
+            record.error = max(error, record.error or 0.0)
+        except ValueError as wrong:
+            why = str(wrong)
+        output.unlink()
+        if why:
+            taker.complete = 0  # what it did before is not to be trusted either
+            taker.fail(why)
+
+    def _interleave(self, takers: Sequence[_Taker], rng: random.Random) -> None:
+        """An untimed call of all but the slowest, then the rounds, each in an order of its own."""
+        for taker in takers:
+            if taker.expected < 8 * LONG:
+                taker.take(0, self.budget, timed=False)
+        samples = [self.budget.samples_of(taker.expected) for taker in takers]
+        for number in range(self.budget.samples):
+            for place in rng.sample(range(len(takers)), len(takers)):
+                if number < samples[place]:
+                    takers[place].take(number, self.budget)
+
+    def _output(self, taker: _Taker) -> Path:
+        return self.folder / f"output-{id(taker)}.pt"
+
+    def _fork(self, target: Callable[..., None], arguments: tuple[Any, ...]) -> Process:
+        here, there = self._context.Pipe()
+        log = self.folder / f"log-{time.monotonic_ns()}.txt"
+        entry = (target, there, arguments, log, self.budget.memory)
+        process = self._context.Process(target=_enter, args=entry, daemon=True)
+        process.start()
+        there.close()
+
+        def wait(seconds: float) -> int | None:
+            process.join(seconds)
+            return process.exitcode
+
+        return Process(here, wait, process.kill, log)
+
+    def _spawn(self, implementation: Implementation, case: Case, inputs: Path, output: Path) -> Process:
+        """Under another interpreter, which runs foreign.py: this folder is a package without the rest there."""
+        interpreter = self.pythons.get(implementation.python, sys.executable)
+        here, there = multiprocessing.Pipe()
+        log = self.folder / f"log-{time.monotonic_ns()}.txt"
+        command = [interpreter, "-m", "harness.foreign", str(there.fileno())]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        try:
+            with log.open("wb") as file:
+                child = subprocess.Popen(command, stdout=file, stderr=file, pass_fds=[there.fileno()], env=environment)
+        except OSError as error:
+            raise ImplementationError(f"--python {implementation.python}: {error}") from None
+        finally:
+            there.close()
+
+        def wait(seconds: float) -> int | None:
+            try:
+                return child.wait(seconds)
+            except subprocess.TimeoutExpired:
+                return None
+
+        here.send((implementation.name, asdict(case), str(inputs), str(output), self.budget.memory))
+        return Process(here, wait, child.kill, log)
+
+
+def _enter(
+    target: Callable[..., None], connection: Connection, arguments: tuple[Any, ...], log: Path, memory: int
+) -> None:
+    """What a process of this package's interpreter begins with."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    limit_memory(memory)
+    target(connection, *arguments)
+
+
+def _make_inputs(
+    connection: Connection,
+    make: Callable[[Case], Tensors],
+    truth: Callable[[Case, Tensors], Tensors],
+    case: Case,
+    inputs_file: Path,
+    truth_file: Path,
+) -> None:
+    """A process that writes the inputs and what is true of them."""
+    connection.recv()
+    torch.set_num_threads(case.threads)
+    os.chdir(inputs_file.parent)
+    try:
+        inputs = make(case)
+        torch.save(inputs, inputs_file)
+        torch.save(truth(case, inputs), truth_file)
+    except Exception as error:  # out of memory, mostly: every record tells it
+        connection.send(("failed", one_line(error)))
+    else:
+        connection.send(("done", None))
+        connection.recv()
