@@ -1,17 +1,18 @@
 """Hard negatives for a sentence-transformers data set, before and after: `python examples/mining.py`.
 
-Needs `pip install sentence-transformers datasets`. The embeddings are made up: an answer is its question, turned, with
-noise; with a model of your own leave `embeddings` out. What was mined then trains a linear map of the questions, whose
-NDCG@10 is of questions not trained on. Each function runs in a process of its own, so that its peak memory is its own.
+Needs `pip install sentence-transformers datasets`. The embeddings are generated: an answer is its question, rotated,
+with noise. With your own model leave `embeddings` out. The mined negatives then train a linear map of the questions;
+NDCG@10 is over questions that were not trained on. Each way runs in a process of its own, so that the peak memory is
+that of one way.
 """
 
+import resource
 import subprocess
 import sys
 import time
 
 import torch
 import torch.nn.functional as F
-from alterrec_fast.benchmarks.own_process import Memory
 from datasets import Dataset
 
 import alterrec_fast as af
@@ -19,8 +20,13 @@ import alterrec_fast as af
 QUERIES, TEST, DOCUMENTS, D = 1_000, 500, 30_000, 64
 
 
+def peak_mib() -> float:
+    """The most memory that this process has held so far, as the system counts it (in KiB on Linux)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 class Model:
-    """What stock needs of a SentenceTransformer, which looks embeddings up."""
+    """Looks embeddings up: what the stock function needs of a SentenceTransformer."""
 
     device = torch.device("cpu")
     similarity_fn_name = "cosine"
@@ -59,9 +65,9 @@ def mine(way: str) -> None:
         from alterrec_fast.integrations.sentence_transformers import mine_hard_negatives
 
         options["embeddings"] = (anchors[:QUERIES], documents)
-    memory, begin = Memory(), time.perf_counter()
+    before, begin = peak_mib(), time.perf_counter()
     mined = mine_hard_negatives(pairs, **options, output_format="n-tuple", verbose=False)
-    seconds, peak = time.perf_counter() - begin, memory.peak_mib()
+    seconds, peak = time.perf_counter() - begin, peak_mib() - before
     ndcg = train(mined, anchors, documents)
     print(f"{way:8s} {seconds:6.1f} s {peak:8.0f} MiB   {len(mined):,} queries, NDCG@10 {ndcg:.4f}", flush=True)
 
@@ -73,15 +79,15 @@ def train(mined: Dataset, anchors: torch.Tensor, documents: torch.Tensor) -> flo
         return torch.tensor([int(text.split()[1]) for text in mined[column]])
 
     query, target = numbers("query"), numbers("answer")
-    negatives = torch.stack([numbers(f"negative_{n}") for n in range(1, 21)], 1)
+    neg = torch.stack([numbers(f"negative_{n}") for n in range(1, 21)], 1)
     weight = torch.eye(D, requires_grad=True)
     optimizer, loss = torch.optim.Adam([weight], lr=0.01), af.SampledSoftmaxLoss(temperature=0.05)
     for _ in range(100):
         optimizer.zero_grad()
-        loss(anchors[query] @ weight, documents, target, negatives).backward()
+        loss(anchors[query] @ weight, documents, target, neg).backward()
         optimizer.step()
-    _, found = af.top_k(anchors[QUERIES:] @ weight.detach(), documents, k=10)
-    hit = found == torch.arange(QUERIES, QUERIES + TEST).unsqueeze(1)
+    ranking = af.top_k(anchors[QUERIES:] @ weight.detach(), documents, k=10)
+    hit = ranking.indices == torch.arange(QUERIES, QUERIES + TEST).unsqueeze(1)
     return float((hit / torch.arange(2, 12).log2()).sum(1).mean())
 
 

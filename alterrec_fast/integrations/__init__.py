@@ -1,4 +1,4 @@
-"""Our losses and top-k inside other people's recommenders: a module for each library, imported when asked for."""
+"""The losses and top-k inside other recommender libraries: a module for each, imported when asked for."""
 
 from __future__ import annotations
 
@@ -18,6 +18,25 @@ def need(module: str, install: str) -> None:
         raise ImportError(
             f"this integration needs {module.partition('.')[0]}, which cannot be imported ({error}): {install}"
         ) from error
+
+
+def default_ranks(num_items: int, start: int | None, stop: int | None, where: str) -> tuple[int, int]:
+    """Ranks [start, stop) of hard negatives in a catalog of num_items: as given, or by its size.
+
+    By the size V: [20, 2000) from 4,000 items on, [6, V // 2) from 14 on, else [V // 4, V // 2).
+
+    Raises ValueError, with `where` the ranks are set, for a stop beyond the catalog, or below start.
+    """
+    by_size = (20, 2000) if num_items >= 4000 else (6 if num_items >= 14 else num_items // 4, num_items // 2)
+    first, last = by_size[0] if start is None else start, by_size[1] if stop is None else stop
+    if last > num_items:
+        raise ValueError(f"{where}: stop must be at most {num_items}, the number of items, got {last}")
+    if first > last:
+        chosen = f"start={first}, stop={last}" + (" by the catalog's size" if stop is None else "")
+        if start is None:
+            chosen = f"start={first} by the catalog's size, stop={last}"
+        raise ValueError(f"{where}: expected 0 <= start <= stop, got {chosen}")
+    return first, last
 
 
 @contextmanager

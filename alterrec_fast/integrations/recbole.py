@@ -6,7 +6,7 @@
 `SASRec`, `GRU4Rec`, `CORE`, and any other sequential model of RecBole by its own name, are RecBole's classes under
 `SequentialMixin`; a model of your own takes it the same way: ``class Mine(SequentialMixin, MyModel)``. `Trainer` is
 RecBole's with `top_k` for full-sort evaluation. The config key ``alterrec_fast`` holds `Options`. Of the B x V logits
-at most its `max_saved_bytes`, 64 MiB, are kept for the backward pass.
+at most its `max_saved_bytes`, 64 MiB, are saved for the backward pass.
 
 Notation: B sessions, V items (RecBole's padding item 0 among them), d width, N negatives.
 """
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alterrec_fast.integrations import comparable, need, same_scores
+from alterrec_fast.integrations import comparable, default_ranks, need, same_scores
+from alterrec_fast.nn.arguments import integer, number
 from alterrec_fast.nn.losses import FullSoftmaxLoss, SampledSoftmaxLoss, SliceCrossEntropy
 from alterrec_fast.ops import dispatch, rank_slice, top_k
 
@@ -40,9 +41,9 @@ from recbole.trainer import Trainer as StockTrainer  # noqa: E402
 
 _Model: Any = object  # what the mix-ins are mixed into: a torch module with RecBole's names
 PADDING = 0  # RecBole's item for no item: the first row of every item embedding
+KEY = "alterrec_fast"  # of RecBole's config
 LOSSES = ("full", "sampled", "slice")
 DISTRIBUTIONS = ("uniform", "popularity")
-ALIASES = {"range_min": "start", "range_max": "stop"}
 
 
 @dataclass(frozen=True)
@@ -53,57 +54,47 @@ class Options:
         ranks [start, stop) of the model's own ranking of the catalog for the session.
     negatives: of "sampled": how many are drawn at each step, shared by its sessions.
     distribution: of "sampled": "uniform", or "popularity" by an item's count in training, with logQ correction.
-    start, stop, hard_fraction: of "slice": the ranks, which the config key takes as range_min and range_max, too, and
-        the share of them that is kept; the others are traded for uniform negatives (`RankSlice.mix`).
+    start, stop: of "slice": the ranks; by default 20 and 2000 of 4,000 items or more, else 6 and half of the catalog.
+    hard_fraction: of "slice": the share of the ranks that is kept; the others are traded for uniform negatives
+        (`RankSlice.mix`).
     precision: of the loss: "fp32", "bf16" or None, as in `rank_slice`; evaluation is in the model's own precision.
     max_saved_bytes: as in `slice_cross_entropy`, but less by default, since RecBole's activations stand beside it.
 
-    Raises ValueError for a value out of range.
+    Raises TypeError for a value of another kind, and ValueError for one out of range.
     """
 
     loss: str = "full"
     negatives: int = 1024
     distribution: str = "uniform"
-    start: int = 20
-    stop: int = 2000
+    start: int | None = None
+    stop: int | None = None
     hard_fraction: float = 0.5
     precision: str | None = None
     max_saved_bytes: int = 64 << 20
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise ValueError(f"alterrec_fast: loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
-        if self.distribution not in DISTRIBUTIONS:
-            choices = ", ".join(DISTRIBUTIONS)
-            raise ValueError(f"alterrec_fast: distribution must be one of {choices}, got {self.distribution!r}")
-        for name in ("negatives", "start", "stop", "max_saved_bytes"):
-            if not isinstance(getattr(self, name), int):
-                raise ValueError(f"alterrec_fast: {name} must be an integer, got {getattr(self, name)!r}")
-        if self.negatives < 1:
-            raise ValueError(f"alterrec_fast: negatives must be at least 1, got {self.negatives}")
-        if not 0 <= self.start <= self.stop:
-            raise ValueError(f"alterrec_fast: expected 0 <= start <= stop, got start={self.start}, stop={self.stop}")
-        if not 0.0 <= self.hard_fraction <= 1.0:
-            raise ValueError(f"alterrec_fast: hard_fraction must lie in [0, 1], got {self.hard_fraction}")
-        if self.precision not in dispatch.PRECISIONS:
-            raise ValueError(f"alterrec_fast: precision must be None, 'fp32' or 'bf16', got {self.precision!r}")
-        if self.max_saved_bytes < 0:
-            raise ValueError(f"alterrec_fast: max_saved_bytes must be at least 0, got {self.max_saved_bytes}")
+        for name, choices in (("loss", LOSSES), ("distribution", DISTRIBUTIONS), ("precision", dispatch.PRECISIONS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{KEY}: {name} must be one of {choices}, got {getattr(self, name)!r}")
+        for name, least in (("negatives", 1), ("start", 0), ("stop", 0), ("max_saved_bytes", 0)):
+            value = getattr(self, name)
+            if (value is not None or name not in ("start", "stop")) and integer(f"{KEY}: {name}", value) < least:
+                raise ValueError(f"{KEY}: {name} must be at least {least}, got {value}")
+        if self.start is not None and self.stop is not None and self.start > self.stop:
+            raise ValueError(f"{KEY}: expected 0 <= start <= stop, got start={self.start}, stop={self.stop}")
+        if not 0.0 <= number(f"{KEY}: hard_fraction", self.hard_fraction) <= 1.0:
+            raise ValueError(f"{KEY}: hard_fraction must lie in [0, 1], got {self.hard_fraction}")
 
     @classmethod
     def of(cls, config: Any) -> Options:
-        """The options of a RecBole config; raises ValueError for a name that is none of them or given twice."""
-        given = config["alterrec_fast"] or {}
-        names = [*(field.name for field in fields(cls)), *ALIASES]
-        if not isinstance(given, Mapping) or not set(given) <= set(names):
-            raise ValueError(f"the config key alterrec_fast takes {', '.join(names)}; got {given!r}")
-        options: dict[str, Any] = dict(given)
-        for alias, name in ALIASES.items():
-            if alias in given and name in given:
-                raise ValueError(f"alterrec_fast: {name} and {alias} are the same, got {given!r}")
-            if alias in given:
-                options[name] = options.pop(alias)
-        return cls(**options)
+        """The options of a RecBole config; raises TypeError for no mapping, ValueError for a name that is none."""
+        given = config[KEY]
+        names = [field.name for field in fields(cls)]
+        if not isinstance(given, Mapping | None):
+            raise TypeError(f"the config key {KEY} takes a mapping of {', '.join(names)}; got {given!r}")
+        if not set(given or {}) <= set(names):
+            raise ValueError(f"the config key {KEY} takes {', '.join(names)}; got {given!r}")
+        return cls(**(given or {}))
 
 
 class RankingMixin(_Model):
@@ -143,11 +134,11 @@ class RankingMixin(_Model):
     def _scores(self, interaction: Any) -> Tensor:
         """(B, V); raises ValueError where the hooks do not give one vector for each row, as wide as an item's."""
         query, catalog = self.session_vectors(interaction), self.item_vectors()
-        wanted = (len(interaction), catalog.shape[1])
-        if not isinstance(query, Tensor) or query.shape != wanted:
+        expected = (len(interaction), catalog.shape[1])
+        if not isinstance(query, Tensor) or query.shape != expected:
             got = tuple(query.shape) if isinstance(query, Tensor) else type(query).__name__
             raise ValueError(
-                f"session_vectors of {type(self).__name__} must be {wanted}, got {got}: override it, if the model's "
+                f"session_vectors of {type(self).__name__} must be {expected}, got {got}: override it, if the model's "
                 "score is a dot product"
             )
         return query @ catalog.T / self.score_temperature
@@ -161,16 +152,16 @@ class RankingMixin(_Model):
 
 def _trained(loss: Tensor) -> set[Tensor]:
     """The leaves of the loss's graph: what a backward pass would give gradients."""
-    found, seen, waiting = set(), set(), [loss.grad_fn]
+    leaves, seen, waiting = set(), set(), [loss.grad_fn]
     while waiting:
         node: Any = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            found.add(node.variable)
+            leaves.add(node.variable)
         waiting += [before for before, _ in node.next_functions]
-    return found
+    return leaves
 
 
 def _same_gradients(ours: Tensor, theirs: Tensor) -> bool:
@@ -206,17 +197,23 @@ class SequentialMixin(RankingMixin):
         temperature, precision = self.score_temperature, options.precision
         self.next_item: torch.nn.Module
         if options.loss == "full":  # RecBole's CE has the padding row among its candidates, so this has it, too
-            self.next_item = FullSoftmaxLoss(temperature, max_saved_bytes=options.max_saved_bytes, precision=precision)
+            self.next_item = FullSoftmaxLoss(
+                temperature=temperature, max_saved_bytes=options.max_saved_bytes, precision=precision
+            )
         elif options.loss == "slice":
+            self.ranks = default_ranks(self.n_items - 1, options.start, options.stop, KEY)
             self.next_item = SliceCrossEntropy(
-                temperature, first_item=PADDING + 1, max_saved_bytes=options.max_saved_bytes, precision=precision
+                temperature=temperature,
+                first_item=PADDING + 1,
+                max_saved_bytes=options.max_saved_bytes,
+                precision=precision,
             )
         else:
             popular = options.distribution == "popularity"
             share = _shares(dataset, self.n_items) if popular else None
             self.register_buffer("_cumulative", None if share is None else share.cumsum(0), persistent=False)
             log_q = None if share is None else (share * options.negatives).log().float()
-            self.next_item = SampledSoftmaxLoss(temperature, log_q, precision=precision)
+            self.next_item = SampledSoftmaxLoss(temperature=temperature, log_q=log_q, precision=precision)
 
     def session_vectors(self, interaction: Any) -> Tensor:
         """(B, d): the model's `forward`, given sequence, length and user by the names that RecBole's models have."""
@@ -227,10 +224,10 @@ class SequentialMixin(RankingMixin):
             "seq_item_len": self.ITEM_SEQ_LEN,
             "user": self.USER_ID,
         }
-        wanted = list(inspect.signature(self.forward).parameters)
-        if not set(wanted) <= set(sources):
-            raise ValueError(f"{type(self).__name__}.forward takes {wanted}: override session_vectors(interaction)")
-        return self.forward(*(interaction[sources[name]] for name in wanted))
+        names = list(inspect.signature(self.forward).parameters)
+        if not set(names) <= set(sources):
+            raise ValueError(f"{type(self).__name__}.forward takes {names}: override session_vectors(interaction)")
+        return self.forward(*(interaction[sources[name]] for name in names))
 
     def calculate_loss(self, interaction: Any) -> Tensor:
         """The mean loss of the sessions' next items; ValueError where the model's own loss is another one."""
@@ -238,14 +235,14 @@ class SequentialMixin(RankingMixin):
             two = interaction[:2]  # since contrastive terms of a loss vanish over one
             with comparable(self), torch.enable_grad():
                 full = F.cross_entropy(self._scores(two), two[self.POS_ITEM_ID])
-                own = super().calculate_loss(two)
+                own = self._stock_loss(two)
             # The weight of a regulariser may be as small as what is rounded off, so that sums must be equal.
             tolerance = 0.0 if type(own.grad_fn).__name__.startswith("Add") else 1e-4
             if not torch.allclose(full, own.view_as(full), tolerance, tolerance):
                 raise self._other("losses")
-            left_out = _trained(own) - _trained(full)
-            if left_out:
-                names = [name for name, parameter in self.named_parameters() if parameter in left_out]
+            untrained = _trained(own) - _trained(full)
+            if untrained:
+                names = [name for name, parameter in self.named_parameters() if parameter in untrained]
                 raise ValueError(
                     f"the loss of {type(self).__name__} also trains {', '.join(names)}, of which session_vectors, "
                     "item_vectors and score_temperature know nothing: override them"
@@ -255,23 +252,26 @@ class SequentialMixin(RankingMixin):
             self._loss_compared = True
         return self.next_item_loss(interaction)
 
+    def _stock_loss(self, interaction: Any) -> Tensor:
+        """The model's own loss, of RecBole; ValueError where it needs what a batch for a full softmax does not hold."""
+        try:
+            return super().calculate_loss(interaction)
+        except KeyError as error:
+            raise ValueError(
+                f"the loss of {type(self).__name__} is no softmax over all items: it asks for the field {error}, which "
+                "RecBole adds for pairwise training; override calculate_loss, where its score is a dot product"
+            ) from error
+
     def next_item_loss(self, interaction: Any) -> Tensor:
         """The loss that the options name, mean over the sessions."""
         query, catalog, target = self.session_vectors(interaction), self.item_vectors(), interaction[self.POS_ITEM_ID]
-        options = self.options
-        if options.loss == "full":
+        if self.options.loss == "full":
             return self.next_item(query, catalog, target)
-        if options.loss == "sampled":
+        if self.options.loss == "sampled":
             return self.next_item(query, catalog, target, self._draw(catalog.device))
-        ranked = rank_slice(
-            query.detach(),
-            catalog.detach(),
-            start=options.start,
-            stop=options.stop,
-            exclude=target,
-            first_item=PADDING + 1,
-        )
-        return self.next_item(query, catalog, target, ranked.mix(options.hard_fraction))
+        start, stop = self.ranks
+        neg = rank_slice(query, catalog, start=start, stop=stop, exclude=target, first_item=PADDING + 1)
+        return self.next_item(query, catalog, target, neg.mix(self.options.hard_fraction))
 
     def _draw(self, device: torch.device) -> Tensor:
         """(N,) items, with replacement."""
@@ -382,8 +382,7 @@ class Trainer(StockTrainer):
 
     def _read(self, file: str) -> dict[str, Any]:
         # RecBole's checkpoints hold its config as an object, in a pickle protocol that weights_only has no way to read.
-        checkpoint: dict[str, Any] = torch.load(file, map_location=self.device, weights_only=False)
-        return checkpoint
+        return torch.load(file, map_location=self.device, weights_only=False)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
         self.model.load_state_dict(checkpoint["state_dict"])
@@ -423,9 +422,14 @@ def run_recbole(
 ) -> dict[str, Any]:
     """RecBole's quick start in one process, with the model under `SequentialMixin` and with `Trainer`.
 
-    model: a name of RecBole's, or a class with `SequentialMixin`. Returns RecBole's dict: best_valid_score,
-    valid_score_bigger, best_valid_result, test_result.
+    model: a name of RecBole's, or a class with `SequentialMixin`. Returns RecBole's dict (best_valid_score,
+    valid_score_bigger, best_valid_result, test_result), and in it model, the one that was tested, and model_file, the
+    path of its checkpoint, which `Trainer.evaluate` and `Trainer.resume_checkpoint` read; None with saved=False.
+
+    Raises TypeError for a model that is neither.
     """
+    if not isinstance(model, str) and not (inspect.isclass(model) and issubclass(model, SequentialMixin)):
+        raise TypeError(f"model must be a name of RecBole's or a class with SequentialMixin, got {model!r}")
     chosen = getattr(sys.modules[__name__], model) if isinstance(model, str) else model
     config = recbole_config.Config(chosen, dataset, config_file_list, config_dict)
     recbole_utils.init_seed(config["seed"], config["reproducibility"])
@@ -442,4 +446,6 @@ def run_recbole(
         "valid_score_bigger": config["valid_metric_bigger"],
         "best_valid_result": valid_result,
         "test_result": test_result,
+        "model": network,
+        "model_file": trainer.saved_model_file if saved else None,
     }

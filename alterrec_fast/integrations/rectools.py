@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alterrec_fast.integrations import comparable, need, same_scores
-from alterrec_fast.nn.sampler import one_of
-from alterrec_fast.ops import rank_slice, slice_cross_entropy
+from alterrec_fast.integrations import comparable, default_ranks, need, same_scores
+from alterrec_fast.nn import arguments
+from alterrec_fast.ops import checks, dispatch, rank_slice, slice_cross_entropy
 
 INSTALL = 'pip install "rectools[torch]==0.19.0"'
 need("rectools", INSTALL)
@@ -36,7 +36,6 @@ from rectools.models.nn.transformers.similarity import DistanceSimilarityModule 
 from rectools.models.rank import Distance  # noqa: E402
 
 LOSSES = ("full", "slice")
-START, STOP = 20, 2000  # the ranks where none are given
 
 
 class FastLightningModule(TransformerLightningModule):
@@ -49,14 +48,16 @@ class FastLightningModule(TransformerLightningModule):
     stock adds are what is not made here.
 
     Args:
-        start, stop: the ranks of "slice", 20 and 2000 where left out; `range_min` and `range_max` are the same.
+        start, stop: the ranks of "slice". Where left out they follow the catalog's size: 20 to 2000 of 4,000 items and
+            more, else 6 to half of the catalog.
         hard_fraction: the share of the slice that is kept; the others are traded for uniform negatives
             (`RankSlice.mix`).
         precision, max_saved_bytes: as in `slice_cross_entropy`.
         args, kwargs: RecTools'.
 
-    Raises TypeError for a similarity module other than RecTools' dot and cosine, and at the first batch ValueError for
-    a model whose scores of two sessions are not these.
+    Raises TypeError for an argument of another kind and for a similarity module other than RecTools' dot and cosine,
+    ValueError for one out of range, and at the first batch ValueError for ranks beyond the catalog and for a model
+    whose scores of two sessions are not these.
     """
 
     def __init__(
@@ -64,18 +65,20 @@ class FastLightningModule(TransformerLightningModule):
         *args: Any,
         start: int | None = None,
         stop: int | None = None,
-        range_min: int | None = None,
-        range_max: int | None = None,
         hard_fraction: float = 0.5,
         precision: str | None = None,
         max_saved_bytes: int = 256 << 20,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.start, self.stop = _ranks(start, stop, range_min, range_max)
-        self.hard_fraction = hard_fraction
+        self.start, self.stop = _checked_ranks(start, stop)
+        self.hard_fraction = _checked_fraction(hard_fraction)
+        if precision not in dispatch.PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(map(str, dispatch.PRECISIONS))}, got {precision!r}")
         self.loss_precision = precision
-        self.max_saved_bytes = max_saved_bytes
+        self.max_saved_bytes = arguments.integer("max_saved_bytes", max_saved_bytes)
+        if self.max_saved_bytes < 0:
+            raise ValueError(f"max_saved_bytes must be at least 0, got {max_saved_bytes}")
         self._scores_compared = False
         if self.loss in LOSSES:
             _check_similarity(self.torch_model)
@@ -104,29 +107,25 @@ class FastLightningModule(TransformerLightningModule):
         query, target, weight = sessions[:, -target.shape[1] :][real], target[real], weight[real]  # (T, d), (T,), (T,)
         # RecTools' softmax has its extra tokens among the candidates, so "full" has them, too.
         first_item = len(self.item_extra_tokens) if self.loss == "slice" else 0
-        negatives = None
+        neg = None
         if sliced:
-            negatives = rank_slice(
-                query.detach(),
-                catalog.detach(),
-                start=self.start,
-                stop=self.stop,
-                exclude=target,
-                first_item=first_item,
+            start, stop = default_ranks(catalog.shape[0] - first_item, self.start, self.stop, "lightning_module_kwargs")
+            neg = rank_slice(
+                query.detach(), catalog.detach(), start=start, stop=stop, exclude=target, first_item=first_item
             ).mix(self.hard_fraction)
-        rows = slice_cross_entropy(
+        losses = slice_cross_entropy(
             query,
             catalog,
             target,
-            negatives,
+            neg,
             temperature=self.logits_t,
             first_item=first_item,
             reduction="none",
             max_saved_bytes=self.max_saved_bytes,
             precision=self.loss_precision,
         )
-        rows = rows * weight
-        return rows.sum() / (rows > 0).sum().clamp(min=1)  # RecTools' mean: over the rows whose loss is above zero
+        losses = losses * weight
+        return losses.sum() / (losses > 0).sum().clamp(min=1)  # RecTools' mean: over the rows whose loss is above zero
 
 
 class FrozenTeacherSampler(TransformerNegativeSamplerBase):
@@ -137,9 +136,12 @@ class FrozenTeacherSampler(TransformerNegativeSamplerBase):
 
     Args:
         n_negatives: how many to draw for each position, without replacement where the slice has as many.
-        start, stop: the teacher's ranks, 20 and 2000 where left out; `range_min` and `range_max` are the same.
+        start, stop: the teacher's ranks. Where left out they follow the catalog's size: 20 to 2000 of 4,000 items and
+            more, else 6 to half of the catalog.
         hard_fraction: the chance of each negative to come from the slice; the others are uniform over all items but the
             target.
+
+    Raises TypeError for an argument of another kind, and ValueError for one out of range.
     """
 
     def __init__(
@@ -148,15 +150,13 @@ class FrozenTeacherSampler(TransformerNegativeSamplerBase):
         start: int | None = None,
         stop: int | None = None,
         hard_fraction: float = 0.5,
-        range_min: int | None = None,
-        range_max: int | None = None,
         **kwargs: Any,
     ):
         super().__init__(n_negatives, **kwargs)
-        if not 0.0 <= hard_fraction <= 1.0:
-            raise ValueError(f"hard_fraction must lie in [0, 1], got {hard_fraction}")
-        self.start, self.stop = _ranks(start, stop, range_min, range_max)
-        self.hard_fraction = hard_fraction
+        if arguments.integer("n_negatives", n_negatives) < 1:
+            raise ValueError(f"n_negatives must be at least 1, got {n_negatives}")
+        self.start, self.stop = _checked_ranks(start, stop)
+        self.hard_fraction = _checked_fraction(hard_fraction)
         self._scores_compared = False
         self._model: Any = None  # a RecTools backbone
         self._items: Tensor | None = None  # a model's: (V, d), vectors alone: (items, d)
@@ -168,9 +168,14 @@ class FrozenTeacherSampler(TransformerNegativeSamplerBase):
             bfloat16, whose score for a position is the dot product with the mean of the session so far. Either is in
             the order of ``get_known_item_ids()``, which the data set and the filters of RecTools alone decide.
 
-        Raises TypeError for a similarity module other than RecTools' dot and cosine.
+        Raises TypeError for a teacher of another kind or dtype, and for a similarity module other than RecTools' dot
+        and cosine; ValueError for vectors that are not (items, d).
         """
         if isinstance(teacher, Tensor):
+            if teacher.ndim != 2:
+                raise ValueError(f"teacher, where a tensor, must be (items, d), got {tuple(teacher.shape)}")
+            if teacher.dtype not in checks.FLOATS:
+                raise TypeError(f"teacher, where a tensor, must be float32 or bfloat16, got {teacher.dtype}")
             self._model, self._items = None, teacher.detach().cpu().clone()
             return
         _check_similarity(teacher)
@@ -189,7 +194,7 @@ class FrozenTeacherSampler(TransformerNegativeSamplerBase):
         """(B, S, n) int64 for the last S = session_len_limit positions, all L by default; ids from lowest_id on.
 
         Raises RuntimeError without a teacher, and ValueError for one of another number of items or of other scores than
-        RecTools'.
+        RecTools', and for ranks beyond the catalog.
         """
         if self._items is None:
             raise RuntimeError("FrozenTeacherSampler has no teacher: call set_teacher(...) before fit")
@@ -202,12 +207,13 @@ class FrozenTeacherSampler(TransformerNegativeSamplerBase):
         # Out of one item fewer; those from the target on give way to it.
         negatives = torch.randint(lowest_id, highest_id - 1, (size, session_len_limit or length, self.n_negatives))
         negatives += real[..., None] & (negatives >= target[..., None])
+        start, stop = default_ranks(highest_id - lowest_id, self.start, self.stop, "negative_sampler_kwargs")
         query, catalog = self._teach(batch_dict, lowest_id)
         ranked = rank_slice(
             query[:, -negatives.shape[1] :][real],
             catalog,
-            start=self.start,
-            stop=self.stop,
+            start=start,
+            stop=stop,
             exclude=target[real],
             first_item=lowest_id,
         )
@@ -230,14 +236,30 @@ class FrozenTeacherSampler(TransformerNegativeSamplerBase):
         return catalog[batch["x"]].float().cumsum(1) / count[..., None], catalog
 
 
-def _ranks(start: int | None, stop: int | None, range_min: int | None, range_max: int | None) -> tuple[int, int]:
-    first, last = one_of("start", start, "range_min", range_min), one_of("stop", stop, "range_max", range_max)
-    return START if first is None else first, STOP if last is None else last
+def _checked_ranks(start: int | None, stop: int | None) -> tuple[int | None, int | None]:
+    first, last = (
+        None if rank is None else arguments.integer(name, rank) for name, rank in (("start", start), ("stop", stop))
+    )
+    if (first or 0) < 0 or (last is not None and last < (first or 0)):
+        raise ValueError(f"expected 0 <= start <= stop, got start={start}, stop={stop}")
+    return first, last
+
+
+def _checked_fraction(hard_fraction: float) -> float:
+    fraction = arguments.number("hard_fraction", hard_fraction)
+    if not 0.0 <= fraction <= 1.0:
+        raise ValueError(f"hard_fraction must lie in [0, 1], got {hard_fraction}")
+    return fraction
 
 
 def _check_similarity(model: Any) -> None:
-    if not isinstance(model.similarity_module, DistanceSimilarityModule):
-        name = type(model.similarity_module).__name__
+    similarity = getattr(model, "similarity_module", None)
+    if similarity is None:
+        raise TypeError(
+            f"expected the torch_model of a RecTools model or a tensor of vectors, got {type(model).__name__}"
+        )
+    if not isinstance(similarity, DistanceSimilarityModule):
+        name = type(similarity).__name__
         raise TypeError(f"scores must be DistanceSimilarityModule's, dot or cosine; this model's are {name}'s")
 
 
@@ -263,11 +285,11 @@ def _compare_scores(model: Any, batch: dict[str, Tensor]) -> None:
         items = model.item_model.get_all_embeddings()
         encoded = model.encode_sessions(two, items)
         sessions, catalog = _vectors(model, two, items)
-        some = torch.linspace(0, items.shape[0] - 1, min(items.shape[0], 100), device=items.device).long()
+        sampled = torch.linspace(0, items.shape[0] - 1, min(items.shape[0], 100), device=items.device).long()
         same = same_scores(sessions[:, -1:] @ catalog.T, model.similarity_module(encoded[:, -1:], items))
-        candidates = some.expand(*sessions.shape[:2], -1)
+        candidates = sampled.expand(*sessions.shape[:2], -1)
         real = two["x"] != 0  # what a model computes for padding is its own affair
-        same &= same_scores((sessions @ catalog[some].T)[real], model(two, candidate_item_ids=candidates)[real])
+        same &= same_scores((sessions @ catalog[sampled].T)[real], model(two, candidate_item_ids=candidates)[real])
     if not same:
         kind = model.similarity_module.distance.value
         raise ValueError(

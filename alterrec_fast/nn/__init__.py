@@ -1,1 +1,7 @@
-"""What a person puts into a training loop of their own: losses as modules, and a sampler of hard negatives."""
+"""Modules for a training loop of your own: the losses, and a sampler of hard negatives with its teachers."""
+
+from alterrec_fast.nn.losses import FullSoftmaxLoss, SampledSoftmaxLoss, SliceCrossEntropy
+from alterrec_fast.nn.sampler import RankSliceSampler
+from alterrec_fast.nn.teachers import TeacherCopy
+
+__all__ = ["FullSoftmaxLoss", "RankSliceSampler", "SampledSoftmaxLoss", "SliceCrossEntropy", "TeacherCopy"]

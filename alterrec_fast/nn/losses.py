@@ -5,13 +5,16 @@ Notation: B sessions, L session length, V items, d width, T rows whose target is
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from alterrec_fast.nn import arguments
 from alterrec_fast.ops import RankSlice, checks, dispatch, sampled_softmax, slice_cross_entropy
 
 
-class _Loss(nn.Module):
+class _Loss(arguments.KeepsDtype):
     """What the three have in common: options, and rows made out of sequences."""
 
     def __init__(
@@ -22,13 +25,13 @@ class _Loss(nn.Module):
         reduction: str,
         precision: str | None,
         check: bool | None,
-        backend: str,
+        backend: str | None,
     ):
         super().__init__()
-        checks.check_loss(temperature, positive_weight, reduction)
-        self.temperature = temperature
-        self.positive_weight = positive_weight
-        self.ignore_index = ignore_index
+        self.temperature = arguments.number("temperature", temperature)
+        self.positive_weight = arguments.number("positive_weight", positive_weight)
+        self.ignore_index = arguments.integer("ignore_index", ignore_index)
+        checks.check_loss(self.temperature, self.positive_weight, reduction)
         self.reduction = reduction
         self.precision = precision
         self.check = check
@@ -37,57 +40,111 @@ class _Loss(nn.Module):
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
 
-    def _kept_with(self, name: str, rows: int, target: Tensor, kept: Tensor | None) -> Tensor | None:
-        """The rows to keep for negatives that are of `rows` rows: the real ones, or all."""
+    def _options(self) -> dict[str, Any]:
+        """What every op takes; the reduction comes after it."""
+        return {
+            "positive_weight": self.positive_weight,
+            "temperature": self.temperature,
+            "reduction": "none",
+            "ignore_index": self.ignore_index,
+            "precision": self.precision,
+            "check": self.check,
+            "backend": self.backend,
+        }
+
+    def _rows_of_negatives(self, count: int, target: Tensor, rows: Tensor | None) -> Tensor | None:
+        """The rows to take for negatives of `count` rows: those whose target is not ignored, or all (None)."""
         if torch.compiler.is_compiling():
-            if rows == target.numel():
+            if count == target.numel():
                 return None
             # From an eager sampler: only the number of rows says how many targets are real, until the graph runs.
             real = target.reshape(-1) != self.ignore_index
             if dispatch.choose_check(self.check, target):
-                expected = f"{name} must have a row for each of the targets that are not ignored, or for all"
-                torch._assert_async(real.sum() == rows, expected)
-            return torch.nonzero_static(real, size=rows).squeeze(1)
-        count = target.numel() if kept is None else kept.numel()
-        if rows == count:
-            return kept
-        if rows == target.numel():
+                expected = "neg must have a row for each of the targets that are not ignored, or for all"
+                torch._assert_async(real.sum() == count, expected)
+            return torch.nonzero_static(real, size=count).squeeze(1)
+        real_count = target.numel() if rows is None else rows.numel()
+        if count == real_count:
+            return rows
+        if count == target.numel():
             return None
         raise ValueError(
-            f"{name} must have a row for each of the {count} targets that are not ignored, or for all "
-            f"{target.numel()}, got {rows} rows"
+            f"neg must have a row for each of the {real_count} targets that are not ignored, or for all "
+            f"{target.numel()}, got {count} rows"
         )
 
-    def _reduced(self, rows: Tensor, target: Tensor, kept: Tensor | None) -> Tensor:
-        """rows: the loss of every row that was kept -> a scalar, or target's shape with zeros where it is ignored."""
+    def _reduced(self, losses: Tensor, target: Tensor, rows: Tensor | None) -> Tensor:
+        """losses: of the rows taken -> a scalar, or target's shape with zeros where it is ignored."""
         if self.reduction == "none":
-            if kept is None:
-                return rows.view(target.shape)
-            return rows.new_zeros(target.numel()).index_copy(0, kept, rows).view(target.shape)
-        total = rows.sum()
+            if rows is None:
+                return losses.view(target.shape)
+            return losses.new_zeros(target.numel()).index_copy(0, rows, losses).view(target.shape)
+        total = losses.sum()
         return total if self.reduction == "sum" else total / (target != self.ignore_index).sum().clamp(min=1)
 
 
-class FullSoftmaxLoss(_Loss):
-    """Cross-entropy over the whole catalog; at most max_saved_bytes of logits are kept for the backward pass.
+class _CatalogLoss(_Loss):
+    """`slice_cross_entropy` over the rows whose target is not ignored."""
+
+    def __init__(self, first_item: int, max_saved_bytes: int, *options: Any):
+        super().__init__(*options)
+        self.first_item = arguments.integer("first_item", first_item)
+        self.max_saved_bytes = arguments.integer("max_saved_bytes", max_saved_bytes)
+        for name in ("first_item", "max_saved_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+
+    def _loss(
+        self,
+        query: Tensor,
+        catalog: Tensor,
+        target: Tensor,
+        neg: RankSlice | None,
+        positives: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        _check_items(catalog, bias)
+        rows = real_rows(query, target, self.ignore_index)
+        if neg is not None:
+            rows = self._rows_of_negatives(neg.batch_size, target, rows)
+        losses = slice_cross_entropy(
+            take_rows(query, rows, 1),
+            catalog,
+            take_rows(target, rows, 0),
+            neg,
+            positives=_take_positives(positives, target, rows),
+            bias=bias,
+            first_item=self.first_item,
+            max_saved_bytes=self.max_saved_bytes,
+            **self._options(),
+        )
+        return self._reduced(losses, target, rows)
+
+
+class FullSoftmaxLoss(_CatalogLoss):
+    """Cross-entropy over the whole catalog, in tiles of scores: no (B, V) tensor is made.
 
     Equivalent to ``F.cross_entropy((query @ catalog.T + bias) / temperature, target)``; called like Cut Cross-Entropy's
-    ``LinearCrossEntropy``. Padding costs nothing: rows whose target is ignore_index are left out before any product.
-    (Not so under torch.compile, whose shapes must not depend on values.)
+    ``LinearCrossEntropy``. Rows whose target is ignore_index are left out before any product. (Not so under
+    torch.compile, whose shapes must not depend on values.) Whatever they hold, NaN too, their gradient is exactly zero.
 
     Args:
         temperature: above 0; divides the logits.
         first_item: rows of the catalog before it are padding: neither candidates nor targets.
         ignore_index: a target that stands for no row, as in ``nn.CrossEntropyLoss``; 0 suits catalogs padded at item 0.
         reduction: "mean" over the targets that count (0 over none), "sum", or "none" for the target's shape.
-        max_saved_bytes: as in `slice_cross_entropy`.
+        max_saved_bytes: at most so much of the logits is saved for the backward pass, as in `slice_cross_entropy`; 0
+            saves none.
         precision, check, backend: as in `rank_slice`.
 
-    Raises ValueError for a temperature of 0 or less, or another reduction.
+    Raises:
+        TypeError: for an option of another kind.
+        ValueError: for a temperature of 0 or less, another number below 0, or another reduction.
     """
 
     def __init__(
         self,
+        *,
         temperature: float = 1.0,
         first_item: int = 0,
         ignore_index: int = -100,
@@ -95,11 +152,11 @@ class FullSoftmaxLoss(_Loss):
         max_saved_bytes: int = 256 << 20,
         precision: str | None = None,
         check: bool | None = None,
-        backend: str = "auto",
+        backend: str | None = None,
     ):
-        super().__init__(temperature, 1.0, ignore_index, reduction, precision, check, backend)
-        self.first_item = first_item
-        self.max_saved_bytes = max_saved_bytes
+        super().__init__(
+            first_item, max_saved_bytes, temperature, 1.0, ignore_index, reduction, precision, check, backend
+        )
 
     def forward(self, query: Tensor, catalog: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
         """
@@ -109,40 +166,30 @@ class FullSoftmaxLoss(_Loss):
             target: (B,) or (B, L) int32 or int64; ignore_index where there is none.
             bias: (V,), added to the scores; gets a gradient.
 
+        Returns the loss: a scalar, or of target's shape with reduction="none".
+
         Raises:
             TypeError, ValueError, BackendError: as `slice_cross_entropy` does; rows count the targets not ignored.
         """
-        kept = real_rows(query, target, self.ignore_index)
-        rows = slice_cross_entropy(
-            take_rows(query, kept, 1),
-            catalog,
-            take_rows(target, kept, 0),
-            temperature=self.temperature,
-            bias=bias,
-            first_item=self.first_item,
-            reduction="none",
-            ignore_index=self.ignore_index,
-            max_saved_bytes=self.max_saved_bytes,
-            precision=self.precision,
-            check=self.check,
-            backend=self.backend,
-        )
-        return self._reduced(rows, target, kept)
+        return self._loss(query, catalog, target, None, None, bias)
 
 
-class SliceCrossEntropy(_Loss):
+class SliceCrossEntropy(_CatalogLoss):
     """`slice_cross_entropy` as a module: each target, and extra positives, against a set of negatives.
 
     Args:
         temperature, first_item, ignore_index, reduction, max_saved_bytes, precision, check, backend: as in
-            `FullSoftmaxLoss`.
+            `FullSoftmaxLoss`, and so are ignored rows.
         positive_weight: what each of the extra positives counts against the target.
 
-    Raises ValueError for a temperature of 0 or less, a negative positive_weight, or another reduction.
+    Raises:
+        TypeError: for an option of another kind.
+        ValueError: as `FullSoftmaxLoss`, and for a negative positive_weight.
     """
 
     def __init__(
         self,
+        *,
         temperature: float = 1.0,
         positive_weight: float = 1.0,
         first_item: int = 0,
@@ -151,11 +198,19 @@ class SliceCrossEntropy(_Loss):
         max_saved_bytes: int = 256 << 20,
         precision: str | None = None,
         check: bool | None = None,
-        backend: str = "auto",
+        backend: str | None = None,
     ):
-        super().__init__(temperature, positive_weight, ignore_index, reduction, precision, check, backend)
-        self.first_item = first_item
-        self.max_saved_bytes = max_saved_bytes
+        super().__init__(
+            first_item,
+            max_saved_bytes,
+            temperature,
+            positive_weight,
+            ignore_index,
+            reduction,
+            precision,
+            check,
+            backend,
+        )
 
     def forward(
         self,
@@ -163,6 +218,7 @@ class SliceCrossEntropy(_Loss):
         catalog: Tensor,
         target: Tensor,
         neg: RankSlice | None = None,
+        *,
         positives: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
@@ -171,7 +227,9 @@ class SliceCrossEntropy(_Loss):
             query, catalog, target, bias: as in `FullSoftmaxLoss`.
             neg: the negatives, of a row for each target that is not ignored (as `RankSliceSampler` gives them), or of a
                 row for every target; None: all items.
-            positives: (B, P) or (B, L, P) int32 or int64, further items that should win; -1 is none.
+            positives: (B, P) or (B, L, P) int32 or int64, further items that should rank high; -1 is none.
+
+        Returns the loss: a scalar, or of target's shape with reduction="none".
 
         Raises:
             TypeError, ValueError, BackendError: as `slice_cross_entropy` does; rows count the targets not ignored.
@@ -179,49 +237,32 @@ class SliceCrossEntropy(_Loss):
         """
         if not isinstance(neg, RankSlice | None):
             raise TypeError(
-                f"neg must be a RankSlice, as sampler(...) gives it, got {_kind(neg)}; ids, as sampler.sample(...) "
-                "gives them, are for SampledSoftmaxLoss"
+                f"neg must be a RankSlice, as sampler(...) gives it, got {arguments.kind(neg)}; ids, as "
+                "sampler.sample(...) gives them, are for SampledSoftmaxLoss"
             )
-        kept = real_rows(query, target, self.ignore_index)
-        if neg is not None:
-            kept = self._kept_with("neg", neg.batch_size, target, kept)
-        rows = slice_cross_entropy(
-            take_rows(query, kept, 1),
-            catalog,
-            take_rows(target, kept, 0),
-            neg,
-            positives=_take_positives(positives, target, kept),
-            positive_weight=self.positive_weight,
-            temperature=self.temperature,
-            bias=bias,
-            first_item=self.first_item,
-            reduction="none",
-            ignore_index=self.ignore_index,
-            max_saved_bytes=self.max_saved_bytes,
-            precision=self.precision,
-            check=self.check,
-            backend=self.backend,
-        )
-        return self._reduced(rows, target, kept)
+        return self._loss(query, catalog, target, neg, positives, bias)
 
 
 class SampledSoftmaxLoss(_Loss):
     """`sampled_softmax` as a module: each target against negatives given by their ids, with logQ correction.
 
     Args:
-        temperature, ignore_index, reduction, precision, check, backend: as in `FullSoftmaxLoss`.
+        temperature, positive_weight, ignore_index, reduction, precision, check, backend: as in `SliceCrossEntropy`.
         log_q: (V,) float, the log of each item's expected count among the negatives, subtracted from the logits of
-            targets and negatives; `RankSliceSampler.log_q` gives it. Kept as a buffer outside the state dict.
-        positive_weight: what each of the extra positives counts against the target.
+            targets and negatives; `RankSliceSampler.log_q` gives it. A buffer outside the state dict, which keeps its
+            dtype under ``half()``.
         sparse_grad: the catalog's gradient as a coalesced sparse tensor of the touched rows, for ``optim.SparseAdam``.
 
-    Raises ValueError for a temperature of 0 or less, a negative positive_weight, or another reduction.
+    Raises:
+        TypeError: for an option of another kind.
+        ValueError: for a temperature of 0 or less, a negative positive_weight, or another reduction.
     """
 
     log_q: Tensor | None
 
     def __init__(
         self,
+        *,
         temperature: float = 1.0,
         log_q: Tensor | None = None,
         positive_weight: float = 1.0,
@@ -230,104 +271,109 @@ class SampledSoftmaxLoss(_Loss):
         sparse_grad: bool = False,
         precision: str | None = None,
         check: bool | None = None,
-        backend: str = "auto",
+        backend: str | None = None,
     ):
         super().__init__(temperature, positive_weight, ignore_index, reduction, precision, check, backend)
+        if log_q is not None:
+            arguments.check_tensor("log_q", log_q, "a tensor (V,)")
         self.register_buffer("log_q", log_q, persistent=False)
-        self.sparse_grad = sparse_grad
+        self.sparse_grad = arguments.flag("sparse_grad", sparse_grad)
 
     def forward(
         self,
         query: Tensor,
         catalog: Tensor,
         target: Tensor,
-        negatives: Tensor,
+        neg: Tensor,
+        *,
         positives: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
         """
         Args:
-            query, catalog, target, bias: as in `FullSoftmaxLoss`.
-            negatives: int32 or int64 ids, -1 is none: (N,) shared by all rows; (T, N) of a row for each target that is
-                not ignored, as `RankSliceSampler` gives them; or (B, N) and (B, L, N) of a row for every target.
-            positives: as in `SliceCrossEntropy`.
+            query, catalog, target, positives, bias: as in `SliceCrossEntropy`.
+            neg: int32 or int64 ids, -1 is none: (N,) shared by all rows; (T, N) of a row for each target that is not
+                ignored, as `RankSliceSampler.sample` gives them; or (B, N) and (B, L, N) of a row for every target.
+
+        Returns the loss: a scalar, or of target's shape with reduction="none".
 
         Raises:
             TypeError, ValueError, BackendError: as `sampled_softmax` does; rows count the targets not ignored.
-            RuntimeError: under torch.compile, where the rows of `negatives` (T, N) are not one for each.
+            RuntimeError: under torch.compile, where the rows of `neg` (T, N) are not one for each.
         """
-        if not isinstance(negatives, Tensor):
+        if not isinstance(neg, Tensor):
             raise TypeError(
-                f"negatives must be a tensor of ids, as sampler.sample(...) gives it, got {_kind(negatives)}; a "
+                f"neg must be a tensor of ids, as sampler.sample(...) gives it, got {arguments.kind(neg)}; a "
                 "RankSlice, as sampler(...) gives it, is for SliceCrossEntropy"
             )
-        kept = real_rows(query, target, self.ignore_index)
-        if negatives.ndim == target.ndim + 1 and negatives.shape[:-1] == target.shape:
-            negatives = take_rows(negatives, kept, 1)
-        elif negatives.ndim == 2:
-            kept = self._kept_with("negatives", negatives.shape[0], target, kept)
-        elif negatives.ndim != 1:
+        _check_items(catalog, bias)
+        rows = real_rows(query, target, self.ignore_index)
+        if neg.ndim == target.ndim + 1 and neg.shape[:-1] == target.shape:
+            neg = take_rows(neg, rows, 1)
+        elif neg.ndim == 2:
+            rows = self._rows_of_negatives(neg.shape[0], target, rows)
+        elif neg.ndim != 1:
             raise ValueError(
-                f"negatives must be (N,), (T, N) with a row for each target that is not ignored, or "
-                f"{_with_last(target, 'N')}, got {tuple(negatives.shape)}"
+                f"neg must be (N,), (T, N) with a row for each target that is not ignored, or "
+                f"{_with_last(target, 'N')}, got {tuple(neg.shape)}"
             )
-        rows = sampled_softmax(
-            take_rows(query, kept, 1),
+        losses = sampled_softmax(
+            take_rows(query, rows, 1),
             catalog,
-            take_rows(target, kept, 0),
-            negatives,
+            take_rows(target, rows, 0),
+            neg,
             log_q=self.log_q,
-            positives=_take_positives(positives, target, kept),
-            positive_weight=self.positive_weight,
-            temperature=self.temperature,
+            positives=_take_positives(positives, target, rows),
             bias=bias,
-            reduction="none",
-            ignore_index=self.ignore_index,
             sparse_grad=self.sparse_grad,
-            precision=self.precision,
-            check=self.check,
-            backend=self.backend,
+            **self._options(),
         )
-        return self._reduced(rows, target, kept)
+        return self._reduced(losses, target, rows)
 
 
 def real_rows(query: Tensor, target: Tensor, ignore_index: int) -> Tensor | None:
     """(T,) the flat places of the targets that are not ignored; None where that is all, and under torch.compile.
 
-    Raises ValueError unless query is (B, d) or (B, L, d) and target its shape without the last dimension.
+    Raises TypeError for what is no tensor, and ValueError unless query is (B, d) or (B, L, d) and target its shape
+    without the last dimension.
     """
+    arguments.check_tensor("query", query)
+    arguments.check_tensor("target", target, "a tensor of ids")
     if query.ndim not in (2, 3):
         raise ValueError(f"query must be (B, d) or (B, L, d), got {tuple(query.shape)}")
     if target.shape != query.shape[:-1]:
         raise ValueError(f"target must be {tuple(query.shape[:-1])}, as the query is, got {tuple(target.shape)}")
     if torch.compiler.is_compiling():
         return None
-    kept = (target.reshape(-1) != ignore_index).nonzero().squeeze(1)
-    return None if kept.numel() == target.numel() else kept
+    rows = (target.reshape(-1) != ignore_index).nonzero().squeeze(1)
+    return None if rows.numel() == target.numel() else rows
 
 
-def take_rows(x: Tensor, kept: Tensor | None, trailing: int) -> Tensor:
-    """x (B, *) or (B, L, *), * of `trailing` dimensions -> its rows at the flat places `kept`, or all B L rows."""
+def take_rows(x: Tensor, rows: Tensor | None, trailing: int) -> Tensor:
+    """x (B, *) or (B, L, *), * of `trailing` dimensions -> what stands at the flat places `rows`, or all B L rows."""
     if x.ndim - trailing == 2:
-        if kept is not None:  # two indices, since flattening an expanded tensor would copy all of it
+        if rows is not None:  # two indices, since flattening an expanded tensor would copy all of it
             length = x.shape[1]
-            return x[kept // length, kept % length]
+            return x[rows // length, rows % length]
         x = x.flatten(0, 1)
-    elif kept is not None:
-        x = x[kept]
+    elif rows is not None:
+        x = x[rows]
     return x if trailing == 0 or x.stride(-1) == 1 else x.contiguous()
 
 
-def _take_positives(positives: Tensor | None, target: Tensor, kept: Tensor | None) -> Tensor | None:
+def _check_items(catalog: Tensor, bias: Tensor | None) -> None:
+    arguments.check_tensor("catalog", catalog, "a tensor (V, d)")
+    if bias is not None:
+        arguments.check_tensor("bias", bias, "a tensor (V,)")
+
+
+def _take_positives(positives: Tensor | None, target: Tensor, rows: Tensor | None) -> Tensor | None:
     if positives is None:
         return None
+    arguments.check_tensor("positives", positives, "a tensor of ids")
     if positives.ndim != target.ndim + 1 or positives.shape[:-1] != target.shape:
         raise ValueError(f"positives must be {_with_last(target, 'P')}, got {tuple(positives.shape)}")
-    return take_rows(positives, kept, 1)
-
-
-def _kind(value: object) -> str:
-    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    return take_rows(positives, rows, 1)
 
 
 def _with_last(target: Tensor, name: str) -> str:

@@ -5,20 +5,27 @@ Notation: B sessions, L session length, V items, f width of the teacher's vector
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from alterrec_fast.nn import arguments
 
-class TeacherCopy:
+
+class TeacherCopy(nn.Module):
     """A copy of a model that stands still, or follows the model slowly, and ranks in its stead.
 
     Each `update` moves the copy's parameters to ``decay * copy + (1 - decay) * model``; buffers are taken over. Call it
-    after every step for a slow copy (decay near 1), once an epoch for a copy frozen in between (decay 0), or never. The
-    copy runs in eval mode and without gradients.
+    after every step for a slow copy (decay near 1), once an epoch for a copy frozen in between (decay 0), or never.
+
+    The copy is a submodule: it moves with ``to``, and the state dict holds it. It is no part of what is trained: its
+    parameters require no gradient, ``train()`` leaves it in eval mode, and ``parameters()`` and ``modules()`` of this
+    module, and of any that holds it, do not list it (an optimizer, DistributedDataParallel and a count of parameters
+    do not meet it); ``teacher.copy.parameters()`` does. Hooks on the TeacherCopy run at each call.
 
     Args:
         model: what to copy; of a DistributedDataParallel its module.
@@ -26,10 +33,20 @@ class TeacherCopy:
             (V, f). For a SASRec: ``lambda model, items: (model(items), model.item_embedding.weight)``.
         decay: in [0, 1].
 
-    Raises ValueError for another decay.
+    Raises:
+        TypeError: for an argument of another kind.
+        ValueError: for another decay.
     """
 
-    def __init__(self, model: nn.Module, vectors: Callable[..., tuple[Tensor, Tensor]], decay: float = 0.0):
+    def __init__(self, model: nn.Module, vectors: Callable[..., tuple[Tensor, Tensor]], *, decay: float = 0.0):
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {arguments.kind(model)}")
+        if not callable(vectors):
+            raise TypeError(
+                f"vectors must be a function (copy, *inputs) -> (query, catalog), got {arguments.kind(vectors)}"
+            )
+        decay = arguments.number("decay", decay)
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"decay must lie in [0, 1], got {decay}")
         self.vectors = vectors
@@ -37,19 +54,43 @@ class TeacherCopy:
         self.copy.update_parameters(_unwrapped(model))  # the first call copies, all later ones average
         self.copy.eval().requires_grad_(False)
 
-    def __call__(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def forward(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+        """The copy's (query, catalog) for these inputs, without gradients."""
         return self.vectors(self.copy.module, *inputs)
 
     def update(self, model: nn.Module) -> None:
-        self.copy.update_parameters(_unwrapped(model))
+        """Move the copy towards the model.
 
-    def state_dict(self) -> dict[str, Any]:
-        """The copy's own tensors, as in `nn.Module.state_dict`, and the number of its updates."""
-        return self.copy.state_dict()
+        Raises TypeError for what is no module, and ValueError for a model with other parameters than the copied one.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {arguments.kind(model)}")
+        model = _unwrapped(model)
+        shapes, expected = (
+            {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+            for module in (model, self.copy.module)
+        )
+        if shapes != expected:
+            other = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+            raise ValueError(f"model must be of the kind that was copied; {other[0]} has another shape or is missing")
+        self.copy.update_parameters(model)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what `state_dict` gave; RuntimeError where it is of another model."""
-        self.copy.load_state_dict(state)
+    def train(self, mode: bool = True) -> TeacherCopy:
+        """As of any module, but that the copy stays in eval mode."""
+        super().train(mode)
+        self.copy.eval()
+        return self
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """This module alone, so that ``parameters()`` of a model that holds it lists nothing of the copy."""
+        memo = set() if memo is None else memo
+        if self not in memo:
+            if remove_duplicate:
+                memo.add(self)
+            yield prefix, self
 
 
 def mean_of_items(vectors: Tensor, history: Tensor, first_item: int, per_place: bool) -> Tensor:

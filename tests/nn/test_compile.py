@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from alterrec_fast.benchmarks.experiments.sasrec import SASRec
+import torch._dynamo.testing
 from torch import Tensor, nn
 
 import alterrec_fast as af
+from tests.nn.sasrec import SASRec
 from tests.ops.loss_helpers import needs_native
 
 V, B, L = 500, 6, 7
@@ -42,6 +43,20 @@ LOSSES = {
 
 
 @needs_native
+def test_draws_compile_nothing_anew() -> None:
+    sampler = af.RankSliceSampler(10, 100, hard_fraction=0.5, first_item=1, ignore_index=0)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(sampler, backend=counter)
+    query, catalog, target = torch.randn(B, 16), torch.randn(V, 16), torch.randint(1, V, (B,))
+    drawn, graphs = [], []
+    for _ in range(4):
+        drawn.append(compiled(query, catalog, target).mask())
+        graphs.append(counter.frame_count)
+    assert graphs[1] == graphs[3] and sampler.draws == 4
+    assert not torch.equal(drawn[2], drawn[3])
+
+
+@needs_native
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", ["slice", "sampled"])
 def test_a_compiled_loss_takes_what_an_eager_sampler_gives(name: str, reduction: str) -> None:
@@ -57,7 +72,7 @@ def test_a_compiled_loss_takes_what_an_eager_sampler_gives(name: str, reduction:
         target[torch.rand(size, L, generator=generator) < 0.4] = 0
         negatives: Any = sampler(query, catalog, target)
         if name == "sampled":
-            negatives = sampler.sample(query, catalog, target, 30)
+            negatives = sampler.sample(query, catalog, target, num_negatives=30)
         found = []
         for module in (loss, compiled):
             leaves = query.clone().requires_grad_(), catalog.clone().requires_grad_()
@@ -71,7 +86,7 @@ def test_a_compiled_loss_refuses_rows_that_do_not_fit() -> None:
     compiled = torch.compile(LOSSES["sampled"](), fullgraph=True, backend="aot_eager")
     target = torch.tensor([[3, 0, 4], [5, 6, 0]])
     for rows in (3, 5):
-        with pytest.raises(RuntimeError, match="negatives must have a row for each of the targets that are not"):
+        with pytest.raises(RuntimeError, match="neg must have a row for each of the targets that are not"):
             compiled(torch.randn(2, 3, 16), torch.randn(V, 16), target, torch.ones(rows, 8, dtype=torch.int64))
 
 

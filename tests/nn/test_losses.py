@@ -128,12 +128,12 @@ def test_positives_follow_their_rows() -> None:
     neg = af.rank_slice(query[real], catalog, start=5, stop=60)
     loss = af.SliceCrossEntropy(positive_weight=0.5, temperature=0.3)
     torch.testing.assert_close(
-        loss(query, catalog, target, neg, positives),
+        loss(query, catalog, target, neg, positives=positives),
         af.slice_cross_entropy(
             query[real], catalog, target[real], neg, positives=positives[real], positive_weight=0.5, temperature=0.3
         ),
     )
-    sampled = af.SampledSoftmaxLoss(positive_weight=0.5)(query, catalog, target, torch.arange(30), positives)
+    sampled = af.SampledSoftmaxLoss(positive_weight=0.5)(query, catalog, target, torch.arange(30), positives=positives)
     plain = af.sampled_softmax(
         query[real], catalog, target[real], torch.arange(30), positives=positives[real], positive_weight=0.5
     )
@@ -225,11 +225,11 @@ def test_one_graph_with_padding() -> None:
         (lambda q, e, t: af.SampledSoftmaxLoss(reduction="avg"), "reduction must be one of mean, sum, none, got 'avg'"),
         (
             lambda q, e, t: af.SampledSoftmaxLoss()(q, e, t, torch.zeros(3, 2, 5, dtype=torch.int64)),
-            r"negatives must be \(N,\), \(T, N\) with .*, or \(3, 4, N\), got \(3, 2, 5\)",
+            r"neg must be \(N,\), \(T, N\) with .*, or \(3, 4, N\), got \(3, 2, 5\)",
         ),
         (
             lambda q, e, t: af.SampledSoftmaxLoss()(q, e, t, torch.zeros(3, 5, dtype=torch.int64)),
-            "negatives must have a row for each of the 7 targets that are not ignored, or for all 12, got 3 rows",
+            "neg must have a row for each of the 7 targets that are not ignored, or for all 12, got 3 rows",
         ),
         (
             lambda q, e, t: af.SliceCrossEntropy()(q, e, t, af.rank_slice(q[0], e, start=0, stop=5)),
@@ -259,7 +259,7 @@ def test_needs_nothing_of_the_trainer() -> None:
 def test_swapped_negatives_are_named_with_the_loss_that_takes_them() -> None:
     query, catalog, target = sequences(3, 4, seed=0)
     sampler = af.RankSliceSampler(0, 10)
-    ids = sampler.sample(query, catalog, target, 5)
+    ids = sampler.sample(query, catalog, target, num_negatives=5)
     with pytest.raises(
         TypeError, match=rf"as sampler\(\.\.\.\) gives it, got a tensor \({len(ids)}, 5\); .* SampledSoftmaxLoss"
     ):

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
-from alterrec_fast.benchmarks.experiments.sasrec import SASRec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,6 +20,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 import alterrec_fast as af
 from tests.conftest import integers
+from tests.nn.sasrec import SASRec
 
 V, D, B, L = 300, 8, 5, 4
 
@@ -67,8 +67,6 @@ def test_the_live_model_ranks_with_the_queries_of_the_step(
     neg = sampler(query.requires_grad_(), catalog, target)
     real = target != -100
     assert sets(neg.indices()) == expected_sets(query[real], catalog, target[real], start, start + size, first)
-    sampler = af.RankSliceSampler(range_min=start, range_max=start + size, first_item=first)
-    assert sets(sampler(query, catalog, target).indices()) == sets(neg.indices())
 
 
 def test_a_bias_belongs_to_the_models_own_scores() -> None:
@@ -80,28 +78,28 @@ def test_a_bias_belongs_to_the_models_own_scores() -> None:
     neg = sampler(query, catalog, target, bias=bias)
     assert sets(neg.indices()) == expected_sets(wide, with_bias, target[real], 3, 40, 0)
     taught = af.RankSliceSampler(3, 40, ignore_index=0, teacher=lambda _: (query, catalog))
-    neg = taught(query, catalog, target, history, bias=bias)
+    neg = taught(query, catalog, target, history=history, bias=bias)
     assert sets(neg.indices()) == expected_sets(query[real], catalog, target[real], 3, 40, 0)
 
 
 def test_a_session_does_not_meet_its_own_items() -> None:
     query, catalog, target, history = batch()
     sampler = af.RankSliceSampler(0, V - 1, exclude_history=True, first_item=1, ignore_index=0)
-    neg = sampler(query, catalog, target, history)
+    neg = sampler(query, catalog, target, history=history)
     rows = [b for b in range(B) for t in target[b].tolist() if t != 0]
     for row, found in zip(rows, sets(neg.indices()), strict=True):
         assert found == set(range(1, V)) - set(history[row].tolist()) - set(target[row].tolist())
-    ids = sampler.sample(query, catalog, target, 200, history)
+    ids = sampler.sample(query, catalog, target, num_negatives=200, history=history)
     assert all(found <= whole for found, whole in zip(sets(ids), sets(neg.indices()), strict=True))
     random = af.RankSliceSampler(0, 200, exclude_history=True, first_item=1, ignore_index=0, hard_fraction=0)
     for found in (
-        random(query, catalog, target, history).indices(),
-        random.sample(query, catalog, target, 400, history),
+        random(query, catalog, target, history=history).indices(),
+        random.sample(query, catalog, target, num_negatives=400, history=history),
     ):
         assert all(row <= whole for row, whole in zip(sets(found), sets(neg.indices()), strict=True))
         assert (found >= 0).sum() > 0.4 * found.numel()
     last = af.RankSliceSampler(0, V - 1, exclude_history=True, first_item=1)(
-        query[:, -1], catalog, target[:, 0], history
+        query[:, -1], catalog, target[:, 0], history=history
     )
     assert sets(last.indices())[0] == set(range(1, V)) - set(history[0].tolist()) - {int(target[0, 0])}
 
@@ -110,11 +108,11 @@ def test_vectors_of_another_modality_teach_by_the_mean_of_the_items_so_far() -> 
     query, catalog, target, history = batch(3)
     text = torch.randn(V, 20)
     sampler = af.RankSliceSampler(2, 50, teacher=text, first_item=1, ignore_index=0)
-    neg = sampler(query, catalog, target, history)
+    neg = sampler(query, catalog, target, history=history)
     means = [text[history[b, : place + 1]].mean(0) for b, place in (target != 0).nonzero().tolist()]
     real = target[target != 0]
     assert sets(neg.indices()) == expected_sets(torch.stack(means), text, real, 2, 50, 1)
-    last = sampler(query[:, -1], catalog, target[:, 0], history)
+    last = sampler(query[:, -1], catalog, target[:, 0], history=history)
     whole = torch.stack([text[h[h > 0]].mean(0) for h in history])
     assert sets(last.indices()) == expected_sets(whole, text, target[:, 0], 2, 50, 1)
 
@@ -132,7 +130,7 @@ def test_a_copy_teaches_with_its_own_weights_and_follows_slowly() -> None:
     old = SASRec(V, D, L)
     old.load_state_dict(first)
     query = old.eval()(history)
-    neg = sampler(model(history), model.item.weight, target, history)
+    neg = sampler(model(history), model.item.weight, target, history=history)
     real = target != 0
     assert sets(neg.indices()) == expected_sets(query[real], old.item.weight, target[real], 0, 60, 1)
     assert sets(sampler(model(history), model.item.weight, target, inputs=(history,)).indices()) == sets(neg.indices())
@@ -162,7 +160,7 @@ def test_random_negatives_follow_their_law(random: str) -> None:
     options = {"hard_fraction": 0.0, "random": random, "popularity": popularity, "first_item": first}
     sampler = af.RankSliceSampler(0, 10, **options)
     query, catalog, target = torch.zeros(rows, 1), torch.zeros(items, 1), torch.full((rows,), first)
-    drawn = sampler.sample(query, catalog, target, 10)
+    drawn = sampler.sample(query, catalog, target, num_negatives=10)
     assert ((drawn == -1).float().mean() - law[first]).abs() < 5 / math.sqrt(drawn.numel())  # drawn was the target
     counts = torch.bincount(drawn[drawn >= 0], minlength=items)
     law[first] = 0
@@ -178,8 +176,8 @@ def test_log_q_turns_popular_negatives_into_the_full_softmax() -> None:
     popularity = torch.rand(V) ** 3 + 0.01
     sampler = af.RankSliceSampler(0, 10, hard_fraction=0, random="popularity", popularity=popularity)
     query, catalog, target = torch.randn(30, D), 0.5 * torch.randn(V, D), torch.randint(0, V, (30,))
-    negatives = sampler.sample(query, catalog, target, 40_000)
-    log_q = sampler.log_q(40_000, V)
+    negatives = sampler.sample(query, catalog, target, num_negatives=40_000)
+    log_q = sampler.log_q(num_negatives=40_000, num_items=V)
     torch.testing.assert_close(log_q.exp().sum(), torch.tensor(40_000.0), rtol=1e-4, atol=0)
     counts = torch.bincount(negatives[negatives >= 0], minlength=V) / 30
     torch.testing.assert_close(counts, log_q.exp(), rtol=0.2, atol=5)
@@ -190,7 +188,7 @@ def test_log_q_turns_popular_negatives_into_the_full_softmax() -> None:
     expected = torch.nn.functional.softplus(others - y.gather(1, target[:, None])[:, 0] + log_q[target]).mean()
     torch.testing.assert_close(corrected, expected, rtol=0.01, atol=0)
     rare = af.RankSliceSampler(0, 1, hard_fraction=0, random="popularity", popularity=torch.tensor([5.0, 0, 2, 1]))
-    torch.testing.assert_close(rare.log_q(8, 4), torch.tensor([5.0, 1, 2, 1]).log())
+    torch.testing.assert_close(rare.log_q(num_negatives=8, num_items=4), torch.tensor([5.0, 1, 2, 1]).log())
 
 
 def test_a_share_of_the_hard_ones_is_traded() -> None:
@@ -201,7 +199,7 @@ def test_a_share_of_the_hard_ones_is_traded() -> None:
     mixed = sampler(query, catalog, target).mask()
     assert abs((mixed & hard).sum() / hard.sum() - 0.25) < 0.02
     assert abs((mixed & ~hard).sum() / (~hard).sum() - 0.75 * 60 / V) < 0.02
-    ids = sampler.sample(query, catalog, target, 8)
+    ids = sampler.sample(query, catalog, target, num_negatives=8)
     assert ids.shape == (400, 8) and hard.gather(1, ids[:, :2]).all()
     assert not hard.gather(1, ids[:, 2:].clamp(min=0)).all(1).any()
 
@@ -213,10 +211,10 @@ def test_a_run_that_goes_on_draws_what_it_would_have_drawn() -> None:
         model = torch.nn.Embedding(V, D)
         torch.manual_seed(1)
         teacher = af.TeacherCopy(model, lambda m, items: (m(items), m.weight), decay=0.5)
-        return af.RankSliceSampler(5, 60, hard_fraction=0.5, teacher=teacher, num_sessions=9, seed=seed, ignore_index=0)
+        return af.RankSliceSampler(5, 60, hard_fraction=0.5, teacher=teacher, seed=seed, ignore_index=0)
 
     def draw(sampler: af.RankSliceSampler) -> Tensor:
-        return sampler(query, catalog, target, history, torch.arange(B)).mask()
+        return sampler(query, catalog, target, history=history).mask()
 
     one, other = make(4), make(5)
     first, second = draw(one), draw(one)
@@ -225,22 +223,10 @@ def test_a_run_that_goes_on_draws_what_it_would_have_drawn() -> None:
     stored = io.BytesIO()
     torch.save(one.state_dict(), stored)
     stored.seek(0)
-    third, ids = draw(one), one.sample(query, catalog, target, 9, history, torch.arange(B))
+    third, ids = draw(one), one.sample(query, catalog, target, num_negatives=9, history=history)
     other.load_state_dict(torch.load(stored, weights_only=True))
     assert torch.equal(draw(other), third)
-    assert torch.equal(other.sample(query, catalog, target, 9, history, torch.arange(B)), ids)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({}, "stop, or range_max"),
-        ({"start": 3, "range_min": 3, "stop": 5}, "start and range_min are the same, got start=3 and range_min=3"),
-    ],
-)
-def test_ranks_are_named_once(options: dict[str, int], message: str) -> None:
-    with pytest.raises(TypeError, match=message):
-        af.RankSliceSampler(**options)
+    assert torch.equal(other.sample(query, catalog, target, num_negatives=9, history=history), ids)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +245,11 @@ def test_ranks_are_named_once(options: dict[str, int], message: str) -> None:
         ),
         ({"teacher": torch.ones(3)}, {}, r"teacher, where a tensor, must be \(V, f\), got \(3,\)"),
         ({"teacher": torch.ones(V, 3)}, {}, "history is needed: a teacher of item vectors"),
-        ({"teacher": torch.ones(7, 3)}, {"history": torch.ones(B, L).long()}, "catalog must have 300 items, got 7"),
+        (
+            {"teacher": torch.ones(7, 3)},
+            {"history": torch.ones(B, L).long()},
+            r"catalog must be \(300, f\), got \(7, 3\)",
+        ),
         (
             {"teacher": lambda: (torch.ones(B, 3), torch.ones(V, 3))},
             {"inputs": ()},
@@ -267,14 +257,11 @@ def test_ranks_are_named_once(options: dict[str, int], message: str) -> None:
         ),
         ({"exclude_history": True}, {}, "history is needed: exclude_history keeps"),
         ({"exclude_history": True}, {"history": torch.full((B, L), V)}, "history holds 300, expected ids below 300"),
-        ({"num_sessions": 4}, {}, "session is needed: num_sessions keeps"),
-        ({"num_sessions": 4}, {"session": torch.arange(B)}, r"session holds 4, expected a number in \[0, 4\)"),
-        ({"num_sessions": 9}, {"session": torch.arange(3)}, r"session must be \(5,\), got \(3,\)"),
         ({"teacher": torch.ones(V, 3)}, {"history": torch.full((B, L), V)}, "history holds 300, expected ids below"),
         ({"teacher": torch.ones(V, 3)}, {"history": torch.ones(B).long()}, r"history must be \(5, L\), got \(5,\)"),
         ({"first_item": -1}, {}, "first_item must be at least 0, got -1"),
-        ({"num_sessions": 0}, {}, "num_sessions must be at least 1, got 0"),
-        ({"seed": -1}, {}, "seed must be at least 0, got -1"),
+        ({"seed": -1}, {}, r"seed must lie in \[0, 2 \*\* 63\), got -1"),
+        ({"seed": 2**63}, {}, "seed must lie in"),
     ],
 )
 def test_errors_name_the_value_and_what_was_expected(
@@ -282,7 +269,7 @@ def test_errors_name_the_value_and_what_was_expected(
 ) -> None:
     query, catalog, target, _ = batch(7)
     with pytest.raises(ValueError, match=message):
-        af.RankSliceSampler(**{"stop": 5, **options})(query, catalog, target, **call)
+        af.RankSliceSampler(**{"start": 0, "stop": 5, **options})(query, catalog, target, **call)
 
 
 def test_other_errors() -> None:
@@ -291,24 +278,20 @@ def test_other_errors() -> None:
         af.RankSliceSampler(0, 5, teacher=torch.ones(V, 3).half())
     for options, call, name in (
         ({"exclude_history": True}, {"history": torch.ones(B, L)}, "history"),
-        ({"num_sessions": 9}, {"session": torch.arange(5.0)}, "session"),
         ({}, {"target": target.float()}, "target"),
     ):
         with pytest.raises(TypeError, match=rf"{name} must be int32 or int64, got torch\.float32"):
             af.RankSliceSampler(0, 5, **options)(query, catalog, **{"target": target, **call})
     with pytest.raises(ValueError, match="first_item must be below the 300 items, got 300"):
-        af.RankSliceSampler(0, 5, hard_fraction=0, first_item=V).sample(query, catalog, target, 3)
-    with pytest.raises(TypeError, match=r"teacher must return a tuple \(query, catalog\), got Tensor"):
+        af.RankSliceSampler(0, 5, hard_fraction=0, first_item=V).sample(query, catalog, target, num_negatives=3)
+    with pytest.raises(TypeError, match=r"teacher must return a tuple \(query, catalog\), got a tensor .*"):
         af.RankSliceSampler(0, 5, teacher=lambda: query)(query, catalog, target, inputs=())
-    with pytest.raises(TypeError, match=r"query and catalog must be tensors, got Tensor and int"):
+    with pytest.raises(TypeError, match=r"the teacher's catalog must be a tensor, got an int"):
         af.RankSliceSampler(0, 5, teacher=lambda: (query, 0))(query, catalog, target, inputs=())
     with pytest.raises(ValueError, match=r"log_q is defined for hard_fraction = 0, got 0\.5"):
-        af.RankSliceSampler(0, 5, hard_fraction=0.5).log_q(5, V)
-    with pytest.raises(ValueError, match="state is of 3 sessions, expected num_sessions=4"):
-        state = {"seed": 0, "draws": 0, "thresholds": torch.zeros(3, 1, 2)}
-        af.RankSliceSampler(0, 5, num_sessions=4).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"state must hold \['draws', 'seed', 'thresholds'\], got \['draws'\]"):
-        af.RankSliceSampler(0, 5).load_state_dict({"draws": 0})
+        af.RankSliceSampler(0, 5, hard_fraction=0.5).log_q(num_negatives=5, num_items=V)
+    with pytest.raises(ValueError, match=r"state must be \(2,\) int64, seed and draws, got \{'draws': 0\}"):
+        af.RankSliceSampler(0, 5).load_state_dict({"_extra_state": {"draws": 0}})
     with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\], got 2"):
         af.TeacherCopy(torch.nn.Linear(2, 2), lambda m: (m, m), decay=2)
 
@@ -321,7 +304,7 @@ class _Draw:
 
     def __call__(self, rows: list[int]) -> Tensor:
         target = torch.tensor(rows)
-        return self.sampler.sample(torch.zeros(len(rows), 1), torch.zeros(V, 1), target, 6)
+        return self.sampler.sample(torch.zeros(len(rows), 1), torch.zeros(V, 1), target, num_negatives=6)
 
 
 def test_workers_of_a_data_loader_draw_apart_and_anew_each_epoch() -> None:
@@ -343,7 +326,7 @@ def _train(rank: int, folder: str, steps: int) -> None:
     for step in range(steps):
         _, _, target, history = batch(2 * step + rank)
         query, catalog = model(history), model.module.item.weight
-        neg = sampler(query, catalog, target, history)
+        neg = sampler(query, catalog, target, history=history)
         optimizer.zero_grad()
         loss(query, catalog, target, neg).backward()
         optimizer.step()
@@ -381,26 +364,23 @@ def _train_sparsely(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.manual_seed(0)
     model = DistributedDataParallel(torch.nn.EmbeddingBag(V, D, mode="mean", sparse=True))
-    sampler = af.RankSliceSampler(5, 100, hard_fraction=0.5, exclude_history=True, num_sessions=2 * B)
+    sampler = af.RankSliceSampler(5, 100, hard_fraction=0.5, exclude_history=True)
     loss, optimizer = af.SampledSoftmaxLoss(sparse_grad=True), torch.optim.SparseAdam(model.parameters(), lr=0.1)
     items = torch.randint(V, (2 * B, L), generator=torch.Generator().manual_seed(1))
-    data = TensorDataset(torch.arange(2 * B), items, items.roll(1, 0)[:, 0])
+    data = TensorDataset(items, items.roll(1, 0)[:, 0])
     share = DistributedSampler(data, num_replicas=2, rank=rank)
-    seen, drawn = [], []
+    drawn = []
     for epoch in range(2):
         share.set_epoch(epoch)
-        for session, history, target in DataLoader(data, batch_size=2, sampler=share):
+        for history, target in DataLoader(data, batch_size=2, sampler=share):
             query, catalog = model(history), model.module.weight
-            negatives = sampler.sample(query, catalog, target, 8, history, session)
+            negatives = sampler.sample(query, catalog, target, num_negatives=8, history=history)
             assert not (negatives.unsqueeze(2) == torch.cat([history, target[:, None]], 1).unsqueeze(1)).any()
             optimizer.zero_grad()
             loss(query, catalog, target, negatives).backward()
             assert catalog.grad is not None and catalog.grad.is_sparse
             optimizer.step()
-            seen.append(session)
             drawn.append(negatives)
-    told = (sampler.thresholds[:, 0, 0] < math.inf).nonzero().squeeze(1)  # of the sessions that this process had
-    assert torch.equal(told, torch.cat(seen).unique())
     torch.save({"weight": model.module.weight.detach(), "drawn": torch.cat(drawn)}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 

@@ -18,6 +18,7 @@ from recbole.model import general_recommender
 from recbole.trainer import Trainer as StockTrainer
 from recbole.utils import get_model, init_seed
 
+from alterrec_fast.integrations import default_ranks
 from alterrec_fast.integrations import recbole as fast
 
 ITEMS = 60
@@ -211,6 +212,19 @@ def test_models_of_another_kind_are_refused_by_name(name: str, message: str) -> 
         model.calculate_loss(batch)
 
 
+def test_a_loss_that_needs_drawn_negatives_is_refused() -> None:
+    class TransRec(fast.TransRec):
+        def session_vectors(self, interaction: Any) -> torch.Tensor:
+            return self.item_embedding(interaction[self.ITEM_SEQ])[:, -1]
+
+    for kind in (fast.TransRec, TransRec):
+        model, batch = one_batch(kind)
+        with pytest.raises(ValueError, match="TransRec"):
+            model.calculate_loss(batch)
+    with pytest.raises(ValueError, match=r"loss of TransRec is no softmax over all items: it asks for .*neg_item_id"):
+        model.calculate_loss(batch)
+
+
 def shrunk(model: Any, **changes: Any) -> tuple[Any, Any]:
     """`one_batch` with embeddings so small that every score is near zero, and every loss near log V."""
     network, batch = one_batch(model, **changes)
@@ -342,12 +356,23 @@ def test_quick_start_and_its_checkpoint() -> None:
     result = fast.run_recbole("STAMP", "tiny", config_dict={**SETTINGS, "epochs": 1, "checkpoint_dir": "saved"})
     assert result["test_result"].keys() == result["best_valid_result"].keys()
     (file,) = Path("saved").glob("STAMP-*.pth")
+    assert Path(result["model_file"]) == file and isinstance(result["model"], fast.STAMP)
+    stored = torch.load(file, weights_only=False)["state_dict"]
+    assert all(torch.equal(value, stored[name]) for name, value in result["model"].state_dict().items())
     config, network, train, valid, test = prepared(fast.STAMP)
     trainer = fast.Trainer(config, network)
     assert trainer.evaluate(test, model_file=str(file)) == result["test_result"]
     trainer.resume_checkpoint(str(file))
     trainer.fit(train, valid, verbose=False, saved=False)
     assert list(trainer.train_loss_dict) == [1]  # of two epochs, one was behind it
+
+
+def test_quick_start_without_a_checkpoint_still_gives_the_model() -> None:
+    result = fast.run_recbole(fast.GRU4Rec, "tiny", config_dict={**SETTINGS, "epochs": 1}, saved=False)
+    assert result["model_file"] is None and isinstance(result["model"], fast.GRU4Rec)
+    for other in (fast.stock.SASRec, fast.Trainer, 3):
+        with pytest.raises(TypeError, match="model must be a name of RecBole's or a class with SequentialMixin, got"):
+            fast.run_recbole(other, "tiny", config_dict=SETTINGS)
 
 
 def test_models_by_name() -> None:
@@ -361,20 +386,16 @@ def test_models_by_name() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"loss": "bpr"}, "loss must be one of full, sampled, slice"),
+        ({"loss": "bpr"}, r"loss must be one of \('full', 'sampled', 'slice'\), got 'bpr'"),
         ({"distribution": "zipf"}, "distribution must be one of"),
-        ({"negatives": 0}, "alterrec_fast: negatives must be at least 1"),
-        ({"negatives": 1e3}, "alterrec_fast: negatives must be an integer"),
-        ({"start": -1}, "alterrec_fast: expected 0 <= start <= stop, got start=-1, stop=2000"),
+        ({"negatives": 0}, "alterrec_fast: negatives must be at least 1, got 0"),
+        ({"start": -1}, "alterrec_fast: start must be at least 0, got -1"),
         ({"start": 30, "stop": 20}, "alterrec_fast: expected 0 <= start <= stop, got start=30, stop=20"),
-        ({"range_min": 3000}, "alterrec_fast: expected 0 <= start <= stop, got start=3000, stop=2000"),
-        ({"stop": "20"}, "alterrec_fast: stop must be an integer, got '20'"),
         ({"hard_fraction": 1.5}, r"alterrec_fast: hard_fraction must lie in \[0, 1\], got 1.5"),
-        ({"precision": "fp16"}, "alterrec_fast: precision must be None, 'fp32' or 'bf16', got 'fp16'"),
+        ({"precision": "int8"}, "alterrec_fast: precision must be one of .*, got 'int8'"),
         ({"max_saved_bytes": -1}, "alterrec_fast: max_saved_bytes must be at least 0, got -1"),
-        ({"stop": 9, "range_max": 9}, "alterrec_fast: stop and range_max are the same"),
+        ({"range_max": 9}, "takes loss, negatives"),
         ({"negative": 10}, "takes loss, negatives"),
-        ("sampled", "takes loss, negatives"),
     ],
 )
 def test_options_are_checked(given: Any, message: str) -> None:
@@ -382,6 +403,44 @@ def test_options_are_checked(given: Any, message: str) -> None:
         fast.Options.of({"alterrec_fast": given})
 
 
-def test_ranks_go_by_either_name() -> None:
-    options = fast.Options.of({"alterrec_fast": {"loss": "slice", "range_min": 3, "range_max": 30}})
-    assert options == fast.Options(loss="slice", start=3, stop=30)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"negatives": 1e3}, r"alterrec_fast: negatives must be an integer, got a float 1000\.0"),
+        ({"stop": "20"}, "alterrec_fast: stop must be an integer, got a str '20'"),
+        ({"start": True}, "alterrec_fast: start must be an integer, got a bool True"),
+        ({"hard_fraction": "half"}, "alterrec_fast: hard_fraction must be a number, got a str 'half'"),
+        ("sampled", "takes a mapping of loss, negatives, .*; got 'sampled'"),
+        (["slice"], "takes a mapping of loss"),
+    ],
+)
+def test_options_of_a_wrong_kind_are_named(given: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        fast.Options.of({"alterrec_fast": given})
+
+
+def test_default_ranks_follow_the_catalogs_size() -> None:
+    """ml-100k, RecBole's own data set, has 1,682 items; ranks 20 to 2000 could not be taken of them."""
+    assert default_ranks(1682, None, None, "here") == (6, 841)
+    assert default_ranks(4000, None, None, "here") == default_ranks(10**7, None, None, "here") == (20, 2000)
+    for size in range(6_000):
+        start, stop = default_ranks(size, None, None, "here")
+        assert 0 <= start <= stop <= size and (stop > start or size < 2)
+    model, batch = one_batch(fast.SASRec, alterrec_fast={"loss": "slice"})
+    assert model.ranks == (6, (model.n_items - 1) // 2)
+    assert model.calculate_loss(batch).isfinite()
+    model, _ = one_batch(fast.SASRec, alterrec_fast={"loss": "slice", "stop": 20})
+    assert model.ranks == (6, 20)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"stop": 2000}, r"alterrec_fast: stop must be at most \d+, the number of items, got 2000"),
+        ({"start": 50}, r"alterrec_fast: expected .*, got start=50, stop=\d+ by the catalog's size"),
+        ({"stop": 5}, "alterrec_fast: expected .*, got start=6 by the catalog's size, stop=5"),
+    ],
+)
+def test_ranks_beyond_the_catalog_are_named_by_the_option(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        one_batch(fast.SASRec, alterrec_fast={"loss": "slice", **given})

@@ -213,18 +213,58 @@ def test_validation_is_over_all_items_and_draws_nothing(dataset: Dataset, loss: 
     assert found.item() == pytest.approx((rows * batch["yw"][real]).mean().item(), rel=1e-5)
 
 
-def test_ranks_go_by_either_name(dataset: Dataset) -> None:
-    options = {"range_min": 3, "range_max": 30}
-    model = fitted(
-        dataset, loss="slice", lightning_module_type=FastLightningModule, lightning_module_kwargs=options
-    ).lightning_model
-    assert (model.start, model.stop) == (3, 30)
-    sampler = FrozenTeacherSampler(2, **options)
-    assert (sampler.start, sampler.stop) == (3, 30)
-    default = FrozenTeacherSampler(2)
-    assert (default.start, default.stop) == (20, 2000)
-    with pytest.raises(TypeError, match="stop and range_max are the same, got stop=9 and range_max=30"):
-        FrozenTeacherSampler(2, stop=9, **options)
+def test_default_ranks_follow_the_catalogs_size(dataset: Dataset) -> None:
+    model = fitted(dataset, loss="slice", lightning_module_type=FastLightningModule)
+    assert model.fit_trainer.callback_metrics["train_loss"] > 0
+    sampler = FrozenTeacherSampler(3, hard_fraction=1.0)
+    sampler.set_teacher(vectors(ITEMS))
+    x = torch.randint(1, ITEMS + 1, (4, 5))
+    negatives = sampler.get_negatives({"x": x, "y": x}, 1, ITEMS + 1)
+    query = vectors(ITEMS)[x - 1].cumsum(1)
+    ranks = (query @ vectors(ITEMS).T).sort(dim=2, descending=True, stable=True).indices[..., 6 : ITEMS // 2] + 1
+    assert (negatives[..., None] == ranks[..., None, :]).any(-1).all()
+
+
+def test_ranks_beyond_the_catalog_are_named_by_the_option(dataset: Dataset) -> None:
+    with pytest.raises(ValueError, match=f"lightning_module_kwargs: stop must be at most {ITEMS}, .*, got 2000"):
+        fitted(dataset, loss="slice", lightning_module_type=FastLightningModule, lightning_module_kwargs={"stop": 2000})
+    sampler = FrozenTeacherSampler(2, start=ITEMS)
+    sampler.set_teacher(vectors(ITEMS))
+    with pytest.raises(
+        ValueError, match=f"negative_sampler_kwargs: expected .*, got start={ITEMS}, stop=30 by the cat"
+    ):
+        sampler.get_negatives({"x": torch.ones(1, 1).long(), "y": torch.ones(1, 1).long()}, 1, ITEMS + 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"start": 2.0}, TypeError, r"start must be an integer, got a float 2\.0"),
+        ({"stop": "30"}, TypeError, "stop must be an integer, got a str '30'"),
+        ({"hard_fraction": "x"}, TypeError, "hard_fraction must be a number, got a str 'x'"),
+        ({"start": 9, "stop": 3}, ValueError, "expected 0 <= start <= stop, got start=9, stop=3"),
+        ({"start": -1}, ValueError, "expected 0 <= start <= stop, got start=-1, stop=None"),
+        ({"hard_fraction": -0.5}, ValueError, r"hard_fraction must lie in \[0, 1\], got -0\.5"),
+    ],
+)
+def test_options_are_checked(dataset: Dataset, options: dict[str, Any], kind: Any, message: str) -> None:
+    with pytest.raises(kind, match=message):
+        FrozenTeacherSampler(2, **options)
+    with pytest.raises(kind, match=message):
+        fitted(dataset, loss="slice", lightning_module_type=FastLightningModule, lightning_module_kwargs=options)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"max_saved_bytes": 1e6}, TypeError, "max_saved_bytes must be an integer, got a float"),
+        ({"max_saved_bytes": -1}, ValueError, "max_saved_bytes must be at least 0, got -1"),
+        ({"precision": "int8"}, ValueError, "precision must be one of None, fp32, bf16.*, got 'int8'"),
+    ],
+)
+def test_options_of_the_loss_are_checked(dataset: Dataset, options: dict[str, Any], kind: Any, message: str) -> None:
+    with pytest.raises(kind, match=message):
+        fitted(dataset, loss="full", lightning_module_type=FastLightningModule, lightning_module_kwargs=options)
 
 
 def vectors(rows: int) -> torch.Tensor:
@@ -331,8 +371,15 @@ def test_teachers_are_checked(dataset: Dataset) -> None:
     sampler.set_teacher(vectors(ITEMS - 1))
     with pytest.raises(ValueError, match=f"must have {ITEMS} rows for this data set, it has {ITEMS - 1}"):
         sampler.get_negatives({"x": ids, "y": ids}, 1, ITEMS + 1)
-    with pytest.raises(ValueError, match=r"hard_fraction must lie in \[0, 1\]"):
-        FrozenTeacherSampler(2, hard_fraction=1.5)
+    with pytest.raises(ValueError, match=r"teacher, where a tensor, must be \(items, d\), got \(60,\)"):
+        sampler.set_teacher(torch.ones(ITEMS))
+    with pytest.raises(TypeError, match=r"teacher, where a tensor, must be float32 or bfloat16, got torch\.int64"):
+        sampler.set_teacher(torch.ones(ITEMS, 2).long())
+    for other in (torch.nn.Linear(2, 2), vectors(ITEMS).numpy(), None):
+        with pytest.raises(TypeError, match="expected the torch_model of a RecTools model or a tensor of vectors, got"):
+            sampler.set_teacher(other)
+    with pytest.raises(ValueError, match="n_negatives must be at least 1, got 0"):
+        FrozenTeacherSampler(0)
     model = fitted(dataset, loss="softmax").torch_model
     model.similarity_module = Angle()
     with pytest.raises(TypeError, match="dot or cosine"):
