@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from alterrec_fast.ops import library
+from alterrec_fast.ops.checks import check_flag
 
 BACKENDS = ("auto", "reference", "native", "triton")
 PRECISIONS = (None, "fp32", "bf16")
@@ -54,6 +55,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def check_backend(name: str) -> None:
+    """Raises ValueError for a name that no engine has."""
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
 
@@ -123,7 +125,8 @@ def choose_precision(precision: str | None, query: Tensor, catalog: Tensor) -> s
 
 def choose_check(check: bool | None, tensor: Tensor) -> bool:
     """Whether values are checked: as asked for, else on the CPU only, since elsewhere it synchronises."""
-    return tensor.device.type == "cpu" if check is None else check
+    check_flag("check", check)
+    return tensor.device.type == "cpu" if check is None else bool(check)
 
 
 def detached(query: Tensor, catalog: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

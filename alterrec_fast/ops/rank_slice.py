@@ -37,13 +37,14 @@ def rank_slice(
     set. Ranks are 0-based and half-open; ties go to the lower id. No gradient flows.
 
     Args:
-        query: (B, d) float32 or bfloat16, unit last stride.
-        catalog: (V, d) float32 or bfloat16, unit last stride.
+        query: (B, d) float32 or bfloat16, any strides.
+        catalog: (V, d) float32 or bfloat16, any strides.
         start, stop: 0 <= start <= stop <= V - first_item.
         top: how many of the first ranks to return in order, in `RankSlice.top`.
         exclude: (B,) or (B, m) ids, or (values (E,), offsets (B + 1,)); int32 or int64; negative ids are none. Ranks
             are counted over the whole catalog, and excluded ids then leave the slice; `top` and `thresholds` ignore it.
-        bias: (V,) added to the scores.
+        bias: (V,) added to the scores. An item with -inf is never a candidate: ranks count the others only, and ranks
+            beyond them stay empty (no bit, -1 in ids and `top`, -inf in `thresholds`). +inf and NaN are errors.
         first_item: rows of the catalog before it are padding; ranks count from there.
         precision: "fp32", "bf16" (products of values rounded to bfloat16, accumulated in float32), or None: bf16 where
             an input is bfloat16 or under autocast to bfloat16.
@@ -52,14 +53,16 @@ def rank_slice(
             "auto".
 
     Raises:
-        TypeError: for a wrong dtype.
-        ValueError: for a wrong shape, stride or device, start > stop, a rank beyond the catalog; where `check` holds
+        TypeError: for an argument of a wrong kind or dtype.
+        ValueError: for a wrong shape or device, start > stop, a rank beyond the catalog; where `check` holds
             also for an excluded id beyond the catalog and for a score that is not finite.
         BackendError: where the backend named cannot serve these tensors.
     """
+    checks.check_tensor("query", query)
     engine = dispatch.choose_backend(backend, query, "rank_slice")
     checks.check_matrices(query, catalog, bias, first_item, engine)
     checks.check_range("start, stop", start, stop, catalog.shape[0] - first_item)
+    checks.check_integer("top", top)
     checks.check_range("top", 0, top, catalog.shape[0] - first_item)
     left_out = exclude_lists(exclude, query.shape[0], query.device)
     checked = dispatch.choose_check(check, query)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from alterrec_fast.ops.checks import check_ids_in
+from alterrec_fast.ops.checks import check_ids_in, check_loss_ids
 from alterrec_fast.ops.slices import RankSlice, pack_bits, uses_bits
 
 P = ParamSpec("P")
@@ -29,14 +29,23 @@ BLOCK_BYTES = 64 << 20  # what the scores of one row block may take
 class _Round(torch.autograd.Function):
     """Rounds to bfloat16 and widens again; the gradient passes unrounded, in the input's dtype."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.dtype = x.dtype
+    def forward(x: Tensor) -> Tensor:
         return x.to(torch.bfloat16).float()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad.to(ctx.dtype)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.float()
 
 
 class _TouchedRows(torch.autograd.Function):
@@ -97,7 +106,7 @@ def rank_slice_ref(
         ranked = scores.topk(stop, dim=1).values  # (b, stop), best first
         inside = _top_set(scores, ranked, stop) & ~_top_set(scores, ranked, start)
         thresholds.append(_thresholds(ranked, start))
-        tops.append(_best(scores, top)[1] + first_item)
+        tops.append(_best(scores, top, first_item)[1])
         mask = F.pad(inside, (first_item, 0))
         mask &= ~_excluded(exclude, begin, end, v)
         members.append(pack_bits(mask) if as_bits else _ids(mask, stop - start))
@@ -135,9 +144,9 @@ def top_k_ref(
     for begin, end in _blocks(b, v):
         scores = _scores(query[begin:end], catalog, bias, first_item, precision, check, begin)
         scores.masked_fill_(_excluded(exclude, begin, end, v)[:, first_item:], -math.inf)
-        value, item = _best(scores, k)
+        value, item = _best(scores, k, first_item)
         values.append(value.float())
-        items.append(torch.where(value == -math.inf, -1, item + first_item))
+        items.append(item)
     return torch.cat(values), torch.cat(items)
 
 
@@ -158,23 +167,26 @@ def slice_cross_entropy_ref(
 ) -> Tensor:
     """The loss of every row, (B,); zero where the target is ignored. See `slice_cross_entropy`."""
     b, v = query.shape[0], catalog.shape[0]
-    q, e = widen(query, precision), widen(catalog, precision)
-    offset = None if bias is None else bias.to(e.dtype)
+    ignored = (target == ignore_index).unsqueeze(1)  # (B, 1)
+    q, e = widen(query, precision).masked_fill(ignored, 0.0), widen(catalog, precision)
+    masked = _masked(bias, v, e.device)
+    offset = None if bias is None else bias.to(e.dtype).masked_fill(masked, 0.0)
 
     def block(q: Tensor, e: Tensor, offset: Tensor | None, begin: int, end: int) -> Tensor:
         y = (q @ e.T if offset is None else torch.addmm(offset, q, e.T)) / temperature  # (b, V)
-        member = _negatives(neg, begin, end, v, first_item, y.device)
+        y = y.masked_fill(masked, -math.inf)
+        member = _negatives(neg, begin, end, v, first_item, y.device) & ~masked
         if check:
-            _check_finite(y[:, first_item:], begin)
-        wanted = _positive_ids(target, positives, begin, end, ignore_index)  # (b, 1 + P)
-        member = member.scatter(1, wanted[:, :1].clamp(min=0), False)  # the target never is a negative
-        logits = y.gather(1, wanted.clamp(min=0))
-        return _row_loss(y, member, logits, wanted, positive_weight)
+            _check_finite(y[:, first_item:], masked[first_item:] | ignored[begin:end], begin)
+        pos_ids = _positive_ids(target, positives, begin, end, ignore_index)  # (b, 1 + P)
+        member = member.scatter(1, pos_ids[:, :1].clamp(min=0), False)  # the target never is a negative
+        logits = y.gather(1, pos_ids.clamp(min=0))
+        return _row_loss(y, member, logits, pos_ids, positive_weight)
 
     if check:
-        check_ids_in("target", target, first_item, v, ignore_index)
-        if positives is not None:
-            check_ids_in("positives", positives, first_item, v, -1)
+        check_loss_ids(target, positives, bias, first_item, v, ignore_index)
+        if neg is not None and neg.ids is not None:
+            check_ids_in("neg.ids", neg.ids, first_item, v, -1)
     blocks = list(_blocks(b, v)) or [(0, 0)]  # over no rows the loss still has zero gradients
     return torch.cat([_bounded(block, len(blocks), q[i:j], e, offset, i, j) for i, j in blocks])
 
@@ -198,34 +210,34 @@ def sampled_softmax_ref(
     """The loss of every row, (B,); zero where the target is ignored. See `sampled_softmax`."""
     b, v = query.shape[0], catalog.shape[0]
     if check:
-        check_ids_in("target", target, 0, v, ignore_index)
+        check_loss_ids(target, positives, bias, 0, v, ignore_index)
         check_ids_in("neg", neg if neg.ndim == 2 else neg.unsqueeze(1), 0, v, -1)
-        if positives is not None:
-            check_ids_in("positives", positives, 0, v, -1)
-    wanted = _positive_ids(target, positives, 0, b, ignore_index)  # (B, 1 + P)
-    touched, place = torch.cat([wanted.flatten(), neg.flatten().long()]).clamp(min=0).unique(return_inverse=True)
+    ignored = (target == ignore_index).unsqueeze(1)  # (B, 1)
+    pos_ids = _positive_ids(target, positives, 0, b, ignore_index)  # (B, 1 + P)
+    touched, place = torch.cat([pos_ids.flatten(), neg.flatten().long()]).clamp(min=0).unique(return_inverse=True)
     rows = _TouchedRows.apply(catalog, touched) if sparse_grad else catalog.index_select(0, touched)
-    rows, q = widen(rows, precision), widen(query, precision)
+    rows, q = widen(rows, precision), widen(query, precision).masked_fill(ignored, 0.0)
+    masked = _masked(bias, v, q.device)[touched]
     shift = torch.zeros(touched.numel(), dtype=q.dtype, device=q.device)  # what is added to q . e
     if bias is not None:
-        shift = shift + bias.index_select(0, touched).to(q.dtype)
+        shift = shift + bias.index_select(0, touched).to(q.dtype).masked_fill(masked, 0.0)
     minus = None if log_q is None else log_q.index_select(0, touched).to(q.dtype)
-    place_wanted, place_neg = place[: wanted.numel()].view_as(wanted), place[wanted.numel() :].view_as(neg)
+    place_pos, place_neg = place[: pos_ids.numel()].view_as(pos_ids), place[pos_ids.numel() :].view_as(neg)
 
     def logits(q: Tensor, rows: Tensor, shift: Tensor, minus: Tensor | None, place: Tensor) -> Tensor:
         dots = q @ rows[place].T if place.ndim == 1 else torch.einsum("bd,bnd->bn", q, rows[place])
         y = (dots + shift[place]) / temperature
-        return y if minus is None else y - minus[place]
+        return (y if minus is None else y - minus[place]).masked_fill(masked[place], -math.inf)
 
     def block(q: Tensor, rows: Tensor, shift: Tensor, minus: Tensor | None, begin: int, end: int) -> Tensor:
-        ids = neg if neg.ndim == 1 else neg[begin:end]
-        y = logits(q, rows, shift, minus, place_neg if neg.ndim == 1 else place_neg[begin:end])  # (b, n)
-        want = wanted[begin:end]
-        member = (ids >= 0) & (ids != want[:, :1])
-        best = logits(q, rows, shift, minus, place_wanted[begin:end])
+        ids, places = (neg, place_neg) if neg.ndim == 1 else (neg[begin:end], place_neg[begin:end])
+        y = logits(q, rows, shift, minus, places)  # (b, n)
+        pos = pos_ids[begin:end]
+        member = (ids >= 0) & (ids != pos[:, :1]) & ~masked[places]
+        pos_logits = logits(q, rows, shift, minus, place_pos[begin:end])
         if check:
-            _check_finite(torch.cat([y, best], 1), begin)
-        return _row_loss(y, member, best, want, positive_weight)
+            _check_finite(torch.cat([y, pos_logits], 1), torch.cat([~member, pos < 0], 1), begin)
+        return _row_loss(y, member, pos_logits, pos, positive_weight)
 
     width = neg.shape[0] if neg.ndim == 1 else neg.shape[1] * query.shape[1]
     blocks = list(_blocks(b, width)) or [(0, 0)]
@@ -255,13 +267,20 @@ def _scores(
         scores = q @ e.T
         if bias is not None:
             scores += bias[first_item:].to(scores.dtype)
+        masked = _masked(bias, catalog.shape[0], scores.device)[first_item:]
         if check:
-            _check_finite(scores, row)
-        return scores
+            _check_finite(scores, masked, row)
+        return scores.masked_fill_(masked, -math.inf)
 
 
-def _check_finite(scores: Tensor, row: int) -> None:
-    finite = torch.isfinite(scores)
+def _masked(bias: Tensor | None, num_items: int, device: torch.device) -> Tensor:
+    """(V,) bool, the items that are never candidates: their bias is -inf."""
+    return torch.zeros(num_items, dtype=torch.bool, device=device) if bias is None else bias.detach() == -math.inf
+
+
+def _check_finite(scores: Tensor, skipped: Tensor, row: int) -> None:
+    """Raises ValueError with the row where a score that is not `skipped` (bool, broadcast) is not finite."""
+    finite = torch.isfinite(scores) | skipped
     if not finite.all():
         where = (~finite).nonzero()[0]
         raise ValueError(
@@ -270,7 +289,7 @@ def _check_finite(scores: Tensor, row: int) -> None:
 
 
 def _top_set(scores: Tensor, ranked: Tensor, k: int) -> Tensor:
-    """(b, V) bool, the items of ranks [0, k): score descending, ties by lower id.
+    """(b, V) bool, the items of ranks [0, k): score descending, ties by lower id; scores of -inf have no rank.
 
     ranked: (b, at least k), the first scores in order.
     """
@@ -278,21 +297,29 @@ def _top_set(scores: Tensor, ranked: Tensor, k: int) -> Tensor:
         return torch.zeros_like(scores, dtype=torch.bool)
     last = ranked[:, k - 1 : k]
     above, tied = scores > last, scores == last
-    return above | (tied & (tied.cumsum(1) <= k - above.sum(1, keepdim=True)))
+    return above | (tied & (scores > -math.inf) & (tied.cumsum(1) <= k - above.sum(1, keepdim=True)))
 
 
 def _thresholds(ranked: Tensor, start: int) -> Tensor:
-    """ranked (b, stop) -> (b, 2), the scores at ranks start and stop - 1; (+inf, -inf) where the slice is empty."""
+    """ranked (b, stop) -> (b, 2), the scores at ranks start and stop - 1, -inf where there are fewer candidates;
+    (+inf, -inf) where the slice is empty."""
     if start == ranked.shape[1]:
         return ranked.new_tensor([math.inf, -math.inf]).expand(ranked.shape[0], 2)
     return ranked[:, [start, -1]]
 
 
-def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Values and columns, each (b, k), of ranks [0, k), best first."""
+def _best(scores: Tensor, k: int, first_item: int) -> tuple[Tensor, Tensor]:
+    """Scores and items, each (b, k), of ranks [0, k), best first, filled up with -inf and -1.
+
+    scores: (b, V - first_item).
+    """
     column = _ids(_top_set(scores, scores.topk(k, dim=1).values, k), k).long()
-    ordered = scores.gather(1, column).sort(dim=1, descending=True, stable=True)
-    return ordered.values, column.gather(1, ordered.indices)
+    if k == 0:
+        return scores[:, :0], column
+    none = column < 0
+    ranked = scores.gather(1, column.clamp(min=0)).masked_fill(none, -math.inf)
+    ordered = ranked.sort(dim=1, descending=True, stable=True)
+    return ordered.values, (column + first_item).masked_fill(none, -1).gather(1, ordered.indices)
 
 
 def _ids(mask: Tensor, width: int) -> Tensor:
@@ -339,18 +366,18 @@ def _positive_ids(target: Tensor, positives: Tensor | None, begin: int, end: int
     return ids.masked_fill(ignored, -1)
 
 
-def _row_loss(y: Tensor, member: Tensor, logits: Tensor, wanted: Tensor, positive_weight: float) -> Tensor:
-    """softplus(Z - y_t) + weight * sum_k softplus(Z - y_k), Z the log-sum-exp of the members (AlterRec, Eqs. 8 to 11).
+def _row_loss(y: Tensor, member: Tensor, logits: Tensor, pos_ids: Tensor, positive_weight: float) -> Tensor:
+    """softplus(lse - y_t) + weight * sum_k softplus(lse - y_k), lse that of the members (AlterRec, Eqs. 8 to 11).
 
-    y (b, N) with member (b, N) bool; logits (b, 1 + P) of target and positives, wanted their ids, -1 for none.
+    y (b, N) with member (b, N) bool; logits (b, 1 + P) of target and positives, pos_ids their ids, -1 for none.
     """
-    some = member.any(1, keepdim=True)
-    # A row without negatives has zero loss; masking it before the log-sum-exp keeps NaN out of its gradient.
-    z = y.masked_fill(~member & some, -math.inf).logsumexp(1, keepdim=True)
-    losses = -F.logsigmoid(logits - z)  # softplus(z - y), exact at both ends
+    has_negatives = member.any(1, keepdim=True)
+    # A row without negatives has zero loss; zeros in place of its logits keep NaN out of its gradient.
+    lse = y.masked_fill(~member, -math.inf).masked_fill(~has_negatives, 0.0).logsumexp(1, keepdim=True)
+    counted = (pos_ids >= 0) & (pos_ids[:, :1] >= 0) & has_negatives
+    losses = -F.logsigmoid(logits.masked_fill(~counted, 0.0) - lse)  # softplus(lse - logits), exact at both ends
     weight = torch.full_like(losses, positive_weight)
     weight[:, 0] = 1.0
-    counted = (wanted >= 0) & (wanted[:, :1] >= 0) & some
     return torch.where(counted, losses * weight, 0.0).sum(1)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from alterrec_fast.ops import checks, dispatch, library
 from alterrec_fast.ops.checks import check_ids_in
 from alterrec_fast.ops.reference import reduce_loss, sampled_softmax_ref
+from alterrec_fast.ops.slices import RankSlice
 
 
 def sampled_softmax(
@@ -37,8 +38,8 @@ def sampled_softmax(
     2008; TensorFlow's sampled_softmax_loss). A repeated negative counts each time; one equal to the target is dropped.
 
     Args:
-        query: (B, d) float32 or bfloat16, unit last stride; gets a gradient.
-        catalog: (V, d) float32 or bfloat16, unit last stride; gets a gradient.
+        query: (B, d) float32 or bfloat16, any strides; gets a gradient.
+        catalog: (V, d) float32 or bfloat16, any strides; gets a gradient.
         target: (B,) int32 or int64.
         neg: (B, n), or (n,) shared by all rows; int32 or int64, -1 is none.
         log_q: (V,), the log of each item's expected count among the negatives; no gradient.
@@ -50,13 +51,18 @@ def sampled_softmax(
     Raises:
         TypeError, ValueError, BackendError: as `slice_cross_entropy` does.
     """
+    checks.check_tensor("query", query)
     engine = dispatch.choose_backend(backend, query, "sampled_softmax")
     checks.check_matrices(query, catalog, bias, 0, engine)
     checks.check_loss(temperature, positive_weight, reduction)
     b, v = query.shape[0], catalog.shape[0]
     checks.check_ids("target", target, b, (1,), query.device)
-    rows = neg.shape[0] if neg.ndim == 1 else b
-    checks.check_ids("neg", neg, rows, (1, 2), query.device)
+    checks.check_integer("ignore_index", ignore_index)
+    checks.check_flag("sparse_grad", sparse_grad)
+    if isinstance(neg, RankSlice):
+        raise TypeError("neg must be a tensor of ids, got a RankSlice; slice_cross_entropy takes one")
+    checks.check_tensor("neg", neg)
+    checks.check_ids("neg", neg, neg.shape[0] if neg.ndim == 1 else b, (1, 2), query.device)
     if positives is not None:
         checks.check_ids("positives", positives, b, (2,), query.device)
     if log_q is not None:

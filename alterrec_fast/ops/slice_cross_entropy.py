@@ -40,26 +40,30 @@ def slice_cross_entropy(
     ``F.cross_entropy((query @ catalog.T + bias) / temperature, target)``. A row without negatives has zero loss.
 
     Args:
-        query: (B, d) float32 or bfloat16, unit last stride; gets a gradient.
-        catalog: (V, d) float32 or bfloat16, unit last stride; gets a gradient.
+        query: (B, d) float32 or bfloat16, any strides; gets a gradient.
+        catalog: (V, d) float32 or bfloat16, any strides; gets a gradient.
         target: (B,) int32 or int64.
         neg: the negatives, of B rows over V items, or None for all items.
         positives: (B, P) int32 or int64, -1 is none. A positive may equal the target, repeat, or be a negative as well.
         positive_weight: what a positive counts against the target (beta in the paper).
-        temperature: above 0.
-        bias: (V,); gets a gradient.
+        temperature: above 0; a number, as positive_weight: a tensor raises TypeError, since it would get no gradient.
+        bias: (V,); gets a gradient. An item with -inf is no negative and gets a gradient of zero; as a target or
+            positive it is an error. +inf and NaN are errors.
         first_item: rows before it are padding: no negatives (`neg` must be made with this first_item or more), and no
             targets.
         reduction: "mean" over the rows whose target is not ignore_index (0 over none), "sum", or "none" for (B,).
-        ignore_index: a target that stands for no row.
+        ignore_index: a target that stands for no row: its query is not looked at, may hold anything, and gets a
+            gradient of zero.
         max_saved_bytes: the native engine keeps at most so much of the logits for the backward pass, which computes the
             others again; 0 keeps none. It changes speed and memory only, and other engines do not look at it.
         precision, check, backend: as in `rank_slice`. An engine need not score, and so not check, items that are no
             row's negatives.
 
     Raises:
-        TypeError, ValueError, BackendError: as `rank_slice` does; ValueError also for ids beyond the catalog.
+        TypeError, ValueError, BackendError: as `rank_slice` does; ValueError also for ids beyond the catalog and,
+            with the row, for a target or positive whose bias is -inf.
     """
+    checks.check_tensor("query", query)
     engine = dispatch.choose_backend(backend, query, "slice_cross_entropy")
     checks.check_matrices(query, catalog, bias, first_item, engine)
     checks.check_loss(temperature, positive_weight, reduction)
@@ -67,9 +71,13 @@ def slice_cross_entropy(
     checks.check_ids("target", target, b, (1,), query.device)
     if positives is not None:
         checks.check_ids("positives", positives, b, (2,), query.device)
+    checks.check_integer("ignore_index", ignore_index)
+    checks.check_integer("max_saved_bytes", max_saved_bytes)
     if max_saved_bytes < 0:
         raise ValueError(f"max_saved_bytes must be at least 0, got {max_saved_bytes}")
     if neg is not None:
+        if not isinstance(neg, RankSlice):
+            raise TypeError(f"neg must be a RankSlice or None, got {checks.kind_of(neg)}; sampled_softmax takes ids")
         if (neg.batch_size, neg.num_items) != (b, v):
             raise ValueError(f"neg must be of {b} rows over {v} items, got {neg.batch_size} over {neg.num_items}")
         if neg.device != query.device:

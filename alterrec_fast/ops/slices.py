@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from alterrec_fast.ops.checks import check_integer, check_tensor
+
 WORD = 64  # items a row of bits is padded to, so that engines may read it as bytes, int32 or int64 words
 BERNOULLI_BITS = 24  # probabilities of random sets are rounded to multiples of 2 ** -24
 BLOCK_BYTES = 32 << 20  # what one row block of an unpacked slice may take
@@ -43,11 +45,17 @@ def unpack_bits(bits: Tensor, num_items: int) -> Tensor:
     return spread.view(bits.shape[0], bits.shape[1] * 8)[:, :num_items].bool()
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class RankSlice:
     """For each of B sessions a set of catalog items; what `rank_slice` returns and `slice_cross_entropy` takes.
 
-    Exactly one of `bits` and `ids` is set. A frozen dataclass of plain tensors, registered as a pytree.
+    Exactly one of `bits` and `ids` is set. A frozen dataclass of plain tensors, registered as a pytree; torch.load
+    reads it with weights_only=True if alterrec_fast is imported. Two are equal if their tensors and sizes are; there is
+    no hash, since tensors may change in place.
+
+    Raises:
+        TypeError: for a field of a wrong kind or dtype.
+        ValueError: for a field of a wrong shape or device. Ids are not looked at: they are checked where they are read.
     """
 
     bits: Tensor | None  # (B, W) uint8, W = bits_width(V): item i is bit i % 8 of byte i // 8
@@ -59,6 +67,58 @@ class RankSlice:
     num_items: int  # V
     first_item: int  # rows before it are padding and never members
     size: int  # n = stop - start, the number of ranks asked for
+
+    def __post_init__(self) -> None:
+        for name in ("num_items", "first_item", "size"):
+            check_integer(name, getattr(self, name))
+        if not 0 <= self.first_item <= self.num_items or self.size < 0:
+            raise ValueError(
+                f"RankSlice: expected 0 <= first_item <= num_items and size >= 0, got first_item={self.first_item}, "
+                f"num_items={self.num_items}, size={self.size}"
+            )
+        if (self.bits is None) == (self.ids is None):
+            raise ValueError("RankSlice: exactly one of bits and ids must be given")
+        check_tensor("top", self.top)
+        b = self.top.shape[0] if self.top.ndim == 2 else -1
+        forms: dict[str, tuple[torch.dtype, tuple[int | str, ...]]] = {
+            "bits": (torch.uint8, (b, bits_width(self.num_items))),
+            "ids": (torch.int32, (b, "n")),
+            "top": (torch.int64, ("B", "t") if b < 0 else (b, "t")),
+            "thresholds": (torch.float32, (b, 2)),
+            "exclude_values": (torch.int64, ("E",)),
+            "exclude_offsets": (torch.int64, (b + 1,)),
+        }
+        for name, (dtype, shape) in forms.items():
+            tensor = getattr(self, name)
+            if tensor is None and name in ("bits", "ids"):
+                continue
+            check_tensor(name, tensor)
+            if tensor.dtype != dtype:
+                raise TypeError(f"RankSlice: {name} must be {dtype}, got {tensor.dtype}")
+            sizes = zip(tensor.shape, shape, strict=False)
+            if tensor.ndim != len(shape) or any(isinstance(want, int) and got != want for got, want in sizes):
+                expected = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
+                raise ValueError(f"RankSlice: {name} must be ({expected}), got {tuple(tensor.shape)}")
+            if tensor.device != self.top.device:
+                raise ValueError(f"RankSlice: {name} must be on {self.top.device} as top is, got {tensor.device}")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For pickle and torch.load: checks what a file holds."""
+        self.__dict__.update(state)
+        self.__post_init__()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RankSlice):
+            return NotImplemented
+        ours, theirs = self._tensors(), other._tensors()
+        return (
+            (self.num_items, self.first_item, self.size) == (other.num_items, other.first_item, other.size)
+            and ours.keys() == theirs.keys()
+            and self.device == other.device
+            and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def device(self) -> torch.device:
@@ -313,13 +373,18 @@ def exclude_lists(
             torch.zeros(batch_size + 1, dtype=torch.int64, device=device),
         )
     if isinstance(exclude, tuple):
+        if len(exclude) != 2:
+            raise ValueError(f"exclude as a tuple must be (values, offsets), got {len(exclude)} elements")
         values, offsets = exclude
+        check_tensor("exclude values", values)
+        check_tensor("exclude offsets", offsets)
         if values.ndim != 1 or offsets.shape != (batch_size + 1,):
             raise ValueError(
                 f"exclude as (values, offsets) must be (E,) and ({batch_size + 1},), "
                 f"got {tuple(values.shape)} and {tuple(offsets.shape)}"
             )
     else:
+        check_tensor("exclude", exclude)
         if exclude.ndim not in (1, 2) or exclude.shape[0] != batch_size:
             raise ValueError(f"exclude must be ({batch_size},) or ({batch_size}, m), got {tuple(exclude.shape)}")
         per_row = 1 if exclude.ndim == 1 else exclude.shape[1]
@@ -430,8 +495,13 @@ def _flatten(slice_: RankSlice) -> tuple[list[Any], tuple[int, int, int]]:
     return [getattr(slice_, name) for name in TENSOR_FIELDS], (slice_.num_items, slice_.first_item, slice_.size)
 
 
-def _unflatten(tensors: Any, static: Any) -> RankSlice:
-    return RankSlice(*tensors, *static)
+def _unflatten(leaves: Any, static: Any) -> RankSlice:
+    """Without checks: leaves need not be tensors, torch maps trees of other things as well."""
+    made = object.__new__(RankSlice)
+    fields = (*TENSOR_FIELDS, "num_items", "first_item", "size")
+    made.__dict__.update(zip(fields, (*leaves, *static), strict=True))
+    return made
 
 
 pytree.register_pytree_node(RankSlice, _flatten, _unflatten, serialized_type_name="alterrec_fast.RankSlice")
+torch.serialization.add_safe_globals([RankSlice])

@@ -42,8 +42,8 @@ def top_k(
     Equivalent to: ``torch.topk(query @ catalog.T + bias, k)`` with ties in order of the lower id. No gradient flows.
 
     Args:
-        query: (B, d) float32 or bfloat16, unit last stride.
-        catalog: (V, d) float32 or bfloat16, unit last stride.
+        query: (B, d) float32 or bfloat16, any strides.
+        catalog: (V, d) float32 or bfloat16, any strides.
         k: 0 <= k <= V - first_item.
         exclude: as in `rank_slice`, but excluded ids never enter the ranking; places that stay empty hold the score
             -inf and the index -1.
@@ -52,6 +52,7 @@ def top_k(
     Raises:
         TypeError, ValueError, BackendError: as `rank_slice` does.
     """
+    checks.check_tensor("query", query)
     engine = dispatch.choose_backend(backend, query, "top_k")
     checks.check_matrices(query, catalog, bias, first_item, engine)
     checks.check_range("k", 0, k, catalog.shape[0] - first_item)
