@@ -275,14 +275,16 @@ def prefixes(batch: Any, max_length: int) -> tuple[Tensor, Tensor, Tensor]:
 def encode_padded(encoder: Any, x: Tensor, lengths: Tensor) -> Tensor:
     """x (T, L, d) -> (T, d): all L places of every row go through the encoder, and one is used."""
     b, length, d = x.shape
-    mask = torch.full((length, length), -torch.inf, dtype=x.dtype).triu(1)  # torch 2.13 misreads another dtype
+    mask = torch.full((length, length), -torch.inf, dtype=x.dtype, device=x.device).triu(
+        1
+    )  # torch 2.13 misreads another dtype
     h = encoder.dropout(x + encoder.position[:length])
     for block in encoder.blocks:
         q, k, v = block.qkv(h).view(b, length, 3, block.heads, d // block.heads).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(b, length, d)
         h = block.norm_attention(h + block.dropout(block.out(mixed)))
         h = block.norm_forward(h + block.dropout(block.down(F.relu(block.up(h)))))
-    last: Tensor = h[torch.arange(b), lengths - 1]
+    last: Tensor = h[torch.arange(b, device=x.device), lengths - 1]
     return last
 
 

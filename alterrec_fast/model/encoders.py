@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alterrec_fast.model.packing import MaskedPacking, Packing
+from alterrec_fast.ops.layer_norm import layer_norm
 
 
 class IdItems(nn.Module):
@@ -23,8 +24,7 @@ class IdItems(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self) -> Tensor:
-        vectors: Tensor = self.norm(self.table)
-        return vectors  # (V, d)
+        return _norm(self.norm, self.table)  # (V, d)
 
 
 class TextItems(nn.Module):
@@ -40,8 +40,11 @@ class TextItems(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self) -> Tensor:
-        vectors: Tensor = self.norm(self.dropout(F.relu(self.linear(self.features))))
-        return vectors  # (V, d)
+        return _norm(self.norm, self.dropout(F.relu(self.linear(self.features))))  # (V, d)
+
+
+def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    return layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
 class SumItems(nn.Module):
