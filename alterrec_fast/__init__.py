@@ -63,4 +63,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_LAZY[name]), name)
+    from alterrec_fast.extras import needs_train
+
+    with needs_train(f"alterrec_fast.{name}"):
+        return getattr(import_module(_LAZY[name]), name)

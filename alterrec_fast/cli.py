@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shlex
 import sys
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from alterrec_fast.data.prepare import prepare as prepare_data
-from alterrec_fast.data.sessions import DataError
 from alterrec_fast.doctor import diagnose
+from alterrec_fast.errors import AlterRecError, ConfigError, RunError
+from alterrec_fast.extras import needs_train
+from alterrec_fast.files import printable
 from alterrec_fast.ops import BackendError
-from alterrec_fast.run import RunError, evaluate_run, load, train_seeds
-from alterrec_fast.run import train as train_one
-from alterrec_fast.training.alternate import DivergedError
-from alterrec_fast.training.checkpoint import CheckpointError
-from alterrec_fast.training.config import METRICS, ConfigError, Variant, demo_settings, from_mapping, read_toml
+from alterrec_fast.training.config import METRICS, Variant, demo_settings, from_mapping, read_toml
 from alterrec_fast.training.evaluate import VIEWS
 
 app = typer.Typer(
@@ -28,11 +29,28 @@ app = typer.Typer(
     add_completion=False,
 )
 # OSError: no room, no right, no such place; what the package's own code knows more about is one of its own errors.
-KNOWN_ERRORS = (BackendError, CheckpointError, ConfigError, DataError, DivergedError, RunError, OSError)
+KNOWN_ERRORS = (AlterRecError, BackendError, OSError)
 
 Source = Literal["generic", "amazon-m2", "online-retail", "recbole"]
 Catalog = Literal["sessions", "all"]
 Split = Literal["train", "validation", "test"]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"alterrec-fast {version('alterrec-fast')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a title that the terminal's encoding lacks is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
 
 
 @app.command()
@@ -53,7 +71,9 @@ def prepare(
 ) -> None:
     """Turn raw files into a data set on disk; prints what was read, kept and left out."""
     columns = None if text_columns is None else [name.strip() for name in text_columns.split(",")]
-    with _Errors():
+    with _errors():
+        from alterrec_fast.data.prepare import prepare as prepare_data
+
         summary = prepare_data(
             source,
             raw,
@@ -66,7 +86,8 @@ def prepare(
             catalog=catalog,
             overwrite=overwrite,
         )
-    typer.echo(str(summary))
+    for line in str(summary).splitlines():
+        typer.echo(printable(line))
 
 
 @app.command()
@@ -79,19 +100,23 @@ def train(
     seed: Annotated[int | None, typer.Option(help="default: 0")] = None,
     seeds: Annotated[str | None, typer.Option(help="several seeds, separated by commas")] = None,
     text_model: Annotated[str | None, typer.Option(help="hub name, path, or 'packaged'")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: cuda where there is one")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE for any other setting")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="go on with the run in --out, which was begun with the same settings")
     ] = False,
 ) -> None:
     """Train one variant; leaves a run directory with checkpoints, metrics.json and report.html."""
-    with _Errors("stopped; the same command with --resume goes on from the last checkpoint"):
+    with _errors("stopped; the same command with --resume goes on from the last checkpoint"):
+        from alterrec_fast.run import train as train_one
+        from alterrec_fast.run import train_seeds
+
         if seed is not None and seeds is not None:
             raise ConfigError("--seed and --seeds exclude each other")
         values: dict[str, Any] = demo_settings() if demo else {}
         values |= read_toml(config) if config else {}
         for setting in settings or []:
-            name, equals, value = setting.partition("=")
+            name, equals, value = (part.strip() for part in setting.partition("="))
             if not equals:
                 raise ConfigError(f"--set takes NAME=VALUE, got {setting!r}")
             values[name] = value.split(",") if name == "group_edges" else value
@@ -102,6 +127,7 @@ def train(
             "out": None if out is None else str(out),
             "seed": seed,
             "text_model": text_model,
+            "device": device,
         }
         made = from_mapping(values | {name: value for name, value in given.items() if value is not None}, "settings")
         if seeds is None:
@@ -120,14 +146,24 @@ def recommend(
     repeats: Annotated[bool, typer.Option("--repeats", help="also items of the session itself")] = False,
 ) -> None:
     """Print the best next items after a session: ids, scores and titles."""
-    with _Errors():
+    with _errors():
+        from alterrec_fast.run import load
+
         try:
-            found = load(run).recommend(shlex.split(session), n, repeats)
+            ids = shlex.split(session)
+        except ValueError as error:
+            raise RunError(f"--session: a quote or backslash ends nothing in {session!r}") from error
+        model = load(run)
+        try:
+            best = model.recommend(ids, n, repeats)
         except ValueError as error:
             raise RunError(str(error)) from error
-    width = max((len(one.item) for one in found), default=0)
-    for one in found:
-        typer.echo(f"{one.item:<{width}}  {one.score:9.4f}  {one.title or ''}")
+    rows = [(printable(one.item), one.score, printable(one.title or "")) for one in best]
+    width = max((len(item) for item, _, _ in rows), default=0)
+    for item, score, title in rows:
+        typer.echo(f"{item:<{width}}  {score:9.4f}  {title}".rstrip())
+    if not rows:
+        typer.echo("nothing to recommend: every item of the catalog is in the session; see --repeats", err=True)
 
 
 @app.command()
@@ -137,9 +173,11 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON with the long-tail groups")] = False,
 ) -> None:
     """Measure the best epoch of a run on one split; of a run over several seeds mean and standard deviation."""
-    with _Errors():
-        found = evaluate_run(run, split)
-    typer.echo(json.dumps(found, indent=2) if as_json else _table(found[split], found.get(f"{split}_std")))
+    with _errors():
+        from alterrec_fast.run import evaluate_run
+
+        results = evaluate_run(run, split)
+    typer.echo(json.dumps(results, indent=2) if as_json else _table(results[split], results.get(f"{split}_std")))
 
 
 @app.command()
@@ -155,10 +193,10 @@ def bench(
     threads: Annotated[int, typer.Option(min=0, help="default: one for each core")] = 0,
 ) -> None:
     """Measure the ops against the alternatives on this machine; each result is checked before it is timed."""
-    from alterrec_fast.benchmarks.harness import bench as benchmarks
-
     pythons: dict[str, str] = {}
-    with _Errors():
+    with _errors():
+        from alterrec_fast.benchmarks.harness import bench as benchmarks
+
         for given in python or []:
             name, equals, path = given.partition("=")
             if not equals or name not in benchmarks.PYTHONS:
@@ -181,24 +219,22 @@ def doctor() -> None:
     typer.echo(diagnose())
 
 
-class _Errors:
+@contextlib.contextmanager
+def _errors(interrupted: str = "stopped") -> Iterator[None]:
     """Turns what a user can mend into one line on standard error and exit status 1; `interrupted` is the line after
     Ctrl-C, which has the shell's status for it.
     """
-
-    def __init__(self, interrupted: str = "stopped"):
-        self.interrupted = interrupted
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, KeyboardInterrupt):
-            typer.echo(f"\n{self.interrupted}", err=True)
-            raise typer.Exit(130) from error
-        if isinstance(error, KNOWN_ERRORS) and not isinstance(error, BrokenPipeError):
-            typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
-            raise typer.Exit(1) from error
+    try:
+        with needs_train("this command"):
+            yield
+    except KeyboardInterrupt as error:
+        typer.echo(f"\n{interrupted}", err=True)
+        raise typer.Exit(130) from error
+    except BrokenPipeError:
+        raise
+    except KNOWN_ERRORS as error:
+        typer.secho(f"error: {printable(str(error))}", err=True, fg=typer.colors.RED)
+        raise typer.Exit(1) from error
 
 
 def _seed_list(text: str) -> list[int]:
@@ -210,9 +246,9 @@ def _seed_list(text: str) -> list[int]:
 
 def _print_epoch(line: dict[str, Any]) -> None:
     scores = "  ".join(
-        f"{view} {100 * found['hits@20']:5.2f} / {100 * found['ndcg@20']:5.2f}"
+        f"{view} {100 * metrics['hits@20']:5.2f} / {100 * metrics['ndcg@20']:5.2f}"
         for view in VIEWS
-        if (found := line["validation"][view]) is not None
+        if (metrics := line["validation"][view]) is not None
     )
     if line["epoch"] == 0:
         typer.echo(f"validation Hits@20 / NDCG@20 in %\nepoch  0  untrained            {'':28s}{scores}")

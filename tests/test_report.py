@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from alterrec_fast.files import write_sealed
 from alterrec_fast.report import DASH, write_report
 from alterrec_fast.training.config import METRICS, VARIANTS, Config
 from alterrec_fast.training.evaluate import VIEWS
@@ -74,11 +75,12 @@ def make_run(run: Path, variant: str = "alterrec", seed: int = 0, epochs: int = 
         "seed": seed,
         "best_epoch": best["epoch"],
         "items": 3684,
+        "slice": [6, 1842],
         "validation": best["validation"],
         "test": metrics_at(variant, 0.95 + 0.01 * seed),
         "groups": groups,
     }
-    (run / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    write_sealed(run / "metrics.json", metrics)
     return metrics
 
 
@@ -92,9 +94,10 @@ def make_seeds(run: Path, variant: str = "alterrec", lengths: tuple[int, ...] = 
     """Writes a run over several seeds, one of which stopped early, and returns its metrics."""
     found = [make_run(run / f"seed-{seed}", variant, seed, epochs) for seed, epochs in enumerate(lengths)]
     metrics: dict[str, Any] = {"seeds": list(range(len(lengths))), "variant": variant, "items": 3684}
+    metrics |= {"slice": [6, 1842], "best_epoch": statistics.fmean(one["best_epoch"] for one in found)}
     for suffix, how in (("", statistics.fmean), ("_std", statistics.stdev)):
-        metrics |= {key + suffix: over(how, [one[key] for one in found]) for key in ("test", "groups")}
-    (run / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+        metrics |= {key + suffix: over(how, [one[key] for one in found]) for key in ("validation", "test", "groups")}
+    write_sealed(run / "metrics.json", metrics)
     return metrics
 
 
@@ -206,7 +209,7 @@ def test_seeds_show_mean_and_deviation(tmp_path: Path) -> None:
 def test_a_group_without_targets_is_left_empty(tmp_path: Path) -> None:
     metrics = make_run(tmp_path)
     metrics["groups"]["0-30"] = {"targets": 0, "share": 0.0, "fused": None, "id": None, "text": None}
-    (tmp_path / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    write_sealed(tmp_path / "metrics.json", metrics)
     text, page = read(tmp_path)
     check_whole(text, page)
     assert f"0{DASH}30 0" + 6 * f" {DASH}" in page.words()
@@ -216,7 +219,7 @@ def test_one_epoch_and_nothing_found(tmp_path: Path) -> None:
     metrics = make_run(tmp_path, "id_only", epochs=1)
     for view in ("fused", "id"):
         metrics["test"][view] = dict.fromkeys(METRICS, 0.0)
-    (tmp_path / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    write_sealed(tmp_path / "metrics.json", metrics)
     check_whole(*read(tmp_path))
 
 

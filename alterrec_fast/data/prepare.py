@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from .readers import READERS, Options, Raw
-from .sessions import SPLITS, DataError, Dataset, Sessions
+from .sessions import SPLITS, DataError, Dataset, Sessions, check_place
 
 _FREE = -1  # the split code of a session whose split the files leave open
 _TRAIN, _VALIDATION, _TEST = range(len(SPLITS))
@@ -92,8 +92,8 @@ def prepare(
     rows follow the item table, then come items without an entry, as they first appear.
 
     Raises DataError, which names file and line, for raw files that cannot be read, for an unknown source, locale or
-    column, for fractions that leave nothing to train on, and where out exists without overwrite; ValueError for
-    another catalog.
+    column, for fractions that leave nothing to train on, where out exists without overwrite, and where it holds what
+    prepare did not make; ValueError for another catalog.
     """
     raw, out = Path(raw), Path(out)
     if source not in READERS:
@@ -105,10 +105,9 @@ def prepare(
     if not (0 <= validation_fraction < 1 and 0 <= test_fraction < 1 and validation_fraction + test_fraction < 1):
         found = f"{validation_fraction} and {test_fraction}"
         raise DataError(f"validation_fraction and test_fraction must be in [0, 1) and sum to less than 1, got {found}")
-    if out.exists() and not overwrite:  # Dataset.write checks too, but only after all the reading
-        raise DataError(f"{out} exists already; choose another folder or pass --overwrite")
     if out.resolve() in (raw.resolve(), *raw.resolve().parents):
         raise DataError(f"{out}: holds the raw files {raw}, which writing would replace; choose another folder")
+    check_place(out, overwrite)  # Dataset.write checks too, but only after all the reading
 
     read = READERS[source](raw, Options(text_columns, locale, None if test is None else Path(test)))
     left_out = dict(read.left_out)

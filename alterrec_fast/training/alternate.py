@@ -8,7 +8,6 @@ killed goes on from any step and ends in the same result.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import resource
@@ -17,41 +16,46 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor
 from tqdm import tqdm
 
 from alterrec_fast.data.batches import Batch, most_tokens, pack, plan
 from alterrec_fast.data.sessions import SPLITS, DataError, Dataset
+from alterrec_fast.errors import AlterRecError, FileError
+from alterrec_fast.errors import DivergedError as DivergedError
+from alterrec_fast.files import naming
 from alterrec_fast.model.networks import Recommender
 from alterrec_fast.model.packing import MaskedPacking, Packing
 from alterrec_fast.ops import RankSlice, rank_slice, slice_cross_entropy
 from alterrec_fast.ops.slices import uses_bits
-from alterrec_fast.training import checkpoint
+from alterrec_fast.training import checkpoint, records
 from alterrec_fast.training.config import Config, ConfigError
 from alterrec_fast.training.evaluate import evaluate, training_counts
+from alterrec_fast.training.records import HISTORY
 from alterrec_fast.training.steps import GraphedStep, Inputs, StaticBatch, Step, side_stream
 from alterrec_fast.training.variants import Epoch, build, epochs
 
-LAST, BEST, HISTORY = "checkpoints/last.safetensors", "checkpoints/best.safetensors", "history.jsonl"
+LAST, BEST = "checkpoints/last.safetensors", "checkpoints/best.safetensors"
 
 Progress = Callable[[dict[str, Any]], None]  # takes each new line of the history
 _log = logging.getLogger(__name__)
 
 
-class DivergedError(RuntimeError):
-    """Training that came to scores which are not finite; the message says when."""
-
-
 @dataclass
 class State:
-    """Where a run stands; all of it goes into the checkpoint."""
+    """Where a run stands; all of it goes into the checkpoint, the history without its times."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
 
     data: str = ""  # fingerprint of the data set
+    text: str = ""  # key of the text model
+    settings: dict[str, Any] = field(default_factory=dict)
     epoch: int = 0  # epochs completed
     step: int = 0  # steps completed of the epoch under way
     best_epoch: int = 0
@@ -59,11 +63,23 @@ class State:
     sums: dict[str, float] = field(default_factory=dict)  # of the epoch under way
     history: list[dict[str, Any]] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, header: dict[str, Any], file: Path) -> State:
+        """The state in a checkpoint's header; raises FileError where it cannot be one."""
+        with naming(file, "the checkpoint of a run"):
+            state = TypeAdapter(cls).validate_python(header)
+        numbers = [state.best, *state.sums.values()]
+        places = 0 <= state.best_epoch <= state.epoch == len(state.history) - 1 and state.step >= 0
+        if not places or not all(map(math.isfinite, numbers)) or bool(state.step) != bool(state.sums):
+            raise FileError(f"{file}: epoch {state.epoch}, step {state.step} does not fit its history and sums")
+        return state
+
 
 class Trainer:
     """One run: the recommender, an optimiser for each network, and the state; `fit` goes through the plan."""
 
-    def __init__(self, config: Config, dataset: Dataset, features: Tensor | None, run: Path):
+    def __init__(self, config: Config, dataset: Dataset, features: Tensor | None, run: Path, text: str = ""):
+        """features: (V, F), None where the variant reads no text. text: the key of the model that they are of."""
         for name in SPLITS:
             if len(dataset.split(name)) == 0:
                 raise DataError(f"{dataset.path}: the {name} split is empty; a run needs all of {', '.join(SPLITS)}")
@@ -86,15 +102,15 @@ class Trainer:
             name: _adam(network, rates[name], config.weight_decay, self.device)
             for name, network in self.recommender.networks.items()
         }
-        self.state = State(dataset.fingerprint)
         self._said: set[str] = set()  # warnings, each of which is given once
+        self.state = State(dataset.fingerprint, text, config.settings())
 
     def fit(self, progress: Progress) -> Recommender:
         """Trains to the end of the plan or of the patience; returns the recommender of the best epoch, in eval mode."""
         config, state = self.config, self.state
         with torch.random.fork_rng(), side_stream(self.device):
             if state.history:
-                self._write_history()  # a kill may have come between the checkpoint and this file
+                records.write_history(self.run / HISTORY, state.history)  # less the epoch that a kill undid
             else:
                 self._finish_epoch(0, {"epoch": 0}, progress)  # untrained, the left end of the curves
             for epoch in epochs(config):
@@ -104,24 +120,43 @@ class Trainer:
                     break
                 self._finish_epoch(epoch.number, self._run_epoch(epoch), progress)
         tensors, _ = checkpoint.load(self.run / BEST, str(self.device))
+        checkpoint.check_tensors(self.run / BEST, tensors, self.recommender.state_dict())
         self.recommender.load_state_dict(tensors)
         return self.recommender.eval()
 
     def resume(self) -> bool:
-        """Takes up the run's last checkpoint; False where there is none. Raises DataError where the data is another."""
-        if not (self.run / LAST).exists():
+        """Takes up the run's last checkpoint; False where there is none. Raises DataError where data or text model are
+        others, FileError where the checkpoint is damaged or was written with other settings.
+        """
+        file = self.run / LAST
+        if not file.exists():
             return False
-        tensors, header = checkpoint.load(self.run / LAST, str(self.device))
-        state = State(**header)
-        check_same_data(self.dataset, state.data)
+        tensors, header = checkpoint.load(file, str(self.device))
+        state = State.of(header, file)
+        self.config.check_settings(state.settings, file, self.run)
+        check_same_data(self.dataset, state.data, self.state.text, state.text)
+        checkpoint.check_tensors(file, tensors, self._expected(state))
+        state.history = records.with_times(state.history, self.run / HISTORY)
+        records.check_history(state.history, str(file))
         self.recommender.load_state_dict(_under(tensors, "model."))
         for name, optimizer in self.optimizers.items():
             moments = _under(tensors, f"adam.{name}.")
             for key, parameter in self.recommender.network(name).named_parameters():
-                if f"{key}.step" in moments:
+                if moments:
                     optimizer.state[parameter] = _under(moments, f"{key}.")
         self.state = state
         return True
+
+    def _expected(self, state: State) -> dict[str, Tensor]:
+        """Tensors of the names, shapes and dtypes that a checkpoint of this state holds."""
+        under_way = state.epoch + (state.step > 0)
+        trained = {epoch.student for epoch in epochs(self.config) if epoch.number <= under_way}
+        expected = {f"model.{key}": tensor for key, tensor in self.recommender.state_dict().items()}
+        for name in trained:
+            for key, parameter in self.recommender.network(name).named_parameters():
+                moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), parameter) | {"step": torch.zeros(())}
+                expected |= {f"adam.{name}.{key}.{moment}": like for moment, like in moments.items()}
+        return expected
 
     def _run_epoch(self, epoch: Epoch) -> dict[str, Any]:
         """One pass over the training targets; returns the epoch's line of the history, without validation."""
@@ -384,15 +419,11 @@ class Trainer:
         score = found["fused"][self.config.monitor]
         if score > state.best:
             state.best, state.best_epoch = score, number
-            best = {"epoch": number, "validation": found, "data": state.data}
+            best = {"epoch": number, "data": state.data, "text": state.text, "settings": state.settings}
             checkpoint.save(self.run / BEST, self.recommender.state_dict(), best)
+        records.write_history(self.run / HISTORY, state.history)
         self._save_last()
-        self._write_history()
         progress(line)
-
-    def _write_history(self) -> None:
-        lines = "".join(json.dumps(entry) + "\n" for entry in self.state.history)
-        checkpoint.write_text(self.run / HISTORY, lines)
 
     def _save_last(self) -> None:
         tensors = {f"model.{key}": tensor for key, tensor in self.recommender.state_dict().items()}
@@ -400,7 +431,8 @@ class Trainer:
             for key, parameter in self.recommender.network(name).named_parameters():
                 for moment, tensor in optimizer.state.get(parameter, {}).items():
                     tensors[f"adam.{name}.{key}.{moment}"] = tensor
-        checkpoint.save(self.run / LAST, tensors, asdict(self.state))
+        state = {**asdict(self.state), "history": records.without_times(self.state.history)}
+        checkpoint.save(self.run / LAST, tensors, state)
 
 
 def add_rows(matrix: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
@@ -446,10 +478,12 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def check_same_data(dataset: Dataset, fingerprint: str) -> None:
-    """Raises DataError unless the data set is the one of that fingerprint."""
-    if dataset.fingerprint != fingerprint:
+def check_same_data(dataset: Dataset, data: Any, text: str, trained_text: Any) -> None:
+    """Raises DataError unless the data set is the one of fingerprint `data`, and the text model the one of the run."""
+    if dataset.fingerprint != data:
         raise DataError(f"{dataset.path} is not the data set that this run was trained on; it was made anew since then")
+    if text != trained_text:
+        raise DataError(f"the text model is {text or 'none'}, but the run was trained with {trained_text or 'none'}")
 
 
 _CALMER = "training diverged: try lower learning rates or higher temperatures"
@@ -460,6 +494,8 @@ def _finite_scores(when: str) -> Iterator[None]:
     """The ops' ValueError about a value, with the time when it came and what helps."""
     try:
         yield
+    except AlterRecError:
+        raise
     except ValueError as error:
         raise DivergedError(f"{when}: {error}; {_CALMER}") from error
 

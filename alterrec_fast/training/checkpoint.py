@@ -1,91 +1,81 @@
-"""Files that are whole or not there: checkpoints as safetensors with JSON in the header, and small text files."""
+"""Checkpoints: safetensors files with a state and a checksum in the header, the same bytes for the same content."""
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from alterrec_fast.data.sessions import DRAFT
+from alterrec_fast.errors import FileError
+from alterrec_fast.files import naming, parse_json, regular_size, write_whole
 
-FORMAT = 1
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; the message names the file and the cause."""
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Has `write` fill a draft beside `path` and moves it there in one step, durably.
-
-    An error leaves what was at `path` before, and no draft; a kill may leave the draft, which `sweep` removes. Raises
-    CheckpointError with the cause.
-    """
-    draft = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=DRAFT, dir=path.parent)
-        os.close(handle)
-        draft = Path(name)
-        write(draft)
-        with draft.open("rb+") as file:
-            os.fsync(file.fileno())
-        draft.chmod(0o644)  # mkstemp makes it private
-        draft.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name, too, is to outlive a power cut
-        finally:
-            os.close(folder)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} could not be written ({error}); what was there before is untouched") from error
-    finally:
-        if draft is not None:
-            with contextlib.suppress(FileNotFoundError):
-                draft.unlink()
-
-
-def is_draft(path: Path) -> bool:
-    """Whether `path` is named as what `write_whole` and `Dataset.write` fill before it moves to its place."""
-    return path.name.startswith(".") and path.name.endswith(DRAFT)
-
-
-def sweep(folder: Path) -> None:
-    """Removes the drafts that killed writes left in `folder` and below; no other process may be writing there."""
-    for path in list(folder.rglob(f".*{DRAFT}")):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+FORMAT = 2
+KEY = "alterrec_fast"  # the only one in the header: safetensors writes several in an order that changes from run to run
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Writes tensors, and `state` as JSON in the file's header, whole or not at all."""
-    header = {"format": str(FORMAT), "state": json.dumps(state)}
-    ready = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    write_whole(path, lambda draft: save_file(ready, draft, metadata=header))
+    """Writes tensors, and `state` as JSON in the file's header, whole or not at all. Raises FileError."""
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(state)
+    header = {"format": FORMAT, "checksum": _checksum(ready, text), "state": text}
+
+    def write(draft: Path) -> None:
+        try:
+            save_file(ready, draft, metadata={KEY: json.dumps(header)})
+        except SafetensorError as error:  # it holds the system's error, a full disk for example
+            raise OSError(str(error)) from error
+
+    write_whole(path, write)
 
 
 def load(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save` wrote; raises CheckpointError where the file is missing, damaged or of another format."""
-    try:
-        with safe_open(path, framework="pt", device=device) as file:
-            header = file.metadata() or {}
-            if header.get("format") != str(FORMAT):
-                raise CheckpointError(f"{path}: checkpoint format {header.get('format')!r}, expected {FORMAT!r}")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(header["state"])  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error})") from error
+    """What `save` wrote; raises FileError where the file is missing, of another format, or differs in a single bit."""
+    regular_size(path)
+    with naming(path, "a checkpoint that can be read"), safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(KEY)
+        if text is None:
+            raise FileError(f"{path}: not a checkpoint of this version of the package; train again")
+        header = parse_json(text, f"{path}, header")
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
+            raise FileError(f"{path}: the checkpoint's format is not {FORMAT}; train again")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if header.get("checksum") != _checksum(tensors, header["state"]):
+            raise FileError(f"{path}: damaged, its checksum is not that of its content")
+        state = parse_json(header["state"], f"{path}, state")
+        if not isinstance(state, dict):
+            raise FileError(f"{path}: the state is {type(state).__name__}, expected an object")
+        return {name: tensor.to(device) for name, tensor in tensors.items()}, state
+
+
+def check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raises FileError unless `tensors` are those of `expected` by name, shape and dtype, and all finite."""
+    for name in sorted({*tensors, *expected}):
+        if name not in tensors:
+            raise FileError(f"{path}: tensor {name} is missing")
+        if name not in expected:
+            raise FileError(f"{path}: tensor {name} does not belong to a run with these settings and this data")
+        tensor, like = tensors[name], expected[name]
+        if tensor.shape != like.shape or tensor.dtype != like.dtype:
+            raise FileError(
+                f"{path}: tensor {name} is {tuple(tensor.shape)} {tensor.dtype}, "
+                f"expected {tuple(like.shape)} {like.dtype}"
+            )
+        if not bool(tensor.isfinite().all()):
+            raise FileError(f"{path}: tensor {name} holds values that are not finite")
+
+
+def _checksum(tensors: Mapping[str, Tensor], state: str) -> str:
+    """32 hexadecimal digits of the state and of every tensor's name, shape, dtype and bytes."""
+    digest = hashlib.sha256(state.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\0{name} {tuple(tensor.shape)} {tensor.dtype}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]

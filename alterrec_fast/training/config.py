@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-import tomli_w
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
+from alterrec_fast import files
 from alterrec_fast.data import DEFAULT_MODEL
+from alterrec_fast.errors import ConfigError as ConfigError
+from alterrec_fast.errors import FileError
+
+if TYPE_CHECKING:  # pydantic and tomli_w are of the extra "train"; a Config can be made without them
+    from pydantic import ConfigDict
 
 Variant = Literal["alterrec", "alterrec_aug", "random", "id_only", "text_only", "nfrec_sum", "nfrec_concat"]
 VARIANTS: tuple[str, ...] = get_args(Variant)
 
 
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message names it, its value and what was expected."""
+MACHINE = ("backend", "device", "graph", "checkpoint_minutes", "out")  # settings that a resumed run may change
+PLACE = ("data", "demo")  # where the data is; which data it is, the fingerprint tells
+MOST = {"width": 1 << 16, "layers": 1 << 10, "inner": 1 << 20, "max_length": 1 << 20, "m_max": 1 << 20}
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that decides the result of a run. Names in parentheses are the paper's."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
 
     # What is trained, on what, and where it goes.
     data: str = ""  # folder made by `prepare`; empty with demo
@@ -100,6 +104,9 @@ class Config:
         for name in ("hard_fraction", "alpha", "lr_gamma"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise ConfigError(f"{name} must be at most {most}, got {getattr(self, name)}")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout must lie in [0, 1), got {self.dropout}")
         if self.max_length < 2:
@@ -133,26 +140,43 @@ class Config:
             return 6, min(2000, num_items // 2)
         return num_items // 4, num_items // 2
 
+    def settings(self) -> dict[str, Any]:
+        """What decides a run's result, as it stands in a checkpoint's JSON."""
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name not in (*MACHINE, *PLACE)}
+        settings: dict[str, Any] = json.loads(json.dumps(values))
+        return settings
+
+    def check_settings(self, written: Any, checkpoint: Path, run: Path) -> None:
+        """Raises FileError unless these are the settings that `checkpoint` was written with."""
+        if not isinstance(written, dict):
+            raise FileError(f"{checkpoint}: holds no settings")
+        values = self.settings()
+        for name in sorted({*values, *written}):
+            if values.get(name) != written.get(name):
+                raise FileError(
+                    f"{run / 'config.toml'}: {name} = {values.get(name)!r}, but {checkpoint.name} was trained with "
+                    f"{written.get(name)!r}; one of the two files was changed"
+                )
+
     def replace(self, **changes: Any) -> Config:
         return from_mapping({**dataclasses.asdict(self), **changes}, "settings")
 
     def to_toml(self) -> str:
         """TOML of every field; None, which TOML lacks, is left out and is the default of the fields that hold it."""
+        import tomli_w
+
         return tomli_w.dumps({name: value for name, value in dataclasses.asdict(self).items() if value is not None})
 
 
 METRICS = ("hits@10", "hits@20", "ndcg@10", "ndcg@20", "mrr@20")
 
 
-@cache
-def _adapter() -> TypeAdapter[Config]:
-    return TypeAdapter(Config)
-
-
 def from_mapping(values: Mapping[str, Any], where: str) -> Config:
     """A Config of these values, strings read as numbers where those are due. Raises ConfigError, naming `where`."""
+    from pydantic import TypeAdapter, ValidationError
+
     try:
-        return _adapter().validate_python(dict(values))
+        return TypeAdapter(Config).validate_python(dict(values))
     except ValidationError as error:
         known = [field.name for field in dataclasses.fields(Config)]
         lines = []
@@ -168,10 +192,11 @@ def from_mapping(values: Mapping[str, Any], where: str) -> Config:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The settings in a TOML file; raises ConfigError where it is missing or not TOML."""
+    """The settings in a TOML file; raises FileError where it cannot be read, ConfigError where it is not TOML."""
+    text = files.read_text(path)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from error
 
 

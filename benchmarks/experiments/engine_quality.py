@@ -13,7 +13,7 @@ import math
 import statistics
 from dataclasses import replace
 
-from alterrec_fast.training.checkpoint import write_text
+from alterrec_fast.files import write_text
 from alterrec_fast.training.config import METRICS
 
 from ..harness.report import markdown

@@ -10,7 +10,7 @@ import json
 import statistics
 
 from alterrec_fast.data.sessions import Dataset
-from alterrec_fast.training.checkpoint import write_text
+from alterrec_fast.files import write_text
 from alterrec_fast.training.config import METRICS, VARIANTS, Config
 from alterrec_fast.training.evaluate import measure, training_counts
 

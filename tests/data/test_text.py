@@ -18,8 +18,10 @@ import pytest
 from alterrec_fast.data import text
 from alterrec_fast.data.sessions import DataError, Dataset, Sessions
 from alterrec_fast.data.text import embed_texts, find_model, item_features
+from alterrec_fast.errors import FileError
 
 WIDTH = 32
+RECORD = 24  # bytes of keys.bin for each row
 
 
 class Stub:
@@ -52,14 +54,13 @@ def files(cache: Path) -> tuple[Path, Path]:
 def run(cache: Path, count: int, chunk: int, delay: float) -> subprocess.Popen:
     """Another process that embeds "item 0" ... and prints how many texts its encoder saw."""
     code = (
-        "import sys; from pathlib import Path; from test_text import Stub, text\n"
+        "import sys; from pathlib import Path; from tests.data.test_text import Stub, text\n"
         "cache, count, chunk, delay = sys.argv[1:]\n"
         "text.CHUNK = int(chunk); stub = Stub(float(delay))\n"
         "text.embed_texts([f'item {i}' for i in range(int(count))], stub, Path(cache), progress=False)\n"
         "print(len(stub.seen))"
     )
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, "-c", code, str(cache), str(count), str(chunk), str(delay)],
         env={**os.environ, "PYTHONPATH": path},
@@ -72,7 +73,7 @@ def complete(cache: Path) -> int:
     rows, keys = files(cache)
     if not rows.exists() or not keys.exists():
         return 0
-    return min(rows.stat().st_size // (4 * WIDTH), keys.stat().st_size // 16)
+    return min(rows.stat().st_size // (4 * WIDTH), keys.stat().st_size // RECORD)
 
 
 def test_each_text_is_embedded_once(tmp_path):
@@ -157,7 +158,7 @@ def test_torn_files_are_cut_to_what_is_complete(tmp_path, rows_lost, keys_lost):
     np.testing.assert_array_equal(embed_texts(texts, stub, tmp_path, progress=False), expected(texts))
     assert stub.seen == texts[left:]
     assert complete(tmp_path) == 50
-    assert files(tmp_path)[0].stat().st_size == 50 * 4 * WIDTH and files(tmp_path)[1].stat().st_size == 50 * 16
+    assert files(tmp_path)[0].stat().st_size == 50 * 4 * WIDTH and files(tmp_path)[1].stat().st_size == 50 * RECORD
 
 
 def test_killed_in_the_middle_then_resumed(tmp_path):
@@ -298,7 +299,7 @@ def test_the_packaged_model(tmp_path, monkeypatch):
 
 def test_a_cache_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"text cache .*ALTERREC_FAST_CACHE"):
+    with pytest.raises(FileError, match=r"text cache .*ALTERREC_FAST_CACHE"):
         embed_texts(["a"], Stub(), tmp_path / "file", progress=False)
 
 

@@ -10,8 +10,8 @@ import pytest
 
 import alterrec_fast as af
 from alterrec_fast.data.sessions import Dataset
+from alterrec_fast.errors import FileError
 from alterrec_fast.training.alternate import LAST
-from alterrec_fast.training.checkpoint import CheckpointError
 from tests.training.test_training import same_run, small
 
 
@@ -34,7 +34,7 @@ def test_a_run_on_a_full_disk_goes_on_once_there_is_room(shop: Dataset, tmp_path
     # Room for the first epochs' checkpoints, but not for the draft of a later one, which holds more moments.
     filler.write_bytes(b"x" * ((1 << 20) - int(1.5 * room)))
     cramped = config.replace(out=str(tiny_disk / "run"))
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(FileError, match="No space left"):
         af.train(cramped)
     assert (tiny_disk / "run" / LAST).exists()
     filler.unlink()

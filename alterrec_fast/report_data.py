@@ -1,0 +1,91 @@
+"""What the report is made of: the files of a run over one seed or several, read and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alterrec_fast.errors import FileError
+from alterrec_fast.training.config import Config, from_mapping, read_toml
+from alterrec_fast.training.evaluate import VIEWS
+from alterrec_fast.training.records import HISTORY, METRICS_FILE, read_history, read_metrics
+
+Series = dict[int, float]  # epoch -> value
+
+
+@dataclass(frozen=True)
+class Seed:
+    """What one run directory holds. config: every setting, as TOML and JSON have it."""
+
+    config: dict[str, Any]
+    history: list[dict[str, Any]]
+    metrics: dict[str, Any]
+
+    @property
+    def epochs(self) -> list[dict[str, Any]]:
+        """The lines of the history in which something was trained."""
+        return [line for line in self.history if line["epoch"] > 0]
+
+    @property
+    def seconds(self) -> float:
+        return float(sum(line.get(name) or 0.0 for line in self.history for name in ("seconds", "validation_seconds")))
+
+
+@dataclass(frozen=True)
+class Results:
+    """A run: its metrics, and one or more seeds."""
+
+    metrics: dict[str, Any]
+    seeds: list[Seed]
+
+    @property
+    def variant(self) -> str:
+        return str(self.seeds[0].metrics["variant"])
+
+    @property
+    def items(self) -> int:
+        return int(self.seeds[0].metrics["items"])
+
+    @property
+    def longest(self) -> Seed:
+        return max(self.seeds, key=lambda seed: len(seed.epochs))
+
+    @property
+    def views(self) -> list[str]:
+        """The views to show; where there is only one network, it, and not the fused score that repeats it."""
+        if self.variant in ("id_only", "text_only"):
+            return [self.variant.removesuffix("_only")]
+        return [view for view in VIEWS if self.metrics["test"][view] is not None]
+
+    def lines(self, value: Callable[[dict[str, Any]], float | None]) -> list[Series]:
+        """For each seed the value of each line of its history, lines without one left out."""
+        return [
+            {line["epoch"]: number for line in seed.history if (number := value(line)) is not None}
+            for seed in self.seeds
+        ]
+
+
+def read_results(run: Path) -> Results:
+    metrics = read_metrics(run / METRICS_FILE)
+    folders = [run / f"seed-{seed}" for seed in metrics["seeds"]] if "seeds" in metrics else [run]
+    results = Results(metrics, [_read_seed(folder) for folder in folders])
+    if any(seed.metrics["variant"] != metrics["variant"] for seed in results.seeds):
+        raise FileError(f"{run / METRICS_FILE}: the seeds' runs are not all of {metrics['variant']}")
+    return results
+
+
+def _read_seed(folder: Path) -> Seed:
+    config = from_mapping(read_toml(folder / "config.toml"), str(folder / "config.toml"))
+    history, metrics = read_history(folder / HISTORY), read_metrics(folder / METRICS_FILE)
+    if not history or "seeds" in metrics or metrics["best_epoch"] >= len(history):
+        raise FileError(f"{folder / HISTORY}: {len(history)} epochs, which do not fit {METRICS_FILE}")
+    return Seed(as_json(config), history, metrics)
+
+
+def as_json(config: Config) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
+    return values

@@ -1,0 +1,335 @@
+"""Acceptance on a machine with a GPU, offline: `python benchmarks/gpu --out DIR` in a checkout.
+
+Installs the checkout into a temporary folder, runs each file of tests/gpu in a process with a time limit, then the
+times of gpu/times.py, all from outside the checkout, and writes acceptance.md and acceptance.json. Exit code 1 where a
+test failed, a process crashed or one of ours was wrong. Imports nothing but the standard library.
+
+`python -m alterrec_fast.benchmarks.gpu` does the same; of an installation without a checkout it runs the times alone,
+and with --checkout DIR the tests of DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "alterrec_fast", "kernels", "benchmarks", "csrc")
+LIMIT = 475.0  # seconds for everything
+BUILD_SECONDS, TEST_SECONDS, CEILING_SECONDS = 120.0, 150.0, 20.0
+TIME_SHARES = {"paper": 0.45, "1M": 0.6, "10M": 1.0}  # of the time that is left when a group of times begins
+GRACE = 0.75  # of its time, after which a group of times begins nothing new
+ALONE = ("huge", "sanitizer", "memory")  # test files whose names have these words have the GPU to themselves
+KILLED = "killed after"
+
+
+@dataclass
+class Process:
+    """What became of a process: `failed` says how it ended unless by itself with code 0."""
+
+    name: str
+    seconds: float
+    failed: str
+    records: list[dict[str, Any]] = field(default_factory=list)  # tests, or times
+
+    @property
+    def late(self) -> bool:
+        return self.failed.startswith(KILLED)
+
+
+@dataclass
+class Acceptance:
+    """A run, as acceptance.json has it."""
+
+    commit: str
+    installed: str
+    notes: list[str]
+    environment: dict[str, str]
+    tests: list[Process] = field(default_factory=list)
+    times: list[Process] = field(default_factory=list)
+
+    def faults(self) -> list[tuple[str, str]]:
+        """(what, why): failed tests, processes that crashed, and times of ours that are wrong."""
+        tests = [(f"{p.name}: {r['name']}", r["why"]) for p in self.tests for r in p.records if r["result"] == "failed"]
+        crashed = [(p.name, p.failed) for p in (*self.tests, *self.times) if p.failed and not p.late]
+        wrong = [
+            (f"{r['op']}, {r['case']}, {r['implementation']}", r["failed"])
+            for p in self.times
+            for r in p.records
+            if r.get("ours") and r.get("failed") and not r.get("out_of_memory")
+        ]
+        return [*tests, *(one for one in crashed if not any(one[0] in name for name, _ in tests)), *wrong]
+
+    def write(self, out: Path) -> None:
+        for name, text in (("acceptance.json", json.dumps(asdict(self), indent=1)), ("acceptance.md", page(self))):
+            (out / name).write_text(text + "\n")
+
+
+# --- installing ---
+
+
+def install(root: Path, work: Path, seconds: float) -> tuple[Path, str, list[str]]:
+    """Installs `root` into a folder in `work`: with compiled code, or without where that fails.
+
+    -> (the folder, how, what was left out and why). The checkout itself is left alone, whatever its build folder holds.
+    """
+    source, notes = work / "source", []
+    source.mkdir()
+    for name in SOURCES:
+        if (root / name).is_dir():
+            shutil.copytree(
+                root / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+            )
+        else:
+            shutil.copy(root / name, source / name)
+    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--no-input"]
+    for folder, no_extension in (("compiled", ""), ("plain", "1")):
+        if not no_extension and not shutil.which(os.environ.get("CXX", "c++").split()[0]):
+            notes.append("no extension: there is no C++ compiler")
+            continue
+        environment = os.environ | ({"ALTERREC_FAST_NO_EXT": "1"} if no_extension else {})
+        failed, said = run_limited([*pip, "--target", str(work / folder), str(source)], environment, work, seconds)
+        if not failed:
+            home = os.environ.get("CUDA_HOME")
+            if not no_extension and not shutil.which("nvcc", path=f"{home}/bin" if home else None):
+                notes.append("no CUDA C++: there is no nvcc")
+            return work / folder, f"pip, {'without' if no_extension else 'with'} the extension", notes
+        notes.append(f"no extension: {failed}: {said}")
+    raise SystemExit("\n".join(notes))
+
+
+def run_limited(command: Sequence[str], environment: dict[str, str], folder: Path, seconds: float) -> tuple[str, str]:
+    """Runs a command in a process group that is killed after `seconds`; -> how it failed, and its last lines."""
+    process = subprocess.Popen(
+        command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+    )  # fmt: skip
+    failed = ""
+    try:
+        said, _ = process.communicate(timeout=max(1.0, seconds))
+    except subprocess.TimeoutExpired:
+        failed = f"{KILLED} {seconds:.0f} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and what it may have left behind
+    if failed:
+        said, _ = process.communicate()
+    elif process.returncode:
+        code = process.returncode
+        failed = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return failed, " / ".join(line.strip() for line in said.strip().splitlines()[-6:])[-1500:]
+
+
+# --- running ---
+
+
+class Runner:
+    """Runs processes that find the installed package, from outside the checkout, until the time is over."""
+
+    def __init__(self, package: Path | None, work: Path, deadline: float):
+        self.work, self.deadline = work, deadline
+        paths = [str(package)] if package else []
+        self.environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "TRITON_CACHE_DIR": str(work / "triton-cache"),  # what one process has compiled the next need not
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # for torch's own deterministic products
+        }
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def test(self, file: Path) -> Process:
+        """One file of tests."""
+        report = self.work / f"{file.stem}.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--confcutdir", str(file.parent)]
+        begun = time.monotonic()
+        seconds = min(TEST_SECONDS, self.left())
+        failed, said = run_limited([*command, f"--junitxml={report}", str(file)], self.environment, self.work, seconds)
+        records = read_report(report) if report.exists() else []
+        return Process(file.name, time.monotonic() - begun, f"{failed}: {said}" if failed else "", records)
+
+    def time(self, group: str, seconds: float) -> Process:
+        """One group of times."""
+        out = self.work / f"{group}.jsonl"
+        command = [sys.executable, "-m", "alterrec_fast.benchmarks.gpu.times", group, "--out", str(out)]
+        begun = time.monotonic()
+        command += ["--seconds", str(GRACE * seconds)]
+        failed, said = run_limited(command, self.environment, self.work, seconds)
+        lines = out.read_text().splitlines() if out.exists() else []
+        records = [json.loads(line) for line in lines if line.endswith("}")]  # a crash may cut the last one
+        return Process(group, time.monotonic() - begun, f"{failed}: {said}" if failed else "", records)
+
+
+def read_report(path: Path) -> list[dict[str, str]]:
+    """pytest's JUnit XML -> {"name", "result": "passed", "failed" or "skipped", "why"} of each test."""
+    records = []
+    for case in ElementTree.parse(path).iter("testcase"):
+        result, why = "passed", ""
+        for child in case:
+            if child.tag in ("failure", "error", "skipped"):
+                result, why = "skipped" if child.tag == "skipped" else "failed", child.get("message", "")
+        records.append({"name": case.get("name", ""), "result": result, "why": why})
+    return records
+
+
+def run(root: Path | None, out: Path, limit: float, only: str = "") -> Acceptance:
+    """Everything; both files are written after each process. `only`: test files and groups whose names contain it."""
+    deadline = time.monotonic() + limit
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="alterrec-acceptance-") as folder:
+        work, package, how, notes, files = (
+            Path(folder),
+            None,
+            "as it was installed before",
+            ["no tests: no checkout"],
+            [],
+        )
+        if root is not None:
+            package, how, notes = install(root, work, min(BUILD_SECONDS, limit))
+            # Copied, since pytest would put the checkout on the path, where alterrec_fast has neither kernels nor this.
+            shutil.copytree(root / "tests" / "gpu", work / "tests" / "gpu")
+            (work / "tests" / "__init__.py").touch()
+            files = [file for file in sorted((work / "tests" / "gpu").glob("test_*.py")) if only in file.name]
+        done = Acceptance(commit_of(root), how, notes, environment_of())
+        runner = Runner(package, work, deadline)
+        alone = [file for file in files if any(word in file.stem for word in ALONE)]
+        with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2))) as pool:  # most of it is compiling
+            for process in pool.map(runner.test, [file for file in files if file not in alone]):
+                tell(done, done.tests, process, out)
+        for file in alone:
+            tell(done, done.tests, runner.test(file), out)
+        for group in ("ceilings", *TIME_SHARES):
+            if only in group:
+                seconds = runner.left() * TIME_SHARES[group] if group in TIME_SHARES else CEILING_SECONDS
+                tell(done, done.times, runner.time(group, seconds), out)
+    return done
+
+
+def tell(done: Acceptance, processes: list[Process], process: Process, out: Path) -> None:
+    processes.append(process)
+    done.write(out)
+    print(f"{process.name}: {process.failed or 'done'}, {process.seconds:.0f} s", flush=True)
+
+
+def commit_of(root: Path | None) -> str:
+    """The checkout's commit, with a + where files were changed."""
+    return output("git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+") if root else "no checkout"
+
+
+def environment_of() -> dict[str, str]:
+    asked = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.mem,mig.mode.current"
+    versions = {}
+    for package in ("torch", "triton", "numpy", "pytest"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        asked: output("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"),
+        "python": platform.python_version(),
+        **versions,
+        "nvcc": output("nvcc", "--version").splitlines()[-1],
+        "CPU": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def output(*command: str) -> str:
+    """What a command prints, or why there is nothing."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip() or "-"
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+# --- the page ---
+
+
+def page(done: Acceptance) -> str:
+    """Markdown: the result, tests, environment, times."""
+    faults = done.faults()
+    late = [process.name for process in (*done.tests, *done.times) if process.late]
+    counts = {result: sum(r["result"] == result for p in done.tests for r in p.records) for result in RESULTS}
+    result = "FAILED" if faults else "passed as far as it ran, out of time" if late else "passed"
+    lines = [f"# GPU acceptance: {result}", "", ", ".join(f"{n} tests {name}" for name, n in counts.items()) + "."]
+    if late:
+        lines += ["", f"Out of time, and ended before they were done: {', '.join(late)}."]
+    lines += ["", f"Commit {done.commit}; installed by {done.installed}.", *(f"- {note}" for note in done.notes)]
+    lines += ["", *table(["what failed", "why"], faults)] if faults else []
+    rows = [
+        [p.name, *(str(sum(r["result"] == name for r in p.records)) for name in RESULTS), f"{p.seconds:.0f}", p.failed]
+        for p in done.tests
+    ]
+    lines += ["", "## Tests", "", *table(["file", *RESULTS, "seconds", "how it ended"], rows)]
+    skipped = sorted({(p.name, r["why"]) for p in done.tests for r in p.records if r["result"] == "skipped"})
+    lines += ["", *table(["skipped in", "why"], skipped)] if skipped else []
+    lines += ["", "## Environment", "", *table(["", ""], list(done.environment.items()))]
+    return "\n".join([*lines, "", "## Times", "", *times(done)])
+
+
+RESULTS = ("passed", "failed", "skipped")
+
+
+def times(done: Acceptance) -> list[str]:
+    """The least of all samples of each implementation, beside the device's own ceilings."""
+    records = [record for process in done.times for record in process.records]
+    ceilings = next((record["ceilings"] for record in records if "ceilings" in record), None)
+    lines = [
+        "By CUDA events, the L2 cache flushed before each call: the least of all samples, their median and",
+        "interquartile range; as a CUDA graph the least. MiB: the peak of one call beyond its inputs. Over the floor:",
+        "the time over the larger of what the bytes and operations that the op can't do without take at the ceilings.",
+    ]
+    if ceilings:
+        rates = f"bf16 {ceilings['bf16'] / 1e12:,.1f} TFLOP/s, fp32 {ceilings['fp32'] / 1e12:,.1f} TFLOP/s"
+        lines.append(f"Copy {ceilings['copy'] / 1e9:,.0f} GB/s; square products: {rates}.")
+    rows = []
+    for r in records:
+        if "ceilings" in r:
+            continue
+        name = [r["op"], r["case"], r["implementation"]]
+        if "eager" not in r:
+            rows.append([*name, r["failed"], "", "", "", "", "", ""])
+            continue
+        first, median, third = (1e3 * quartile for quartile in r["eager"]["quartiles"])
+        graph = f"{1e3 * r['graph']['least']:.3f}" if "graph" in r else r.get("no_graph", "")
+        least = min(r[kind]["least"] for kind in ("eager", "graph") if kind in r)
+        floor = max(r["bytes"] / ceilings["copy"], r["operations"] / ceilings[r["dtype"]]) if ceilings else 0.0
+        cells = [f"{1e3 * r['eager']['least']:.3f}", f"{median:.3f}", f"{third - first:.3f}", graph]
+        cells += [f"{r['peak_bytes'] / 2**20:,.0f}", f"{least / floor:.2f}" if floor else "", f"{r['error']:.0e}"]
+        rows.append([*name, *cells])
+    head = ["op", "case", "implementation", "ms", "median", "IQR", "graph, ms", "MiB", "over the floor", "error"]
+    return [*lines, "", *table(head, rows)]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *cells)]
+
+
+def main() -> int:
+    checkout = Path(__file__).resolve().parents[2]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for everything")
+    parser.add_argument("--only", default="", help="test files and groups of times whose names contain this")
+    parser.add_argument("--checkout", type=Path, default=checkout if (checkout / "setup.py").exists() else None)
+    options = parser.parse_args()
+    done = run(options.checkout, options.out.resolve(), options.limit, options.only)
+    print(page(done).split("\n## ")[0])
+    return int(bool(done.faults()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
