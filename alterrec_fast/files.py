@@ -39,7 +39,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = stat.S_IMODE(draft.stat().st_mode)
         write(draft)
+        draft.chmod(mode)  # a writer may have put a file of its own there, as safetensors does
         sync(draft)
         draft.replace(path)
         sync(path.parent)  # the new name, too, is to outlive a power cut

@@ -144,6 +144,8 @@ class TrainedModel:
         device = pick_device(self.config.device)
         tensors, best = checkpoint.load(self.path / BEST, str(device))
         self.config.check_settings(best.get("settings"), self.path / BEST, self.path)
+        if not _data_folder(self.config).exists():
+            raise FileError(f"{self.path / CONFIG}: data = {self.config.data!r} is not there; name where it is now")
         self.dataset = Dataset.load(_data_folder(self.config))
         check_same_data(self.dataset, best.get("data"), _text_key(self.config), best.get("text"))
         self.recommender = _build(self.config, self.dataset).to(device)
@@ -266,7 +268,7 @@ def _check_place(run: Path, config: Config, resume: bool) -> None:
     held = _held(run)
     if CONFIG not in held:
         if held:
-            raise RunError(f"{run} holds no run but {_first(held)}; choose another --out")
+            raise RunError(f"{run} holds {_first(held)} and no run ({CONFIG} is missing); choose another --out")
         return
     if not resume:
         raise RunError(f"{run} holds a run already; choose another --out, or go on with --resume")
@@ -275,7 +277,9 @@ def _check_place(run: Path, config: Config, resume: bool) -> None:
     changed = [name for name in now if now[name] != before[name] and name not in MACHINE]
     if changed:
         listed = ", ".join(f"{name} = {before[name]!r} (now {now[name]!r})" for name in changed)
-        raise RunError(f"{run} was begun with {listed}; resume with the same settings or choose another --out")
+        raise RunError(
+            f"{run / CONFIG}: the run was begun with {listed}; resume with the same settings or choose another --out"
+        )
 
 
 def _check_place_of_seeds(run: Path, resume: bool) -> None:

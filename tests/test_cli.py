@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import polars as pl
 import pytest
 from typer.testing import CliRunner, Result
 
+import alterrec_fast as af
 from alterrec_fast.cli import app
 from alterrec_fast.data.sessions import Dataset
+from alterrec_fast.extras import TRAIN
 
 FAST = [
     "--set",
@@ -124,7 +130,106 @@ def test_errors_are_one_line(args: list[str], message: str, tmp_path: Path, monk
     assert not list(tmp_path.iterdir())  # nothing half-made
 
 
+def test_what_a_terminal_obeys_is_printed_as_text(shop: Dataset, tmp_path: Path) -> None:
+    """Titles and ids of a stranger: escape sequences, line ends, marks of direction; other scripts stay as they are."""
+    raw = pl.Series(["\x1b[31mred\x07", "two\nlines\r", "\u202efilm\u2069", "größe 中文 👩\u200d🔧"] * 50)
+    ids = pl.Series([f"\x1b]0;{i}\x07" for i in range(200)])
+    splits = {name: shop.split(name) for name in ("train", "validation", "test")}
+    data = Dataset.write(tmp_path / "data", splits, pl.DataFrame({"item_id": ids, "title": raw}), ["title"], {})
+    out = tmp_path / "run"
+    done = run("train", "--data", data.path, "--out", out, *FAST, "--variant", "id_only")
+    assert done.exit_code == 0, done.output
+    shown = run("recommend", out, "--session", "'\x1b]0;1\x07'", "-n", "199")
+    assert shown.exit_code == 0, shown.output
+    assert len(shown.output.splitlines()) == 199
+    assert not set("\x1b\x07\r\u202e\u2069") & set(shown.output)
+    for text in (
+        r"\x1b]0;7\x07",
+        r"\x1b[31mred\x07",
+        r"two\x0alines\x0d",
+        r"\u202efilm\u2069",
+        "größe 中文 👩\u200d🔧",
+    ):
+        assert text in shown.output
+    unknown = run("recommend", out, "--session", "a\x1b[2Jb")
+    assert unknown.exit_code == 1 and "\x1b" not in unknown.output
+
+
+def test_a_session_of_the_whole_catalog_is_said(trained: Path, shop: Dataset) -> None:
+    done = run("recommend", trained, "--session", " ".join(shop.items["item_id"]))
+    assert done.exit_code == 0
+    assert done.output.strip() == "nothing to recommend: every item of the catalog is in the session; see --repeats"
+
+
+def test_settings_may_have_blanks_around_the_equals_sign(shop: Dataset, tmp_path: Path) -> None:
+    blanks = [text.replace("=", " = ") for text in FAST]
+    extra = ["--set", "group_edges = 3, 30", "--variant", "id_only", "--device", "cpu"]
+    done = run("train", "--data", shop.path, "--out", tmp_path / "run", *blanks, *extra)
+    assert done.exit_code == 0, done.output
+    written = (tmp_path / "run" / "config.toml").read_text()
+    assert "width = 16" in written and 'device = "cpu"' in written
+    assert list(json.loads((tmp_path / "run" / "metrics.json").read_text())["groups"]) == ["0-3", "4-30", "31+"]
+
+
+def test_version_and_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "alterrec_fast", "--version"], capture_output=True, text=True)
+    assert done.stdout == f"alterrec-fast {af.__version__}\n"
+
+
+HIDDEN = """
+import sys
+for name in sys.argv[1].split(","):
+    sys.modules[name] = None
+import alterrec_fast as af, torch
+af.top_k(torch.ones(1, 2), torch.ones(3, 2), k=1)
+af.Config(width=8), af.FullSoftmaxLoss(), af.RankSliceSampler(1, 2)
+from typer.testing import CliRunner
+from alterrec_fast.cli import app
+for name in ("train", "load"):
+    try:
+        getattr(af, name)
+        print("imported", name)
+    except ImportError as error:
+        print(error)
+for line in (["doctor"], ["--version"], ["train", "--demo"], ["prepare", "generic", "x", "y"],
+             ["recommend", "x", "--session", "1"], ["evaluate", "x"]):
+    done = CliRunner().invoke(app, line)
+    print(line[0], done.exit_code, (done.output.strip() or repr(done.exception)).splitlines()[-1])
+"""
+
+
+# Newer versions of typer bring pydantic themselves.
+@pytest.mark.parametrize("hidden", [",".join(name for name in TRAIN if name != "pydantic"), "matplotlib", "tomli_w"])
+def test_without_the_trainers_packages_ops_work_and_commands_say_what_to_install(hidden: str, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", HIDDEN, hidden], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    needs = r"needs \w+, which is not installed: pip install 'alterrec-fast\[train\]'"
+    by_name = {line.split()[0]: line for line in lines}
+    assert by_name["doctor"].startswith("doctor 0") and by_name["--version"].startswith("--version 0")
+    if hidden == "tomli_w":  # needed once a run is begun
+        assert re.search(r"train 1 error: this command " + needs, by_name["train"])
+        return
+    for name in ("train", "recommend", "evaluate"):
+        assert re.search(rf"{name} 1 error: this command " + needs, by_name[name]), done.stdout
+    assert re.match(r"alterrec_fast\.train " + needs, lines[0])
+    assert ("prepare 1 error: this command needs polars" in done.stdout) == (hidden != "matplotlib")
+
+
+def test_the_extra_is_what_pyproject_says() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    names = [re.split(r"[><=]", line)[0].replace("-", "_") for line in project["optional-dependencies"]["train"]]
+    assert sorted(names) == sorted(TRAIN)
+    assert sorted(re.split(r"[><=]", line)[0] for line in project["dependencies"]) == ["numpy", "torch", "typer"]
+
+
 def test_recommend_names_an_unknown_item(trained: Path) -> None:
     done = run("recommend", trained, "--session", "nothing")
     assert done.exit_code == 1
     assert "unknown items 'nothing'" in done.output
+
+
+def test_recommend_names_a_quote_that_is_never_closed(trained: Path) -> None:
+    done = run("recommend", trained, "--session", "'SKU-000001")
+    assert done.exit_code == 1
+    assert "--session: a quote or backslash ends nothing" in done.output

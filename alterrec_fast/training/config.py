@@ -148,7 +148,7 @@ class Config:
 
     def check_settings(self, written: Any, checkpoint: Path, run: Path) -> None:
         """Raises FileError unless these are the settings that `checkpoint` was written with."""
-        if not isinstance(written, dict):
+        if not isinstance(written, dict) or not written:
             raise FileError(f"{checkpoint}: holds no settings")
         values = self.settings()
         for name in sorted({*values, *written}):

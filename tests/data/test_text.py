@@ -213,6 +213,47 @@ def test_a_model_of_another_width_is_refused(tmp_path):
         embed_texts(["b"], Wider(), tmp_path, progress=False)
 
 
+@pytest.mark.parametrize(
+    "damage", ["a bit of a row", "rows exchanged", "a bit of a key", "model.json", "an old folder"]
+)
+def test_a_damaged_cache_is_made_again(tmp_path, caplog, damage):
+    texts = [f"item {i}" for i in range(9)]
+    embed_texts(texts, Stub(), tmp_path, progress=False)
+    rows, keys = files(tmp_path)
+    content = rows.read_bytes()
+    if damage == "a bit of a row":
+        rows.write_bytes(content[:150] + bytes([content[150] ^ 4]) + content[151:])
+    elif damage == "rows exchanged":
+        rows.write_bytes(content[4 * WIDTH : 8 * WIDTH] + content[: 4 * WIDTH] + content[8 * WIDTH :])
+    elif damage == "a bit of a key":
+        keys.write_bytes(bytes([keys.read_bytes()[0] ^ 1]) + keys.read_bytes()[1:])
+    else:
+        (rows.parent / "model.json").write_text('{"width": 32}\n' if damage == "an old folder" else '{"width')
+    stub = Stub()
+    np.testing.assert_array_equal(embed_texts(texts, stub, tmp_path, progress=False), expected(texts))
+    made_again = {"a bit of a row": 1, "rows exchanged": 2, "a bit of a key": 1}.get(damage, 9)
+    assert len(stub.seen) == made_again
+    if damage != "a bit of a key":
+        assert ("rows.f32" if "row" in damage else "model.json") in caplog.text
+    silent = Stub()
+    np.testing.assert_array_equal(embed_texts(texts, silent, tmp_path, progress=False), expected(texts))
+    assert silent.seen == []
+
+
+def test_the_code_in_a_models_folder_is_never_run(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "modules.json").write_text('[{"idx": 0, "name": "0", "path": "", "type": "modeling_own.Own"}]')
+    (folder / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "modeling_own.Own"}}')
+    (folder / "modeling_own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    with pytest.raises(DataError, match="without code of its own"):
+        embed_texts(["a"], str(folder), tmp_path / "cache", progress=False)
+    (folder / "modules.json").unlink()
+    with pytest.raises(DataError, match="without code of its own"):
+        embed_texts(["a"], str(folder), tmp_path / "cache", progress=False)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_an_embedding_that_is_not_finite_names_its_text(tmp_path):
     class Broken(Stub):
         def encode(self, texts: list[str], batch_size: int) -> np.ndarray:

@@ -327,7 +327,7 @@ def test_a_run_directory_is_not_taken_twice(shop: Dataset, tmp_path: Path) -> No
         af.train(config.replace(width=32), resume=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
-    with pytest.raises(RunError, match=r"holds no run but notes\.txt"):
+    with pytest.raises(RunError, match=r"holds notes\.txt and no run"):
         af.train(config.replace(out=str(tmp_path / "other")))
     with pytest.raises(RunError, match="is a file"):
         af.train(config.replace(out=str(tmp_path / "other" / "notes.txt")))
@@ -343,6 +343,43 @@ def test_two_processes_do_not_train_in_one_place(shop: Dataset, tmp_path: Path) 
     with FileLock(tmp_path / "run" / ".lock"), pytest.raises(RunError, match="another process"):
         af.train(config)
     af.train(config)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_another_process_made_meanwhile_is_not_trained_over(
+    resume: bool, shop: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other run begins and ends after the place was looked at, and before it is locked."""
+    config = small(shop, tmp_path / "run", variant="id_only", m_max=1, m_random=0)
+    with monkeypatch.context() as patch:
+
+        def features(config: Config, dataset: Dataset) -> None:
+            patch.undo()
+            af.train(config.replace(width=32))
+
+        patch.setattr("alterrec_fast.run._features", features)
+        with pytest.raises(RunError, match=r"width = 32 \(now 16\)" if resume else "holds a run already"):
+            af.train(config, resume=resume)
+    assert read_toml(tmp_path / "run" / "config.toml")["width"] == 32
+    assert af.load(tmp_path / "run").recommender.state_dict()["networks.id.items.table"].shape[1] == 32
+
+
+def test_two_processes_do_not_train_seeds_in_one_place(shop: Dataset, tmp_path: Path) -> None:
+    config = small(shop, tmp_path / "run", variant="id_only", m_max=1, m_random=0)
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(RunError, match="another process"):
+        af.train_seeds(config, [0, 1])
+
+
+def test_the_files_of_a_run_follow_the_umask(shop: Dataset, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        af.train(small(shop, tmp_path / "run", variant="id_only", m_max=1, m_random=0))
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*")}
+    assert modes.pop("checkpoints") == 0o750
+    assert set(modes.values()) == {0o640}, modes
 
 
 def test_several_seeds_give_mean_and_deviation(shop: Dataset, tmp_path: Path) -> None:
