@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -10,9 +11,17 @@ import numpy as np
 import polars as pl
 
 from .readers import READERS, Options, Raw
+from .readers.tables import OTHERS
+from .readers.values import is_present, shown
 from .sessions import SPLITS, DataError, Dataset, Sessions, check_place
 
 _FREE = -1  # the split code of a session whose split the files leave open
+_SPELLINGS: dict[str, Callable[[pl.Expr], pl.Expr]] = {  # in which two files may write the same ids differently
+    "leading zeros": lambda ids: ids.str.replace(r"^0+(.)", "$1"),
+    "a decimal point, as in 3.0": lambda ids: ids.str.replace(r"\.0*$", ""),
+    "case": lambda ids: ids.str.to_lowercase(),
+    "blanks at the ends": lambda ids: ids.str.strip_chars(),
+}
 _TRAIN, _VALIDATION, _TEST = range(len(SPLITS))
 
 
@@ -21,7 +30,7 @@ class Summary:
     """What `prepare` read, left out and kept; every row or session that is not in the result is in left_out.
 
     read, left_out, notes: counts by what was counted. sessions and interactions: counts by split. split: how the
-    splits were made.
+    splits were made. warnings: sentences on what is likely to be a mistake.
     """
 
     source: str
@@ -34,6 +43,7 @@ class Summary:
     interactions: dict[str, int]
     num_items: int
     text_columns: list[str]
+    warnings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         """One count a line, zero counts left away."""
@@ -48,6 +58,7 @@ class Summary:
         lines += [
             f"{self.sessions[name]:>12,} {name} sessions, {self.interactions[name]:,} interactions" for name in SPLITS
         ]
+        lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join([f"{self.source} -> {self.out} (split {self.split})", *lines])
 
 
@@ -113,6 +124,7 @@ def prepare(
     left_out = dict(read.left_out)
     table = _item_table(read, left_out)
     seen = read.interactions["item_id"].unique(maintain_order=True)
+    warnings = _check_match(read, table["item_id"], seen)
     names = pl.concat([table["item_id"], seen]).unique(maintain_order=True)
     coded = _code(read, names, left_out)
     if len(coded.lengths) == 0:
@@ -150,6 +162,7 @@ def prepare(
         interactions={name: len(part.items) for name, part in parts.items()},
         num_items=len(items),
         text_columns=read.text_columns,
+        warnings=warnings,
     )
     facts = {key: value for key, value in asdict(summary).items() if key not in ("out", "num_items", "text_columns")}
     Dataset.write(out, parts, items, read.text_columns, {**facts, "raw": str(raw)}, overwrite)
@@ -160,11 +173,34 @@ def _item_table(read: Raw, left_out: dict[str, int]) -> pl.DataFrame:
     """The item table with one row for an id, the first; empty where there is none."""
     if read.items is None:
         return pl.DataFrame(schema={"item_id": pl.String})
-    named = read.items.filter(pl.col("item_id").str.len_bytes() > 0)
+    named = read.items.filter(is_present("item_id"))
     table = named.unique("item_id", keep="first", maintain_order=True)
     left_out["item table rows with no item id"] = len(read.items) - len(named)
     left_out["item table rows that repeat an item id"] = len(named) - len(table)
     return table
+
+
+def _check_match(read: Raw, table: pl.Series, seen: pl.Series) -> list[str]:
+    """A warning where the item table, if it is a file, lacks more than a tenth of the items seen; raises DataError
+    where it has rows and lacks them all: the ids are then written in two ways."""
+    if read.item_file is None or len(seen) == 0:
+        return []
+    lacking = seen.filter(~seen.is_in(table.implode()))
+    if len(lacking) <= len(seen) // 10:
+        return []
+    examples = ", ".join(shown(value) for value in lacking[:3])
+    share = "all" if len(lacking) == len(seen) else f"{len(lacking):,} of the"
+    found = f"it lacks {share} {len(seen):,} items of the interactions, such as {examples}"
+    if len(table):
+        found += f"; it has ids such as {', '.join(shown(value) for value in table[:3])}"
+    for what, rewrite in _SPELLINGS.items():
+        same, others = (values.to_frame("id").select(rewrite(pl.col("id")))["id"] for values in (lacking, table))
+        if 2 * int(same.is_in(others.implode()).sum()) > len(lacking):
+            found += f"; most would match but for {what}"
+            break
+    if len(table) and len(lacking) == len(seen):
+        raise DataError(f"{read.item_file}: {found}")
+    return [f"{read.item_file}: {found}"]
 
 
 def _code(read: Raw, names: pl.Series, left_out: dict[str, int]) -> _Coded:
@@ -179,9 +215,9 @@ def _code(read: Raw, names: pl.Series, left_out: dict[str, int]) -> _Coded:
         columns.append(frame["split"].replace_strict(codes, default=_FREE, return_dtype=pl.Int8))
     coded = pl.DataFrame(columns)
     if "timestamp" in coded.columns:
-        distinct = coded.unique(["session", "item", "timestamp"], keep="first", maintain_order=True)
-        left_out["exact duplicate rows (session, item, timestamp)"] = len(coded) - len(distinct)
-        coded = distinct.sort("session", "timestamp", maintain_order=True)
+        first = _is_first(coded, frame)
+        left_out["rows equal to an earlier one in all columns"] = len(coded) - int(first.sum())
+        coded = coded.filter(first).sort("session", "timestamp", maintain_order=True)
     else:
         coded = coded.sort("session", maintain_order=True)
 
@@ -197,6 +233,18 @@ def _code(read: Raw, names: pl.Series, left_out: dict[str, int]) -> _Coded:
         split = coded["split"].to_numpy()[starts]
     times = coded["timestamp"].to_numpy()[ends - 1] if "timestamp" in coded.columns else None
     return _Coded(coded["item"].to_numpy(), starts, lengths, split, times)
+
+
+def _is_first(coded: pl.DataFrame, frame: pl.DataFrame) -> pl.Series:
+    """Which rows (Boolean) repeat no earlier one. The columns of the file that mean nothing here are looked at only
+    where the others are equal."""
+    keys = pl.struct("session", "item", "timestamp")
+    first = coded.select(keys.is_first_distinct()).to_series()
+    if OTHERS in frame.columns and not first.all():
+        rows = coded.with_columns(frame[OTHERS]).with_row_index("row").filter(keys.is_duplicated())
+        differ = rows.filter(pl.struct("session", "item", "timestamp", OTHERS).is_first_distinct())
+        first = first.scatter(differ["row"], True)
+    return first
 
 
 def _numbers(values: pl.Series, names: pl.Series, column: str) -> pl.Series:

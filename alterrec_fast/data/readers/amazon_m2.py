@@ -7,10 +7,14 @@ from pathlib import Path
 import polars as pl
 
 from ..sessions import DataError
+from .files import need_table
 from .raw import Options, Raw
-from .tables import Table, choose_text, clean_text, column_names, drop_missing_ids, need_table, read_table
+from .tables import Table, choose_text, column_names, need_columns, read_table
+from .values import check_ids, clean_text, drop_missing_ids, shown
 
 _SUFFIXES = (".csv", ".csv.gz")
+_ID = r"""('[^'\\]+'|"[^"\\]+")"""
+_ARRAY = rf"^\[\s*(({_ID}|\.\.\.)((\s*,\s*|\s+)({_ID}|\.\.\.))*)?\s*\]$"
 
 
 def read(path: Path, options: Options) -> Raw:
@@ -34,7 +38,7 @@ def read(path: Path, options: Options) -> Raw:
     # the files name no sessions: the row number, counted on through the test file, is the id
     sessions = pl.concat(frames).with_row_index("session_id").with_columns(pl.col("session_id").cast(pl.String))
     interactions = drop_missing_ids(sessions.explode("item_id"), left_out)
-    return Raw(interactions, _read_products(products, options), read, left_out)
+    return Raw(interactions, _read_products(products, options), read, left_out, products)
 
 
 def _read_sessions(file: Path, locale: str | None, left_out: dict[str, int]) -> tuple[Table, pl.DataFrame]:
@@ -44,24 +48,30 @@ def _read_sessions(file: Path, locale: str | None, left_out: dict[str, int]) -> 
     reason = "sessions of other locales"
     left_out[reason] = left_out.get(reason, 0) + len(table.frame) - len(frame)
     printed = pl.col("prev_items").str.strip_chars()
-    wrong = frame.filter(~(printed.str.starts_with("[") & printed.str.ends_with("]")).fill_null(False))
+    wrong = frame.filter(~printed.str.contains(_ARRAY).fill_null(False))
     if len(wrong):
-        place, value = table.where(wrong["row"][0]), wrong["prev_items"][0]
-        raise DataError(f"{place}: prev_items is {value!r}, expected a printed array such as ['B09' 'B08']")
+        place, value = table.where(wrong["row"][0]), shown(wrong["prev_items"][0])
+        raise DataError(f"{place}: prev_items is {value}, expected a printed array of quoted ids, ['B09' 'B08']")
+    check_ids(table, frame, "next_item")
     # numpy prints long arrays with their middle left out, which no reader can bring back
-    whole = frame.filter(~printed.str.contains("...", literal=True))
+    whole = frame.filter(~printed.str.replace_all(_ID, "").str.contains("...", literal=True))
     reason = "sessions whose prev_items are printed abridged (...)"
     left_out[reason] = left_out.get(reason, 0) + len(frame) - len(whole)
-    items = pl.col("prev_items").str.extract_all(r"[^\s,'\"\[\]]+")
+    unquoted = pl.element().str.slice(1, pl.element().str.len_chars() - 2)
+    items = pl.col("prev_items").str.extract_all(_ID).list.eval(unquoted)
     return table, whole.select(items.list.concat(pl.col("next_item")).alias("item_id"))
 
 
 def _read_products(file: Path, options: Options) -> pl.DataFrame:
-    available = [name for name in column_names(file) if name not in ("id", "locale")]
+    names = column_names(file)
+    need_columns(file, names, ["id", "locale"])
+    available = [name for name in names if name not in ("id", "locale")]
     default = [name for name in ("title", "desc") if name in available]
     chosen = choose_text(file, available, options.text_columns, default)
     table = read_table(file, ["id", "locale"], chosen)
-    return clean_text(table.frame.rename({"id": "item_id"}).filter(_is_locale(table, options.locale)), chosen)
+    frame = table.frame.rename({"id": "item_id"}).with_row_index("row").filter(_is_locale(table, options.locale))
+    check_ids(table, frame, "item_id")
+    return clean_text(frame, chosen)
 
 
 def _is_locale(table: Table, locale: str | None) -> pl.Expr:

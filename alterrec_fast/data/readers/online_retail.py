@@ -8,19 +8,10 @@ from pathlib import Path
 import polars as pl
 
 from ..sessions import DataError
+from .files import listing, need_folder
 from .raw import Options, Raw
-from .tables import (
-    Table,
-    choose_text,
-    clean_text,
-    column_names,
-    listing,
-    need_folder,
-    parse_times,
-    read_sheets,
-    read_table,
-    with_ids,
-)
+from .tables import Table, choose_text, column_names, read_sheets, read_table, with_ids
+from .values import clean_text, parse_times, shown
 
 _NAMES = ("InvoiceNo", "StockCode", "Description", "Quantity", "InvoiceDate", "UnitPrice")
 _NAMES_II = ("Invoice", "StockCode", "Description", "Quantity", "InvoiceDate", "Price")
@@ -89,8 +80,8 @@ def _sales(table: Table, left_out: dict[str, int]) -> pl.DataFrame:
         values = frame[column].cast(pl.Float64, strict=False)
         wrong = (values.is_null() | values.is_nan()).arg_true()
         if len(wrong):
-            bad = wrong[0]
-            raise DataError(f"{table.where(frame['row'][bad])}: {column} is {frame[column][bad]!r}, expected a number")
+            place, value = table.where(frame["row"][wrong[0]]), shown(frame[column][wrong[0]])
+            raise DataError(f"{place}: {column} is {value}, expected a number")
         frame = frame.with_columns(values)
     sold = (pl.col("Quantity") > 0) & (pl.col("UnitPrice") > 0)
     frame = _keep(frame, sold, "rows with a quantity or price of zero or less", left_out)

@@ -28,7 +28,9 @@ class Raw:
     interactions: a row for each interaction in file order, with ``session_id`` and ``item_id`` (String, never null or
     empty), ``timestamp`` (Int64 or Float64, any unit) unless the files carry no time, and ``split`` (String: train,
     validation, test, or null where the split is left to `prepare`) if the files give splits.
+    ``others`` (Struct), if the files have more columns, tells rows apart that are otherwise equal.
     items: ``item_id`` and the text columns, all String, text null where it is missing; None without an item table.
+    item_file: where items comes from, if it has a file of its own, and its ids must match those of the interactions.
     read, left_out: what to count and how many, in words fit to print.
     """
 
@@ -36,6 +38,7 @@ class Raw:
     items: pl.DataFrame | None
     read: dict[str, int]
     left_out: dict[str, int]
+    item_file: Path | None = None
 
     @property
     def text_columns(self) -> list[str]:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 
 from ..sessions import DataError
+from .delimited import ATOMIC, separator_hint
+from .files import listing, need_folder
 from .raw import Options, Raw
-from .tables import (
-    ATOMIC,
-    Table,
-    check_splits,
-    choose_text,
-    clean_text,
-    column_names,
-    listing,
-    need_folder,
-    parse_times,
-    read_table,
-    with_ids,
-)
+from .tables import OTHERS, Table, check_splits, choose_text, column_names, need_columns, read_table, with_ids
+from .values import check_ids, clean_text, drop_missing_ids, parse_times, shown
+from .windows import join_windows
 
 _SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 _TYPES = ("token", "token_seq", "float", "float_seq")
@@ -28,7 +21,7 @@ _TEXT = ("token", "token_seq")
 
 
 def read(path: Path, options: Options) -> Raw:
-    """Reads `.inter` files in long form (an interaction a row) or sequential (a prefix and its target a row).
+    """Reads `.inter` files in long form (an interaction a row) or sequential (a window and the next item a row).
 
     path: the folder, or one `.inter` file. NAME.train.inter, NAME.valid.inter and NAME.test.inter are splits as given;
     without NAME.valid.inter its split is left open. The session is ``session_id`` or else ``user_id``. Text columns:
@@ -40,18 +33,17 @@ def read(path: Path, options: Options) -> Raw:
         _table(file, ("item_id",), ("session_id", "user_id", "timestamp", "item_id_list")) for file in files.values()
     ]
     frames = [_interactions(table, left_out) for table in tables]
-    if len({tuple(frame.columns) for frame in frames}) > 1:
+    if len({tuple(sorted({"item_id_list", "timestamp"} & set(table.frame.columns))) for table in tables}) > 1:
         raise DataError(f"{path}: item_id_list and timestamp must be in all .inter files or in none")
     if list(files) != [""]:
         frames = [frame.with_columns(pl.lit(split).alias("split")) for split, frame in zip(files, frames, strict=True)]
         check_splits(tables, frames)
         if "validation" not in files:
             frames[0] = frames[0].with_columns(pl.lit(None, pl.String).alias("split"))
-    frame = pl.concat(frames).drop("row")
-    if "item_id_list" in frame.columns:
-        frame = _longest(frame, left_out)
+    frame = drop_missing_ids(pl.concat(frames, how="diagonal_relaxed").drop("row"), left_out)  # those of lists
     items = _items(item_file, options)
-    return Raw(frame, items, {"interaction rows": sum(len(table.frame) for table in tables)}, left_out)
+    num_rows = sum(len(table.frame) for table in tables)
+    return Raw(frame, items, {"interaction rows": num_rows}, left_out, None if items is None else item_file)
 
 
 def _find(path: Path) -> tuple[dict[str, Path], Path]:
@@ -83,12 +75,10 @@ def _dataset_name(file: Path) -> str:
 def _table(file: Path, required: tuple[str, ...], optional: tuple[str, ...]) -> Table:
     """The table under its bare column names; raises DataError for a header that is not name:type throughout."""
     typed = _header(file)
-    missing = [name for name in required if name not in typed]
-    if missing:
-        raise DataError(f"{file}: column {', '.join(missing)} is missing; found {', '.join(typed)}")
+    need_columns(file, list(typed), required, ATOMIC)
     names = [name for name in (*required, *optional) if name in typed]
-    table = read_table(file, [f"{name}:{typed[name]}" for name in names], layout=ATOMIC)
-    return Table(file, table.frame.rename(lambda name: name.rpartition(":")[0]), ATOMIC)
+    table = read_table(file, [f"{name}:{typed[name]}" for name in names], layout=ATOMIC, whole=True)
+    return replace(table, frame=table.frame.rename(lambda name: name.rpartition(":")[0]))
 
 
 def _header(file: Path) -> dict[str, str]:
@@ -96,41 +86,34 @@ def _header(file: Path) -> dict[str, str]:
     header = column_names(file, ATOMIC)
     wrong = [name for name in header if name.rpartition(":")[2] not in _TYPES or ":" not in name]
     if wrong:
-        raise DataError(f"{file}, line 1: column {wrong[0]!r} has no type, expected name:type ({', '.join(_TYPES)})")
+        hint = separator_hint(file, ATOMIC, ("session_id", "user_id", "item_id", "timestamp"))
+        expected = f"expected name:type ({', '.join(_TYPES)}){hint}"
+        raise DataError(f"{file}, line 1: column {shown(wrong[0])} has no type, {expected}")
     return {name.rpartition(":")[0]: name.rpartition(":")[2] for name in header}
 
 
 def _interactions(table: Table, left_out: dict[str, int]) -> pl.DataFrame:
-    """``session_id``, ``item_id``, ``row`` and, as far as they are there, ``item_id_list`` and ``timestamp``."""
+    """``session_id``, ``item_id``, ``row`` and, as far as they are there, ``timestamp`` and ``others``."""
     session = next((name for name in ("session_id", "user_id") if name in table.frame.columns), None)
     if session is None:
         found = ", ".join(table.frame.columns)
         raise DataError(f"{table.path}: column session_id or user_id is missing; found {found}")
     frame = with_ids(table, session, "item_id", left_out)
-    columns = ["session_id", "item_id", "row"]
     if "item_id_list" in frame.columns:
-        return frame.select(*columns, "item_id_list")
+        return join_windows(table, frame)
+    columns = [name for name in ("session_id", "item_id", "row", OTHERS) if name in frame.columns]
     if "timestamp" in frame.columns:
         return frame.select(*columns, parse_times(table, frame, "timestamp"))
     return frame.select(columns)
 
 
-def _longest(frame: pl.DataFrame, left_out: dict[str, int]) -> pl.DataFrame:
-    """Interactions in long form: of each session its longest row, the prefix and then the target."""
-    prefix = pl.col("item_id_list").fill_null("").str.extract_all(r"\S+")
-    rows = frame.with_columns(prefix.list.concat(pl.col("item_id")).alias("item_id")).drop("item_id_list")
-    length = pl.col("item_id").list.len()
-    longest = rows.filter(length == length.max().over("session_id")).unique(
-        "session_id", keep="first", maintain_order=True
-    )
-    left_out["shorter rows of a session (prefixes)"] = len(rows) - len(longest)
-    return longest.explode("item_id")
-
-
 def _items(file: Path, options: Options) -> pl.DataFrame | None:
-    if not file.is_file():
+    if not file.exists():
         choose_text(file, [], options.text_columns, [])
         return None
     available = [name for name, kind in _header(file).items() if kind in _TEXT and name != "item_id"]
     chosen = choose_text(file, available, options.text_columns, available)
-    return clean_text(_table(file, ("item_id",), tuple(chosen)).frame, chosen)
+    table = _table(file, ("item_id",), tuple(chosen))
+    frame = table.frame.with_row_index("row")
+    check_ids(table, frame, "item_id")
+    return clean_text(frame, chosen)

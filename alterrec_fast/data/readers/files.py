@@ -1,0 +1,135 @@
+"""Finds the files of a source and opens them: regular files only, and gzip only as far as its size is plausible."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import stat
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..sessions import DataError
+
+TABLE_SUFFIXES = (".csv", ".csv.gz", ".parquet")
+MAX_RATIO = 100  # of the size unpacked to the size packed; tables of interactions reach 5 to 30
+ALWAYS_ALLOWED = 256 << 20  # bytes unpacked, whatever the ratio
+_STEP = 1 << 22
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def find_table(folder: Path, stem: str, suffixes: Sequence[str] = TABLE_SUFFIXES) -> Path | None:
+    """The one file of folder named stem plus one of the suffixes, or None; raises DataError where there are several."""
+    found = [path for suffix in suffixes if (path := folder / f"{stem}{suffix}").exists()]
+    if len(found) > 1:
+        raise DataError(f"{folder}: both {' and '.join(path.name for path in found)} are here; keep one")
+    return need_regular(found[0]) if found else None
+
+
+def need_table(folder: Path, stem: str, suffixes: Sequence[str] = TABLE_SUFFIXES) -> Path:
+    """As find_table, but raises DataError where there is none, naming what the folder holds."""
+    need_folder(folder)
+    found = find_table(folder, stem, suffixes)
+    if found is None:
+        names = " or ".join(f"{stem}{suffix}" for suffix in suffixes)
+        raise DataError(f"{folder}: expected {names}, found {listing(folder)}")
+    return found
+
+
+def need_folder(folder: Path) -> None:
+    if not folder.exists():
+        raise DataError(f"{folder}: no such file or folder")
+    if not folder.is_dir():
+        need_regular(folder)
+        raise DataError(f"{folder}: expected a folder, found a file")
+
+
+def need_regular(path: Path) -> Path:
+    """path itself; raises DataError for what is no regular file: opening a FIFO or a device may never end."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if not stat.S_ISREG(mode):
+        raise DataError(f"{path}: expected a regular file, found {_KINDS.get(stat.S_IFMT(mode), 'something else')}")
+    return path
+
+
+def listing(folder: Path) -> str:
+    """The first names in folder, for an error message."""
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "nothing"
+
+
+def is_gzip(path: Path) -> bool:
+    with need_regular(path).open("rb") as file:
+        return file.read(2) == b"\x1f\x8b" or path.suffix == ".gz"
+
+
+def check_unpacked(path: Path, packed: int, unpacked: int) -> None:
+    """Raises DataError where a file of packed bytes unpacks to more than any table of that size would."""
+    if unpacked > max(ALWAYS_ALLOWED, MAX_RATIO * packed):
+        raise DataError(
+            f"{path}: {packed:,} bytes unpack to more than {unpacked - 1:,}; expected at most {MAX_RATIO} times the "
+            "packed size. If the file is meant to be so, unpack it first"
+        )
+
+
+@dataclass(frozen=True)
+class Content:
+    """A file's bytes. data: (N,) uint8, mapped into memory unless unpacked. source: what polars reads them from."""
+
+    data: np.ndarray
+    source: Path | bytes
+
+
+def read_content(path: Path) -> Content:
+    """The content, unpacked if it is gzip.
+
+    Raises DataError for a gzip that is damaged, naming the line where it ends, or that unpacks to more than is allowed.
+    """
+    try:
+        if is_gzip(path):
+            unpacked = _unpack(path)
+            return Content(np.frombuffer(unpacked, np.uint8), unpacked)
+        empty = path.stat().st_size == 0
+        return Content(np.empty(0, np.uint8) if empty else np.memmap(path, np.uint8, "r"), path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def read_head(path: Path, size: int) -> bytes:
+    """The first size bytes of the content, fewer where it is shorter or a gzip is damaged before."""
+    try:
+        with gzip.open(path) if is_gzip(path) else path.open("rb") as file:
+            head = b""
+            while len(head) < size and (step := file.read1(size - len(head))):
+                head += step
+            return head
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        return bytes(read_content(path).data[:size])  # says what is wrong
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _unpack(path: Path) -> bytes:
+    packed, content, num_lines = path.stat().st_size, io.BytesIO(), 1
+    with gzip.open(path) as file:
+        try:
+            while step := file.read1(_STEP):
+                content.write(step)
+                num_lines += step.count(b"\n")
+                check_unpacked(path, packed, content.tell())
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            place = f"{path}, line {num_lines}"
+            raise DataError(f"{place}: the gzip data ends early or is damaged ({error})") from error
+    return content.getvalue()

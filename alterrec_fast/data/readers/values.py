@@ -1,0 +1,122 @@
+"""Ids, times and texts: what is taken for one, what counts as missing, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import polars as pl
+
+from ..sessions import DataError
+
+if TYPE_CHECKING:
+    from .tables import Table
+
+NO_ID = "rows with no session or item id"
+# How pandas, databases and spreadsheets print a missing value; case counts, "na" may be a name.
+MISSING = [
+    *("", "NULL", "Null", "null", "NA", "<NA>", "N/A", "n/a", "NaN", "nan", "-nan", "-NaN", "NaT", "None", "none"),
+    *("\\N", "undefined", "#N/A", "#N/A N/A", "#NA", "#REF!", "#VALUE!", "#NAME?", "#DIV/0!", "#NUM!", "#NULL!"),
+    *("1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"),
+]
+_MISSING = rf"^\s*({'|'.join(map(re.escape, MISSING))})\s*$"
+_PRINTED = (  # [1 2], ['a'], {'a': 1}, (1, 2), array(['a']), <Item object at 0x7f>; but [deleted] and {GUID} are ids
+    r"""(?s)^\s*(\[\s*\]|\[\s*['"\d.+\-\[{(].*\]|\[.*[,\s].*\]|\{.*[:,'"].*\}|\(\s*['"\d].*,.*\)"""
+    r"""|\w+\(.*[\[{].*\)|<.*\bat 0x[0-9a-fA-F]+>)\s*$"""
+)
+_ROUNDED = r"^\s*\d[.,]\d+E\+\d\d+\s*$"
+_DOUBTFUL = f"{_MISSING}|{_PRINTED}|{_ROUNDED}"
+_ISO = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f%#z", "%Y-%m-%dT%H:%M", "%Y-%m-%d")
+
+
+def is_present(column: str) -> pl.Expr:
+    """Whether a String is there: not null, not blank, and not one of the spellings in MISSING."""
+    return ~pl.col(column).str.contains(_MISSING).fill_null(True)
+
+
+def shown(value: object) -> str:
+    """A value for an error message: printed with escapes, and not at any length."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def drop_missing_ids(frame: pl.DataFrame, left_out: dict[str, int], table: Table | None = None) -> pl.DataFrame:
+    """The rows whose session_id and item_id are present; the others are counted in left_out.
+
+    table: where given, frame holds rows of it, and what `check_ids` refuses is an error.
+    """
+    names = ("session_id", "item_id")
+    doubtful = frame.select(pl.any_horizontal(pl.col(names).str.contains(_DOUBTFUL).fill_null(True))).to_series()
+    present = frame.filter(doubtful).select(is_present(names[0]) & is_present(names[1])).to_series()
+    left_out[NO_ID] = left_out.get(NO_ID, 0) + len(present) - int(present.sum())
+    if len(present) == 0:
+        return frame
+    if table is not None:
+        check_ids(table, frame.filter(doubtful).filter(present), *names)
+    return frame.filter((~doubtful).scatter(doubtful.arg_true(), present))
+
+
+def check_ids(table: Table, frame: pl.DataFrame, *columns: str) -> None:
+    """Raises DataError, with line, for values that are surely no ids.
+
+    Such are printed lists, dicts, arrays and objects, and numbers that a spreadsheet has rounded (1.23457E+12), under
+    which many ids became one. frame: rows of table, numbered by its ``row``, with the String columns.
+    """
+    for column in columns:
+        for pattern, kind in ((_PRINTED, "a printed list or object"), (_ROUNDED, "a number rounded by a spreadsheet")):
+            wrong = frame[column].str.contains(pattern).arg_true()
+            if len(wrong):
+                place, value = table.where(frame["row"][wrong[0]]), shown(frame[column][wrong[0]])
+                raise DataError(f"{place}: {column} is {value}, {kind}; expected one id")
+
+
+def parse_times(table: Table, frame: pl.DataFrame, column: str, formats: Sequence[str] = ()) -> pl.Series:
+    """The times of frame (rows of table, numbered by its ``row``) as Int64 or Float64, in an order-keeping unit.
+
+    Numbers stay as they are; dates and times, ISO or in one of the formats, become microseconds, in UTC where they
+    name no offset. Raises DataError at the first value that is none of these, or is missing.
+    """
+    values = frame[column]
+    if values.dtype == pl.String:
+        times = _times_from_text(values, formats)
+    elif values.dtype.is_temporal() and values.dtype in (pl.Date, pl.Datetime):
+        times = values.cast(pl.Datetime("us")).to_physical()
+    elif values.dtype.is_integer():
+        times = values.cast(pl.Int64, strict=False)
+    elif values.dtype.is_float():
+        times = values.cast(pl.Float64)
+    else:
+        raise DataError(f"{table.path}, column {column}: expected times, found {values.dtype}")
+    if times.dtype == pl.Float64:
+        times = times.to_frame().select(pl.when(pl.col(times.name).is_finite()).then(pl.col(times.name))).to_series()
+    if times.null_count():
+        bad = times.is_null().arg_true()[0]
+        expected = "Unix seconds or a date and time such as 2010-12-01 08:26:00"
+        raise DataError(f"{table.where(frame['row'][bad])}: {column} is {shown(values[bad])}, expected {expected}")
+    return times
+
+
+def _times_from_text(values: pl.Series, formats: Sequence[str]) -> pl.Series:
+    whole = values.cast(pl.Int64, strict=False)
+    if whole.null_count() == 0:
+        return whole
+    numbers = values.cast(pl.Float64, strict=False)
+    if numbers.null_count() == 0 or numbers[0] is not None:  # the first value says which kind the column is
+        return numbers
+    text = values.str.replace(r"^(\S{10}) ", "${1}T")
+    times = pl.repeat(None, len(values), dtype=pl.Int64, eager=True)
+    for form in (*formats, *_ISO):
+        source = values if form in formats else text
+        zone = "UTC" if form.endswith("z") else None
+        parsed = source.str.to_datetime(form, time_unit="us", time_zone=zone, strict=False).to_physical()
+        times = times.zip_with(times.is_not_null(), parsed)
+        if times.null_count() == 0:
+            break
+    return times.alias(values.name)
+
+
+def clean_text(frame: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
+    """``item_id`` and the columns as String, without blanks at either end, null where nothing is left or MISSING."""
+    stripped = frame.select("item_id", *(pl.col(name).cast(pl.String).str.strip_chars() for name in columns))
+    return stripped.with_columns(pl.when(is_present(name)).then(pl.col(name)) for name in columns)
