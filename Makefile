@@ -44,7 +44,7 @@ gpu-proof: .venv/ready .venv/triton-3.6.0/triton
 
 # The table of docs/results.md from ../shared/data/online_retail; finished runs are kept, so that it can be resumed.
 results: .venv/ready
-	.venv/bin/python -m alterrec_fast.benchmarks.experiments.results --raw ../shared/data/online_retail --out runs/results --table docs/results.md
+	.venv/bin/python -m alterrec_fast.benchmarks.experiments.online_retail --raw ../shared/data/online_retail --out runs/results --table docs/results.md
 
 # Everything against everything, in under 40 minutes on 2 cores; make bench BENCH=--quick in under 5.
 bench: .venv/bench .venv-recommenders/ready

@@ -18,7 +18,7 @@ from alterrec_fast.ops import RankSlice, sampled_softmax, slice_cross_entropy
 
 from .bench_rank import BASE, FRENCH, LARGE, SCALED, SHOP, SHOP_SLICED, SLICED, TABLE, curve, on_gpu, slice_curve
 from .harness import inputs as data
-from .harness.op import ANY_DTYPE, BOTH, CPU, GPU, LOSS, OURS, Implementation, Op, bytes_of, ours
+from .harness.op import ANY_DTYPE, BOTH, CPU, GPU, LOSS, OURS, Implementation, Op, ours
 from .harness.worker import BATCHES, Call, Case, Tensors
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # query (B, d), catalog (V, d), target (B,) -> ()
@@ -187,17 +187,6 @@ def our_sampled(
 # --- the tables ---
 
 
-def traffic(case: Case) -> float:
-    """Queries and catalog are read, both gradients are written."""
-    return 2 * bytes_of(case, case.sessions + case.items)
-
-
-def sampled_traffic(case: Case) -> float:
-    """The vectors of the negatives are read, each once; the gradient of the whole catalog is written."""
-    vectors = min(case.items, case.negatives * (1 if case.shared else case.sessions))
-    return bytes_of(case, case.sessions + case.items + vectors)
-
-
 CHUNKED = "F.linear_cross_entropy"
 FULL_SOFTMAX = (
     BASE,
@@ -251,7 +240,7 @@ CHECKED = (data.make_loss, data.loss_truth, data.loss_error, LOSS)
 OPS = (
     Op(
         "full_softmax", "Cross-entropy over the whole catalog, forward and backward", 3,
-        *CHECKED, traffic, FULL_SOFTMAX,
+        *CHECKED, FULL_SOFTMAX,
         quick=(FRENCH, *curve(SHORT_CURVE)),
         full=(SHOP, *curve((160_000, 400_000))),
         gpu=tuple(case for case in on_gpu() if case.items < LARGE[-1]),
@@ -259,7 +248,7 @@ OPS = (
     ),
     Op(
         "slice_cross_entropy", "Cross-entropy over a slice, forward and backward", 3,
-        *CHECKED, traffic, SLICE_LOSS,
+        *CHECKED, SLICE_LOSS,
         quick=(SLICED, *(one_item_in(share) for share in (8, 128))),
         full=(
             SHOP_SLICED, *slice_curve((10_000, 40_000, 160_000, 400_000)), *(one_item_in(n) for n in (16, 32, 64)),
@@ -268,7 +257,7 @@ OPS = (
     ),
     Op(
         "sampled_softmax", "Cross-entropy over sampled negatives, forward and backward", 3,
-        *CHECKED, sampled_traffic, SAMPLED_SOFTMAX,
+        *CHECKED, SAMPLED_SOFTMAX,
         quick=(SAMPLED, replace(SAMPLED, shared=True)),
         full=curve((10_000, 160_000, 1_000_000), negatives=2_000),
         gpu=(*on_gpu(negatives=1_000), *on_gpu(negatives=8_192, shared=True)),

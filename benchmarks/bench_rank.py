@@ -21,7 +21,7 @@ from alterrec_fast.ops import RankSlice, rank_slice, top_k
 
 from .harness import inputs as data
 from .harness.machine import native_seconds
-from .harness.op import ANY_DTYPE, BASELINE, BOTH, GPU, RANKS, Implementation, Op, bytes_of, ours
+from .harness.op import ANY_DTYPE, BASELINE, BOTH, GPU, RANKS, Implementation, Op, ours
 from .harness.worker import BATCHES, Call, Case, Tensors
 
 ITEM_BLOCK = 1 << 16  # items scored at a time by the implementation that walks the catalog in blocks
@@ -282,12 +282,6 @@ def members_of(mask: Tensor) -> Tensors:
 # --- the tables ---
 
 
-def traffic(case: Case) -> float:
-    """Queries and catalog are read, the slice is written as bits or as ids, whichever is less."""
-    result = case.sessions * min(case.items / 8, 4 * (case.stop - case.start))
-    return bytes_of(case, case.sessions + case.items) + result
-
-
 TABLE = ("",)
 UNSORTED = partial(torch_topk, ordered=False)
 BASE = Implementation(
@@ -354,7 +348,7 @@ def on_gpu(**more: Any) -> tuple[Case, ...]:
 OPS = (
     Op(
         "rank_slice", "Ranks [start, stop) of the whole catalog, as a set", 1,
-        data.make_ranking, data.ranking_truth, data.slice_error, RANKS, traffic, RANK_SLICE,
+        data.make_ranking, data.ranking_truth, data.slice_error, RANKS, RANK_SLICE,
         quick=(SLICED, replace(SLICED, dtype="bf16"), *slice_curve(QUICK_CURVE)),
         full=(
             SHOP_SLICED, replace(SLICED, data="clustered"), replace(SLICED, data="popular"), *slice_curve(FULL_CURVE),
@@ -364,7 +358,7 @@ OPS = (
     ),
     Op(
         "top_k", "The best items of the whole catalog, in order", 1,
-        data.make_ranking, data.ranking_truth, data.ranking_error, RANKS, traffic, TOP_K,
+        data.make_ranking, data.ranking_truth, data.ranking_error, RANKS, TOP_K,
         quick=(BEST_20, *curve((10_000, 40_000), stop=20)),
         full=(replace(SHOP, stop=20), replace(BEST_20, dtype="bf16"), *curve((160_000, 400_000, 1_000_000), stop=20)),
         gpu=on_gpu(stop=20),

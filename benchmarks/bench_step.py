@@ -23,7 +23,7 @@ from alterrec_fast.ops import rank_slice, slice_cross_entropy
 from .bench_loss import forward_backward, gather_loss, indexing_loss
 from .bench_rank import BASE, LARGE, SHOP_SLICED, SLICED, on_gpu, slice_curve, torch_mm
 from .harness import inputs as data
-from .harness.op import ANY_DTYPE, BOTH, LOSS, Implementation, Op, bytes_of, ours
+from .harness.op import ANY_DTYPE, BOTH, LOSS, Implementation, Op, ours
 from .harness.worker import BATCHES, Call, Case, Tensors
 
 # --- slice, loss and gradients: the teacher ranks, and the student learns from the slice ---
@@ -318,15 +318,6 @@ def _gradients(network: torch.nn.Module) -> Tensors:
 # --- the tables ---
 
 
-def traffic(case: Case) -> float:
-    """The teacher's queries and catalog are read, the student's as well, and its gradients are written."""
-    return 3 * bytes_of(case, case.sessions + case.items)
-
-
-def pass_traffic(case: Case) -> float:
-    return batches_of(case) * 2 * bytes_of(case, case.sessions + case.items)
-
-
 STEP = (
     BASE,
     *ours(partial(step, our_loss), LOSS, devices=BOTH),
@@ -345,20 +336,20 @@ ALTERREC = (BASE, *ours(our_alterrec, LOSS, dtypes=("fp32",)), Implementation("p
 OPS = (
     Op(
         "step", "A training step's kernel part: slice, loss and gradients", 4,
-        data.make_step, data.step_truth, data.loss_error, LOSS, traffic, STEP,
+        data.make_step, data.step_truth, data.loss_error, LOSS, STEP,
         quick=(SLICED,),
         full=(SHOP_SLICED, *slice_curve((10_000, 40_000, 160_000))),
         gpu=tuple(case for case in on_gpu(start=20, stop=20_000) if case.items < LARGE[-1]),
     ),
     Op(
         "sasrec", "SASRec end to end: a pass over the same sessions, with the same width, layers, heads and dropout", 3,
-        make_sessions, sessions_truth, pass_error, NONE_WRONG, pass_traffic, SASREC,
+        make_sessions, sessions_truth, pass_error, NONE_WRONG, SASREC,
         full=(Case(2_000, 64, training=True), Case(10_000, 64, training=True)),
         batches=batches_of,
     ),
     Op(
         "alterrec", "AlterRec's ID phase end to end: one step against ranks of the text network, optimiser included", 4,
-        make_alterrec, alterrec_truth, step_error, LOSS, traffic, ALTERREC,
+        make_alterrec, alterrec_truth, step_error, LOSS, ALTERREC,
         full=(replace(SLICED, training=True),),
     ),
 )  # fmt: skip

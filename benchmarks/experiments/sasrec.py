@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import alterrec_fast as af
@@ -27,6 +26,7 @@ from alterrec_fast.data.batches import pack, plan
 from alterrec_fast.data.prepare import prepare
 from alterrec_fast.data.sessions import Dataset, Sessions
 
+from ..harness.report import mean_and_deviation
 from ..harness.worker import Memory
 from ..integrations.processes import call
 
@@ -48,48 +48,21 @@ class SASRec(nn.Module):
     Item 0 is padding. items (B, L), padded on the right -> a query (B, L, d) at every place.
     """
 
-    def __init__(
-        self, num_items: int, width: int, max_length: int, layers: int = 2, heads: int = 2, dropout: float = 0.2
-    ):
+    def __init__(self, num_items: int, width: int, max_length: int):
         super().__init__()
         self.item = nn.Embedding(num_items, width, padding_idx=0)
         self.position = nn.Embedding(max_length, width)
-        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
+        block = nn.TransformerEncoderLayer(width, 2, 4 * width, 0.2, "gelu", batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(block, 2, nn.LayerNorm(width), enable_nested_tensor=False)
         for table in (self.item, self.position):
             nn.init.normal_(table.weight, std=0.02)
         with torch.no_grad():
             self.item.weight[0] = 0.0
 
     def forward(self, items: Tensor) -> Tensor:
-        place = torch.arange(items.shape[1], device=items.device)
-        x = self.dropout(self.item(items) + self.position(place))  # (B, L, d)
-        for block in self.blocks:
-            x = block(x)
-        query: Tensor = self.norm(x)
+        past = nn.Transformer.generate_square_subsequent_mask(items.shape[1])
+        query: Tensor = self.blocks(self.item(items) + self.position.weight[: items.shape[1]], past, is_causal=True)
         return query
-
-
-class Block(nn.Module):
-    """Causal self-attention and a feed-forward layer. What padding on the right sees, nobody reads."""
-
-    def __init__(self, width: int, heads: int, dropout: float):
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.norm_attention, self.norm_forward = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, length, d = x.shape
-        qkv = self.qkv(self.norm_attention(x)).view(b, length, 3, self.heads, d // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, h, L, d / h)
-        attention = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, length, d)
-        x = x + self.dropout(self.out(attention))
-        y: Tensor = x + self.dropout(self.down(F.gelu(self.up(self.norm_forward(x)))))
-        return y
 
 
 def batches(sessions: Sessions, rng: np.random.Generator | None = None) -> list[tuple[Tensor, Tensor]]:
@@ -168,13 +141,10 @@ def sections(data: Path, seeds: int, epochs: int, jobs: int) -> list[dict[str, A
         trained = dict(zip(every, pool.map(run, every), strict=True))
     rows = []
     for name, title in NEGATIVES.items():
-        answers = [trained[name, seed] for seed in range(seeds)]
-        metric = [answer["ndcg"] for answer in answers]
-        spread = f" ± {statistics.stdev(metric):.2f}" if seeds > 1 else ""
-        number = f"{statistics.fmean(answer['negatives'] for answer in answers):,.0f}"
-        seconds = f"{statistics.median(answer['seconds'] for answer in answers):.1f}"
-        mib = f"{max(answer['mib'] for answer in answers):,.0f}"
-        rows.append([title, number, f"{statistics.fmean(metric):.2f}{spread}", seconds, mib])
+        answers = {key: [trained[name, seed][key] for seed in range(seeds)] for key in trained[name, 0]}
+        number = f"{statistics.fmean(answers['negatives']):,.0f}"
+        times = [f"{statistics.median(answers['seconds']):.1f}", f"{max(answers['mib']):,.0f}"]
+        rows.append([title, number, mean_and_deviation(answers["ndcg"]), *times])
     text = (
         f"A SASRec of width {WIDTH} in plain PyTorch ([sasrec.py](../benchmarks/experiments/sasrec.py)), "
         f"{len(dataset.train):,} sessions of {dataset.num_items:,} items, {epochs} epochs, {seeds} seeds, one thread, "

@@ -1,31 +1,31 @@
-"""Times on a GPU over the tables of bench_*.py: `python -m alterrec_fast.benchmarks.gpu.times GROUP --out FILE`.
+"""Times on a GPU over the tables of bench_*.py: `python -m alterrec_fast.benchmarks.gpu.times GROUP --out DIR`.
 
 By CUDA events with the L2 cache flushed, eagerly and as a captured CUDA graph, which leaves Python's part out. The
 implementations of a case take turns on the same inputs, in this process; each result is compared with float64 before
-it is timed. Writes a JSON line for each, so that a crash costs nothing that was measured before.
+it is timed. Writes results.json and table.md after each case, so that a crash costs nothing that was measured before.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
+import shlex
+import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from ..harness.machine import Machine, version_of
 from ..harness.op import Implementation, Op
+from ..harness.report import NOT_BEGUN, Record, Results
 from ..harness.worker import Case, Tensors, one_line
 from ..ops import OPS
 
 GROUPS = {"paper": range(100_000), "1M": range(100_000, 2_000_000), "10M": range(2_000_000, 1 << 40)}  # of V
 SAMPLES = 20  # of an implementation, at most
 GRAPH_BYTES = 2 << 30  # a graph keeps the memory of its call: none is captured beyond
-
-Write = Callable[[dict[str, Any]], None]
 
 
 class Gpu:
@@ -72,127 +72,99 @@ class Gpu:
         torch.cuda.empty_cache()
 
 
-def ceilings(gpu: Gpu) -> dict[str, float]:
-    """The best of several: bytes a second of a copy, operations a second of square products in each dtype."""
-    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    best = {"copy": 2.0 * source.numel() / min(gpu.seconds(lambda: target.copy_(source)) for _ in range(10))}
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        a = torch.randn(8_192, 8_192, device="cuda").to(dtype)
-        torch.mm(a, a)
-        best[name] = 2.0 * len(a) ** 3 / min(gpu.seconds(lambda a=a: torch.mm(a, a)) for _ in range(8))  # type: ignore[misc]
-    return best
-
-
-class Timed:
-    """One implementation at one case: what is called, and what is known."""
+class Taker:
+    """One implementation at one case: what is called, and its record."""
 
     def __init__(self, op: Op, case: Case, implementation: Implementation):
         self.implementation = implementation
-        self.record: dict[str, Any] = {
-            "op": op.name, "case": case.label, "implementation": implementation.name, "ours": implementation.ours,
-            "dtype": case.dtype, "bytes": op.traffic(case), "operations": op.products * op.operations(case),
-        }  # fmt: skip
-        self.calls: dict[str, Callable[[], object]] = {}  # "eager", and "graph" where there is one
-        self.samples: dict[str, list[float]] = {}
+        self.record = Record(
+            op.name, case, implementation.name, implementation.ours, version_of(implementation.package),
+            op.allowed(implementation, case), op.product(case), op.products, op.operations(case),
+        )  # fmt: skip
+        self.calls: list[Callable[[], object]] = []  # eager, and where it can be captured its graph
 
-    def prepare(self, gpu: Gpu, op: Op, case: Case, inputs: Tensors, truth: Tensors) -> None:
+    def prepare(self, gpu: Gpu, op: Op, inputs: Tensors, truth: Tensors) -> None:
         """Raises where the implementation can't be called, or is wrong."""
-        call = self.implementation.job().prepare(case, inputs)
-        error = op.error_of(self.implementation, call.read(call.run(0)), truth)
-        self.record["error"] = error
-        if not error <= op.allowed(self.implementation, case):
-            raise ValueError(f"wrong: error {error:.1e}, allowed {op.allowed(self.implementation, case):.0e}")
-        self.calls["eager"] = lambda: call.run(0)
-        self.record["peak_bytes"] = gpu.peak_bytes(self.calls["eager"])
-        if self.record["peak_bytes"] > GRAPH_BYTES:
-            self.record["no_graph"] = "too large"
-        else:
+        call, record = self.implementation.job().prepare(self.record.case, inputs), self.record
+        record.error = op.error_of(self.implementation, call.read(call.run(0)), truth)
+        if not record.error <= record.allowed:
+            raise ValueError(f"wrong: error {record.error:.1e}, allowed {record.allowed:.0e}")
+
+        def eager() -> object:
+            return call.run(0)
+
+        self.calls, record.samples = [eager], [[]]
+        record.extra_bytes = gpu.peak_bytes(eager)
+        if record.extra_bytes <= GRAPH_BYTES:
             try:
-                self.calls["graph"] = gpu.capture(self.calls["eager"])
-                self.calls["graph"]()
-            except RuntimeError as error_of_capture:
-                self.calls.pop("graph", None)
-                self.record["no_graph"] = one_line(error_of_capture)
-        self.samples = {kind: [] for kind in self.calls}
+                graph = gpu.capture(eager)
+                graph()
+                self.calls.append(graph)
+            except RuntimeError:  # something in the call waits for the device: it has no graph, and no time of one
+                gpu.release()
 
     def sample(self, gpu: Gpu) -> None:
-        """A warm-up call and a timed one of each kind."""
-        for kind, call in self.calls.items():
+        """A warm-up call and a timed one, eager and as a graph."""
+        seconds = []
+        for call in self.calls:
             call()
-            self.samples[kind].append(gpu.seconds(call))
-
-    def summary(self) -> dict[str, Any]:
-        """The record, with {"least", "quartiles"} of each kind of call."""
-        for kind, seconds in self.samples.items():
-            quartiles = statistics.quantiles(seconds * 2 if len(seconds) == 1 else seconds, method="inclusive")
-            self.record[kind] = {"least": min(seconds), "quartiles": quartiles, "samples": len(seconds)}
-        return self.record
+            seconds.append(gpu.seconds(call))
+        self.record.samples[0].append(seconds[0])
+        if len(seconds) > 1:
+            self.record.detail["graph"] = min(seconds[1], self.record.detail.get("graph", seconds[1]))
 
 
-def measure(gpu: Gpu, op: Op, case: Case, deadline: float, write: Write) -> None:
+def measure(gpu: Gpu, op: Op, case: Case, deadline: float) -> list[Record]:
     """Times all implementations of one case in turn until the deadline (monotonic), each once at least."""
     inputs = op.make(case)
     truth = op.truth(case, inputs)
-    ready: list[Timed] = []
-
-    def give_up(one: Timed, error: Exception) -> None:
-        out_of_memory = isinstance(error, torch.OutOfMemoryError)
-        write({**one.record, "failed": one_line(error), "out_of_memory": out_of_memory})
-        one.calls = {}
-        gpu.release()
-
-    for implementation in op.implementations:
-        if not implementation.takes(case):
-            continue
-        one = Timed(op, case, implementation)
+    takers = [Taker(op, case, implementation) for implementation in op.implementations if implementation.takes(case)]
+    ready: list[Taker] = []
+    for taker in takers:
         if ready and time.monotonic() > deadline:
-            write({**one.record, "failed": "not begun: out of time", "out_of_memory": True})
+            taker.record.failed = f"{NOT_BEGUN}: out of time"
             continue
         try:
-            one.prepare(gpu, op, case, inputs, truth)
-            ready.append(one)
+            taker.prepare(gpu, op, inputs, truth)
+            ready.append(taker)
         except Exception as error:  # whatever it is, it belongs into this implementation's record
-            give_up(one, error)
+            _give_up(gpu, taker, error)
     for number in range(SAMPLES):
-        for one in list(ready[number % max(1, len(ready)) :] + ready[: number % max(1, len(ready))]):
+        turn = number % max(1, len(ready))
+        for taker in ready[turn:] + ready[:turn]:
             if number and time.monotonic() > deadline:
                 break
             try:
-                one.sample(gpu)
+                taker.sample(gpu)
             except Exception as error:
-                ready.remove(one)
-                give_up(one, error)
-    for one in ready:
-        write(one.summary())
+                ready.remove(taker)
+                _give_up(gpu, taker, error)
+    return [taker.record for taker in takers]
+
+
+def _give_up(gpu: Gpu, taker: Taker, error: Exception) -> None:
+    taker.record.failed, taker.record.samples, taker.calls = one_line(error), [], []
+    gpu.release()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("group", choices=[*GROUPS, "ceilings"])
+    parser.add_argument("group", choices=GROUPS)
     parser.add_argument("--op", default="", help="only ops whose name contains this")
     parser.add_argument("--seconds", type=float, default=600.0, help="after which nothing new is begun")
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines")
+    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     deadline = time.monotonic() + options.seconds
-
-    def write(record: dict[str, Any]) -> None:
-        with options.out.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-    gpu = Gpu()
-    if options.group == "ceilings":
-        write({"ceilings": ceilings(gpu)})
-        return
-    cases = [
-        (op, case) for op in OPS for case in op.gpu if case.items in GROUPS[options.group] and options.op in op.name
-    ]
-    for number, (op, case) in enumerate(cases):
+    options.out.mkdir(parents=True, exist_ok=True)
+    command, today = shlex.join(sys.argv), datetime.now().date().isoformat()
+    gpu, results = Gpu(), Results(command, today, Machine.this(torch.get_num_threads()), 0.0)
+    plan = [(op, case) for op in OPS if options.op in op.name for case in op.gpu if case.items in GROUPS[options.group]]
+    for number, (op, case) in enumerate(plan):
         now = time.monotonic()
         if now > deadline:
-            write({"op": op.name, "case": case.label, "implementation": "all", "failed": "not begun: out of time"})
-            continue
-        measure(gpu, op, case, now + (deadline - now) / (len(cases) - number), write)
+            break
+        results.records += measure(gpu, op, case, now + (deadline - now) / (len(plan) - number))
+        results.write(options.out)
         gpu.release()
 
 

@@ -94,10 +94,8 @@ def ranking_truth(case: Case, inputs: Tensors) -> Tensors:
 
 def loss_truth(case: Case, inputs: Tensors) -> Tensors:
     """The mean loss, and its gradients: of the queries `rows`, and of the items `columns` of the catalog."""
-    if "neg" in inputs and not case.stop:
-        return _gathered_truth(case, inputs)
-    neg = inputs.get("neg")
-    return _dense_truth(case, inputs, None if neg is None else lambda begin, end: neg[begin:end])
+    neg = inputs["neg"].expand(case.sessions, -1) if "neg" in inputs else None
+    return _loss_truth(case, inputs, None if neg is None else lambda begin, end: neg[begin:end])
 
 
 def step_truth(case: Case, inputs: Tensors) -> Tensors:
@@ -108,11 +106,14 @@ def step_truth(case: Case, inputs: Tensors) -> Tensors:
         scores: Tensor = inputs["teacher_query"][0][begin:end].double() @ teacher.T
         return scores.topk(case.stop).indices[:, case.start :]
 
-    return _dense_truth(case, inputs, ranks)
+    return _loss_truth(case, inputs, ranks)
 
 
-def _dense_truth(case: Case, inputs: Tensors, neg: Callable[[int, int], Tensor] | None) -> Tensors:
-    """Softmax over the target and the negatives of sessions [begin, end), or over all items."""
+def _loss_truth(case: Case, inputs: Tensors, neg: Callable[[int, int], Tensor] | None) -> Tensors:
+    """Softmax over the target and the negatives of sessions [begin, end), or over all items.
+
+    A repeated negative counts each time, and one that is the target not at all.
+    """
     query, catalog, target = inputs["query"][0].double(), inputs["catalog"].double(), inputs["target"][0]
     rows = inputs["rows"]
     losses, dlogits, grad_query = [], [], []
@@ -120,13 +121,14 @@ def _dense_truth(case: Case, inputs: Tensors, neg: Callable[[int, int], Tensor] 
         end = min(begin + block, case.sessions)
         logits = query[begin:end] @ catalog.T
         label = target[begin:end, None]
+        lse_of = logits
         if neg is not None:
-            outside = torch.ones_like(logits, dtype=torch.bool)
-            outside.scatter_(1, neg(begin, end), False).scatter_(1, label, False)
-            logits.masked_fill_(outside, -torch.inf)
-        lse = logits.logsumexp(1, keepdim=True)
+            ids = neg(begin, end)
+            counts = torch.zeros_like(logits).scatter_add_(1, ids, torch.ones_like(ids, dtype=logits.dtype))
+            lse_of = logits + counts.scatter_(1, label, 1.0).log_()
+        lse = lse_of.logsumexp(1, keepdim=True)
         losses.append(lse - logits.gather(1, label))
-        dlogit = (logits - lse).exp_()
+        dlogit = (lse_of - lse).exp_()
         dlogit.scatter_add_(1, label, torch.full_like(lse, -1.0))
         dlogits.append(dlogit[:, inputs["columns"]])
         grad_query.append(dlogit[rows[(rows >= begin) & (rows < end)] - begin] @ catalog)
@@ -135,33 +137,6 @@ def _dense_truth(case: Case, inputs: Tensors, neg: Callable[[int, int], Tensor] 
         "grad_query": torch.cat(grad_query) / case.sessions,
         "grad_catalog": torch.cat(dlogits).T @ query / case.sessions,
         "product": query[rows] @ catalog[:PRODUCT_ITEMS].T,
-    }
-
-
-def _gathered_truth(case: Case, inputs: Tensors) -> Tensors:
-    """Softmax over the target and its negatives: a repeated one counts each time, one that is the target not at all."""
-    query, catalog, target = inputs["query"][0].double(), inputs["catalog"], inputs["target"][0]
-    neg, rows, columns = inputs["neg"].expand(case.sessions, -1), inputs["rows"], inputs["columns"]
-    losses, grad_query, grad_catalog = [], [], torch.zeros(len(columns), case.width, dtype=query.dtype).to(query)
-    for begin in range(0, case.sessions, block := max(1, BLOCK // ((neg.shape[1] + 1) * case.width))):
-        end = min(begin + block, case.sessions)
-        label = target[begin:end, None]
-        ids = torch.cat([label, neg[begin:end]], 1)
-        vectors = catalog[ids].double()  # (b, n + 1, d)
-        logits = (vectors @ query[begin:end, :, None]).squeeze(2)
-        logits[:, 1:].masked_fill_(ids[:, 1:] == label, -torch.inf)
-        losses.append(logits.logsumexp(1) - logits[:, 0])
-        dlogit = logits.softmax(1)
-        dlogit[:, 0] -= 1.0
-        of_columns = torch.stack([(dlogit * (ids == column)).sum(1) for column in columns])  # (columns, b)
-        grad_catalog += of_columns @ query[begin:end]
-        inside = rows[(rows >= begin) & (rows < end)] - begin
-        grad_query.append((dlogit[inside, None] @ vectors[inside]).squeeze(1))
-    return {
-        "loss": torch.cat(losses).mean(),
-        "grad_query": torch.cat(grad_query) / case.sessions,
-        "grad_catalog": grad_catalog / case.sessions,
-        "product": query[rows] @ catalog[:PRODUCT_ITEMS].double().T,
     }
 
 

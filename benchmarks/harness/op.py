@@ -57,7 +57,6 @@ class Op:
     truth: Callable[[Case, Tensors], Tensors]  # in float64
     error: Error
     tolerance: tuple[float, float]
-    traffic: Callable[[Case], float]  # bytes that must be read or written once
     implementations: tuple[Implementation, ...]  # the baseline first
     quick: tuple[Case, ...] = ()
     full: tuple[Case, ...] = ()  # beside the quick ones
@@ -97,8 +96,3 @@ def ours(prepare: Callable[..., Any], tolerance: tuple[float, float], **more: An
             **{**more, "dtypes": ("fp32",)},
         ),
     )
-
-
-def bytes_of(case: Case, rows: int) -> float:
-    """Bytes of so many embeddings."""
-    return float(rows * case.width * (2 if case.dtype == "bf16" else 4))

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,8 @@ class Budget:
 class Process:
     """One implementation's process as seen from here: answers or ImplementationError."""
 
-    def __init__(
-        self, connection: Connection, wait: Callable[[float], int | None], kill: Callable[[], None], log: Path
-    ):
-        self._connection, self._wait, self._kill, self._log = connection, wait, kill, log
+    def __init__(self, connection: Connection, handle: BaseProcess | subprocess.Popen[bytes], log: Path):
+        self._connection, self._handle, self._log = connection, handle, log
 
     def ask(self, request: Any, seconds: float) -> Any:
         try:
@@ -67,7 +66,7 @@ class Process:
                 raise ImplementationError(f"stopped after {seconds:.0f} s")
             kind, value = self._connection.recv()
         except (EOFError, OSError):
-            code = self._wait(5.0)
+            code = self._wait()
             self.end(kill=True)
             lines = self._log.read_text(errors="replace").strip().splitlines() if self._log.exists() else []
             raise ImplementationError(how_it_ended(code, lines[-1][:200] if lines else "")) from None
@@ -80,13 +79,23 @@ class Process:
         if not kill:
             try:
                 self._connection.send("end")
-                kill = self._wait(5.0) is None
+                kill = self._wait() is None
             except OSError:
                 kill = True
         if kill:
-            self._kill()
-            self._wait(5.0)
+            self._handle.kill()
+            self._wait()
         self._connection.close()
+
+    def _wait(self) -> int | None:
+        """The exit status, or None after five seconds."""
+        if isinstance(self._handle, BaseProcess):
+            self._handle.join(5.0)
+            return self._handle.exitcode
+        try:
+            return self._handle.wait(5.0)
+        except subprocess.TimeoutExpired:
+            return None
 
 
 def how_it_ended(code: int | None, last_line: str) -> str:
@@ -116,7 +125,7 @@ class Measurement:
     @property
     def over(self) -> bool:
         """Whether nothing is left to repeat."""
-        return all(record.failed or record.stopped for record in self.records)
+        return all(record.failed for record in self.records)
 
 
 class _Taker:
@@ -133,15 +142,12 @@ class _Taker:
         self.complete = 0  # repetitions
 
     def fail(self, why: str) -> None:
-        """It takes part no more; its complete repetitions stay."""
+        """It takes part no more; the samples of its complete repetitions stay."""
         if self.process is not None:
             self.process.end(kill=True)
             self.process = None
         del self.record.samples[self.complete :]
-        if self.complete:
-            self.record.stopped = f"in repetition {self.complete + 1} {why}"
-        else:
-            self.record.failed = why
+        self.record.failed = f"in repetition {self.complete + 1} {why}" if self.complete else why
 
     def take(self, number: int, budget: Budget, timed: bool = True) -> None:
         """One sample, or an untimed call."""
@@ -185,7 +191,7 @@ class Runner:
         """One repetition with all implementations that have not failed."""
         begun = time.monotonic()
         op, case = measurement.op, measurement.case
-        takers = [taker for taker in measurement.takers if not (taker.record.failed or taker.record.stopped)]
+        takers = [taker for taker in measurement.takers if not taker.record.failed]
         inputs, truth_file = self.folder / "inputs.pt", self.folder / "truth.pt"
         try:
             maker = self._fork(_make_inputs, (op.make, op.truth, case, inputs, truth_file))
@@ -263,12 +269,7 @@ class Runner:
         process = self._context.Process(target=_enter, args=entry, daemon=True)
         process.start()
         there.close()
-
-        def wait(seconds: float) -> int | None:
-            process.join(seconds)
-            return process.exitcode
-
-        return Process(here, wait, process.kill, log)
+        return Process(here, process, log)
 
     def _spawn(self, implementation: Implementation, case: Case, inputs: Path, output: Path) -> Process:
         """Under another interpreter, which runs foreign.py: this folder is a package without the rest there."""
@@ -284,15 +285,8 @@ class Runner:
             raise ImplementationError(f"--python {implementation.python}: {error}") from None
         finally:
             there.close()
-
-        def wait(seconds: float) -> int | None:
-            try:
-                return child.wait(seconds)
-            except subprocess.TimeoutExpired:
-                return None
-
         here.send((implementation.name, asdict(case), str(inputs), str(output), self.budget.memory))
-        return Process(here, wait, child.kill, log)
+        return Process(here, child, log)
 
 
 def _enter(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -20,6 +20,7 @@ from .worker import Case
 
 STORED = Path(__file__).parents[1] / "baseline.json"
 SLOWER = 1.3  # times the stored ratio from which on an op is reported as slower
+END = "<!-- end -->"  # what a table that a command writes into a page ends with
 NOT_BEGUN = "not begun"  # what the reason starts with where the time was over
 BUSY = 0.1  # cores of background load from which on a run's figures are provisional
 
@@ -39,8 +40,7 @@ class Record:
     operations: float  # additions and multiplications of the baseline
     samples: list[list[float]] = field(default_factory=list)  # of each repetition
     error: float | None = None  # against float64
-    failed: str | None = None  # why there are no samples
-    stopped: str | None = None  # why there are no more
+    failed: str | None = None  # why there are no samples, or no more
     peak_bytes: int | None = None  # the most that the process held
     extra_bytes: int | None = None  # beyond inputs and libraries
     detail: dict[str, float] = field(default_factory=dict)
@@ -99,6 +99,10 @@ class Results:
 # --- the table ---
 
 COLUMNS = ("", "ms", "median", "IQR", "of mm", "of the ceiling", "peak MiB", "beyond inputs", "error")
+DETAILS: dict[str, tuple[str, Callable[[float, Record], str]]] = {  # of Record.detail, those that are columns
+    "targets": ("targets/s", lambda targets, record: f"{targets / (record.seconds or 1.0):,.0f}"),
+    "graph": ("as a CUDA graph, ms", lambda seconds, record: milliseconds(seconds)),
+}
 
 
 def page(results: Results) -> str:
@@ -143,27 +147,27 @@ def in_short(results: Results) -> str:
 
 def table(records: Sequence[Record], results: Results) -> str:
     """One case: the baseline, ours, the others by time; those without a result come last, with the reason."""
-    head = [*COLUMNS, "targets/s"] if any("targets" in record.detail for record in records) else list(COLUMNS)
     ranked = sorted(records, key=lambda r: (not r.samples, r.implementation != BASELINE, not r.ours, r.seconds or 0.0))
-    rows = [_row(record, results) for record in ranked]
-    return markdown(head, [(row + [""] * len(head))[: len(head)] for row in rows])
+    details = [name for name in DETAILS if any(name in record.detail for record in records)]
+    head = [*COLUMNS, *(DETAILS[name][0] for name in details)]
+    return markdown(head, [_row(record, results, details) for record in ranked])
 
 
-def _row(record: Record, results: Results) -> list[str]:
-    name = f"**{record.implementation}**" if record.ours else record.implementation
+def _row(record: Record, results: Results, details: Sequence[str]) -> list[str]:
     if not record.seconds:
-        return [record.implementation, record.failed or "not timed"]
+        return [record.implementation, record.failed or "not timed", *[""] * (len(COLUMNS) + len(details) - 2)]
+    name = f"**{record.implementation}**" if record.ours else record.implementation
     if record.implementation == BASELINE:
         name += f" ({record.operations / record.seconds / 1e9:,.0f} GFLOP/s)"
     first, median, third = record.quartiles
     ratio = results.ratio(record)
-    ceiling = "" if ratio is None or record.case.figure == "form" else f"{100 * record.products / ratio:.0f}%"
-    cells = [
-        f"{name} ({record.stopped})" if record.stopped else name, milliseconds(record.seconds), milliseconds(median),
-        milliseconds(third - first), _number(ratio), "" if record.implementation == BASELINE else ceiling,
+    ceiling = None if record.implementation == BASELINE or record.case.figure == "form" else ratio
+    return [
+        f"{name} ({record.failed})" if record.failed else name, milliseconds(record.seconds), milliseconds(median),
+        milliseconds(third - first), _number(ratio), f"{100 * record.products / ceiling:.0f}%" if ceiling else "",
         _mib(record.peak_bytes), _mib(record.extra_bytes), "" if record.error is None else f"{record.error:.0e}",
+        *(DETAILS[name][1](record.detail[name], record) if name in record.detail else "" for name in details),
     ]  # fmt: skip
-    return [*cells, f"{record.detail['targets'] / record.seconds:,.0f}"] if "targets" in record.detail else cells
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -172,6 +176,22 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         raise ValueError(f"every row must have {len(head)} cells, got {[len(row) for row in rows]}")
     cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *cells))
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Mean and standard deviation of runs over seeds; empty for none."""
+    if not values:
+        return ""
+    return f"{statistics.fmean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def between_marks(page: Path, mark: str, table: str) -> str:
+    """The text of the page with the table between `mark` and the next END."""
+    before, begin, rest = page.read_text(encoding="utf-8").partition(mark)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{page}: the marks {mark} and {END} are missing")
+    return f"{before}{begin}\n\n{table}\n{end}{after}"
 
 
 def milliseconds(seconds: float | None) -> str:

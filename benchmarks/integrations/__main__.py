@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 
-from ..experiments.runs import between_marks
 from ..harness.machine import Machine
-from ..harness.report import markdown
+from ..harness.report import between_marks, markdown
 
 MARK = "<!-- made by make integrations -->"
 MEASUREMENTS = {  # modules of alterrec_fast.benchmarks, and the Python that has the libraries they need

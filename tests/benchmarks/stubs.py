@@ -134,6 +134,4 @@ BAD = (
 
 def op(*implementations: Implementation, without_inputs: bool = False) -> Op:
     maker = make_nothing if without_inputs else make
-    return Op(
-        "double", "Twice a vector", 2, maker, truth, error, (1e-6, 1e-6), lambda case: 8.0, implementations, (CASE,)
-    )
+    return Op("double", "Twice a vector", 2, maker, truth, error, (1e-6, 1e-6), implementations, (CASE,))

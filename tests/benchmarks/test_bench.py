@@ -96,8 +96,8 @@ def test_a_late_failure_takes_no_repetition_away(runner: Runner) -> None:
     late = [Implementation(f.__name__, f) for f in (stubs.dies_the_second_time, stubs.wrong_the_second_time)]
     base, died, lied = measured(runner, stubs.op(stubs.BASE, *late), repetitions=3).values()
     assert [len(record.samples) for record in (base, died, lied)] == [3, 1, 0]
-    assert died.failed is None and died.stopped == "in repetition 2 the process ended with status 3"
-    assert died.stopped in table([base, died], results_of(base, died))
+    assert died.failed == "in repetition 2 the process ended with status 3" and died.seconds is not None
+    assert died.failed in table([base, died], results_of(base, died))
     assert lied.seconds is None and lied.failed is not None and lied.failed.startswith("wrong")
 
 
@@ -218,7 +218,7 @@ def test_tables_have_the_baseline_ours_and_distinct_keys() -> None:
     for op in OPS:
         for case in (*op.quick, *op.full, *op.gpu):
             takers = [one for one in op.implementations if one.takes(case)]
-            assert takers[0].name == BASELINE and any(one.ours for one in takers) and op.traffic(case) > 0
+            assert takers[0].name == BASELINE and any(one.ours for one in takers)
     for quick in (False, True):
         plan = bench.plan(bench.Options(Path(), quick), 2)
         keys = [record.key for op, case in plan for record in Measurement(op, case, threads=2).records]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from alterrec_fast.benchmarks.gpu import __main__ as acceptance
 from alterrec_fast.benchmarks.gpu import times
 from alterrec_fast.benchmarks.gpu.__main__ import Acceptance, Process
 from alterrec_fast.benchmarks.harness.op import Implementation
+from alterrec_fast.benchmarks.harness.report import Record, Results
 
 from tests.benchmarks import stubs
 
@@ -36,33 +36,40 @@ class StubGpu(times.Gpu):
         return 1 << 20
 
     def capture(self, call: Callable[[], object]) -> Callable[[], object]:
-        raise RuntimeError("no graph here")
+        return call
 
     def release(self) -> None:
         pass
 
 
-def timed(*implementations: Implementation, seconds: float = 60.0) -> dict[str, dict[str, Any]]:
-    records: list[dict[str, Any]] = []
-    times.measure(StubGpu(), stubs.op(*implementations), stubs.CASE, time.monotonic() + seconds, records.append)
-    json.dumps(records)
-    return {record["implementation"]: record for record in records}
+def timed(*implementations: Implementation, seconds: float = 60.0) -> dict[str, Record]:
+    records = times.measure(StubGpu(), stubs.op(*implementations), stubs.CASE, time.monotonic() + seconds)
+    return {record.implementation: record for record in records}
 
 
 def test_implementations_take_turns_after_their_results_were_checked() -> None:
     good, wrong = Implementation("good", stubs.doubles), Implementation("wrong", stubs.triples, ours=True)
     records = timed(good, replace(good, name="also good"), wrong, Implementation("raises", stubs.raises))
-    assert [records[name]["eager"]["samples"] for name in ("good", "also good")] == [times.SAMPLES] * 2
-    assert records["good"]["eager"]["least"] == 1e-3 and records["also good"]["eager"]["least"] == 2e-3
-    assert records["good"]["no_graph"] == "RuntimeError: no graph here" and records["good"]["error"] == 0.0
-    assert records["wrong"]["failed"].startswith("ValueError: wrong: error 6.3e+01")
-    assert records["raises"]["failed"] == "RuntimeError: cannot do this" and not records["raises"]["out_of_memory"]
+    assert [len(records[name].samples[0]) for name in ("good", "also good")] == [times.SAMPLES] * 2
+    assert records["good"].seconds == 1e-3 and records["also good"].seconds == 3e-3
+    assert records["good"].detail == {"graph": 2e-3} and records["good"].error == 0.0
+    assert str(records["wrong"].failed).startswith("ValueError: wrong: error 6.3e+01")
+    assert records["raises"].failed == "RuntimeError: cannot do this" and not records["raises"].samples
+
+
+def test_what_cannot_be_captured_is_timed_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: StubGpu, call: Callable[[], object]) -> Callable[[], object]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(StubGpu, "capture", refuse)
+    record = timed(Implementation("good", stubs.doubles))["good"]
+    assert record.detail == {} and record.failed is None and len(record.samples[0]) == times.SAMPLES
 
 
 def test_out_of_time_each_that_was_prepared_is_timed_once() -> None:
     good = Implementation("good", stubs.doubles)
     records = timed(good, replace(good, name="late"), seconds=-1.0)
-    assert records["good"]["eager"]["samples"] == 1 and records["late"]["failed"] == "not begun: out of time"
+    assert len(records["good"].samples[0]) == 1 and records["late"].failed == "not begun: out of time"
 
 
 def test_every_case_of_a_gpu_is_in_one_group() -> None:
@@ -72,33 +79,25 @@ def test_every_case_of_a_gpu_is_in_one_group() -> None:
         assert sum(case.items in group for group in times.GROUPS.values()) == 1 and case.device == "cuda"
 
 
-def a_record(name: str = "alterrec-fast", **more: Any) -> dict[str, Any]:
-    known = {"op": "top_k", "case": "V = 7", "implementation": name, "ours": True, "dtype": "bf16"}
-    return {**known, "bytes": 3e9, "operations": 1.0, **more}
+def a_time(implementation: str, failed: str | None, ours: bool = True) -> dict[str, Any]:
+    return {"op": "top_k", "case": "V = 7", "implementation": implementation, "ours": ours, "failed": failed}
 
 
-def test_a_page_says_what_failed_and_how_far_times_are_from_the_floor() -> None:
-    quick = {"least": 2e-3, "quartiles": [2e-3, 3e-3, 4e-3], "samples": 3}
-    good = a_record(eager=quick, graph={**quick, "least": 1.5e-3}, peak_bytes=1 << 20, error=1e-7)
-    ceilings = {"ceilings": {"copy": 3e12, "bf16": 8e14, "fp32": 5e13}}
-    done = Acceptance("abc", "pip", ["a note"], {"python": "3.12"}, times=[Process("paper", 9.0, "", [ceilings, good])])
+def test_a_page_says_what_failed() -> None:
+    paper = Process("paper", 9.0, "", [a_time("ours", None), a_time("large", "OutOfMemoryError: x")], "\n\n## top_k\n")
+    done = Acceptance("abc", "pip", ["a note"], {"python": "3.12"}, times=[paper])
     done.tests = [Process("test_top_k.py", 5.0, "", [{"name": "x", "result": "skipped", "why": "no sanitizer"}])]
     text = acceptance.page(done)
     assert text.startswith("# GPU acceptance: passed\n") and "0 tests passed, 0 tests failed, 1 tests skipped" in text
-    assert "| top_k | V = 7 | alterrec-fast | 2.000 | 3.000 | 2.000 | 1.500 | 1 | 1.50 | 1e-07 |" in text
-    assert "| test_top_k.py | no sanitizer |" in text and "- a note" in text
+    assert "| test_top_k.py | no sanitizer |" in text and "- a note" in text and "#### top_k" in text
     done.times.append(Process("10M", 9.0, f"{acceptance.KILLED} 9 s: x"))
-    assert (
-        acceptance.page(done).startswith("# GPU acceptance: passed as far as it ran, out of time") and not done.faults()
-    )
-    done.times[0].records += [
-        a_record(failed="ValueError: wrong", out_of_memory=False),
-        a_record("mm", ours=False, failed="OOM"),
-    ]
+    assert acceptance.page(done).startswith("# GPU acceptance: passed as far as it ran, out of time")
+    paper.records += [a_time("ours, too", "ValueError: wrong"), a_time("mm", "ValueError: wrong", ours=False)]
     done.tests[0].records.append({"name": "y", "result": "failed", "why": "assert 1 == 2"})
+    done.tests[0].failed = "exit code 1: x"
     done.tests.append(Process("test_dies.py", 5.0, "signal SIGSEGV: x"))
     assert acceptance.page(done).startswith("# GPU acceptance: FAILED")
-    assert [what for what, _ in done.faults()] == ["test_top_k.py: y", "test_dies.py", "top_k, V = 7, alterrec-fast"]
+    assert [what for what, _ in done.faults()] == ["test_top_k.py: y", "test_dies.py", "top_k, ours, too, V = 7"]
 
 
 def test_files_of_tests_run_apart_and_outside_the_checkout(tmp_path: Path) -> None:
@@ -143,5 +142,5 @@ def test_a_command_that_goes_on_for_too_long_is_killed_with_its_children(tmp_pat
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 def test_a_group_of_times_runs(tmp_path: Path) -> None:
     code = [sys.executable, "-m", "alterrec_fast.benchmarks.gpu.times", "paper", "--op", "top_k", "--seconds", "20"]
-    subprocess.run([*code, "--out", str(tmp_path / "times.jsonl")], check=True)
-    assert all("op" in json.loads(line) for line in (tmp_path / "times.jsonl").read_text().splitlines())
+    subprocess.run([*code, "--out", str(tmp_path)], check=True)
+    assert any(record.ours and record.seconds for record in Results.read(tmp_path / "results.json").records)

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from alterrec_fast.benchmarks.experiments import engine_quality
+from alterrec_fast.benchmarks.experiments import online_retail
 from alterrec_fast.benchmarks.experiments.counting import BASELINES, DECAY
-from alterrec_fast.benchmarks.experiments.results import ROWS, _page
-from alterrec_fast.benchmarks.experiments.runs import END, between_marks
+from alterrec_fast.benchmarks.experiments.online_retail import ENGINE_ROWS, ROWS
+from alterrec_fast.benchmarks.harness.report import END, between_marks
 
 from alterrec_fast.data.batches import pack
 from alterrec_fast.data.sessions import Dataset
@@ -64,7 +64,7 @@ def test_the_table_names_every_variant_and_says_where_it_falls_short(shop: Datas
     levels = {"alterrec": 0.4, "random": 0.5}
     runs = {row.name: [metrics(levels.get(row.name, 0.3)), metrics(levels.get(row.name, 0.3) + 0.02)] for row in ROWS}
     options = argparse.Namespace(width=16, epochs=3, seeds=2, threads=1, jobs=2)
-    page = _page(runs, {"markov": dict.fromkeys(METRICS, 0.1)}, shop, options, 5.0)
+    page = online_retail.results_page(runs, {"markov": dict.fromkeys(METRICS, 0.1)}, shop, options, 5.0)
     assert {row.variant for row in ROWS} == set(VARIANTS)
     assert all(f"| {row.name} |" in page for row in ROWS)
     assert "| alterrec | 41.00 ± 1.41 |" in page
@@ -77,9 +77,9 @@ def test_engines_are_compared_in_deviations_over_seeds() -> None:
     def seeds(*levels: float) -> list[dict[str, Any]]:
         return [{"test": {"fused": dict.fromkeys(METRICS, level)}} for level in levels]
 
-    runs = {row.name: seeds(0.30, 0.32) for row in engine_quality.ROWS}
+    runs = {row.name: seeds(0.30, 0.32) for row in ENGINE_ROWS}
     runs["alterrec, bf16"] = seeds(0.33, 0.35)  # 0.03 apart, deviations of 0.0141
-    page = engine_quality._page(runs, argparse.Namespace(width=16, epochs=3, seeds=2, short=False))
+    page = online_retail.engines_page(runs, argparse.Namespace(width=16, epochs=3, seeds=2, short=False))
     assert "| alterrec, bf16 | 34.00 ± 1.41 |" in page
     assert "- alterrec, native fp32: within one standard deviation of the reference; at most 0.00" in page
     assert "- alterrec, native bf16: BEYOND one standard deviation of the reference; at most 2.12" in page
