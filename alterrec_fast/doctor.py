@@ -49,7 +49,7 @@ def _status(backend: str, tensor: torch.Tensor) -> str:
 
 def _extension() -> str:
     if NO_EXTENSION:
-        return f"not there: {NO_EXTENSION}"
+        return f"not built: {NO_EXTENSION}"
     return f"CPU and CUDA ({', '.join(sorted(CUDA_OPS))})" if CUDA_OPS else "CPU only: it was built without nvcc"
 
 

@@ -144,9 +144,9 @@ def read_sealed(path: Path) -> dict[str, Any]:
     values = parse_json(read_text(path), str(path))
     if not isinstance(values, dict) or CHECKSUM not in values:
         raise FileError(f"{path}: expected a JSON object with a {CHECKSUM}, as this version of the package writes it")
-    found = values.pop(CHECKSUM)
-    if found != _checksum(values):
-        raise FileError(f"{path}: changed since it was written, {CHECKSUM} {found!r} is not that of its values")
+    checksum = values.pop(CHECKSUM)
+    if checksum != _checksum(values):
+        raise FileError(f"{path}: changed since it was written, {CHECKSUM} {checksum!r} is not that of its values")
     return values
 
 

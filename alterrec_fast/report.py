@@ -248,19 +248,19 @@ def _loss_chart(results: Results) -> Markup:
     """Training loss by epoch: of each student, and of the parts of a naive fusion where they are known."""
     longest = results.longest
     students = sorted({line["student"] for line in longest.epochs}, key=VIEWS.index)
-    parts = [view for view in ("id", "text") if any(f"loss_{view}" in line for line in longest.epochs)]
+    fused_of = [view for view in ("id", "text") if any(f"loss_{view}" in line for line in longest.epochs)]
 
     def draw(axes: Axes) -> None:
         _shade_phases(axes, results)
-        for view in parts:
+        for view in fused_of:
             _draw_lines(axes, results.lines(partial(_part_loss, view)), view)
         for view in students:
-            own = results.lines(partial(_own_loss, view))
+            losses = results.lines(partial(_student_loss, view))
             soft = {line["epoch"] for line in longest.epochs if not _is_hard(line)}
-            _draw_lines(axes, own, view, hollow=soft)
+            _draw_lines(axes, losses, view, hollow=soft)
         _finish_epochs(axes, results)
 
-    shown = " and ".join(VIEW_NAMES[view] for view in students + parts)
+    shown = " and ".join(VIEW_NAMES[view] for view in students + fused_of)
     return _svg("loss", f"Training loss by epoch: {shown}", 3.0, draw)
 
 
@@ -286,12 +286,12 @@ def _group_chart(results: Results, metric: str) -> Markup:
 
     def draw(axes: Axes) -> None:
         for nth, view in enumerate(views):
-            found = [(place, name) for place, name in enumerate(groups) if groups[name][view] is not None]
-            places = [place + width * (nth - (len(views) - 1) / 2) for place, _ in found]
-            heights = [100 * groups[name][view][metric] for _, name in found]
+            shown = [(place, name) for place, name in enumerate(groups) if groups[name][view] is not None]
+            places = [place + width * (nth - (len(views) - 1) / 2) for place, _ in shown]
+            heights = [100 * groups[name][view][metric] for _, name in shown]
             axes.bar(places, heights, width=0.9 * width, color=LIGHT[view])
             if deviations:
-                errors = [100 * deviations[name][view][metric] for _, name in found]
+                errors = [100 * deviations[name][view][metric] for _, name in shown]
                 axes.errorbar(places, heights, yerr=errors, fmt="none", ecolor=LIGHT["ink"], elinewidth=1)
         _finish_groups(axes, list(groups))
 
@@ -300,15 +300,15 @@ def _group_chart(results: Results, metric: str) -> Markup:
 
 
 def _validation(view: str, metric: str, line: dict[str, Any]) -> float | None:
-    found = line["validation"][view]
-    return 100 * found[metric] if found else None
+    scores = line["validation"][view]
+    return 100 * scores[metric] if scores else None
 
 
 def _part_loss(view: str, line: dict[str, Any]) -> float | None:
     return line.get(f"loss_{view}")
 
 
-def _own_loss(student: str, line: dict[str, Any]) -> float | None:
+def _student_loss(student: str, line: dict[str, Any]) -> float | None:
     return line["loss"] if line.get("student") == student else None
 
 
@@ -341,9 +341,9 @@ def _common(lines: Sequence[Series]) -> list[int]:
 
 def _phases(seed: Seed) -> list[dict[str, Any]]:
     """Runs of epochs with one student and one kind of negatives."""
-    found = groupby(seed.epochs, lambda line: (line["student"], _is_hard(line)))
     phases = []
-    for (student, hard), grouped in found:
+    grouped_epochs = groupby(seed.epochs, lambda line: (line["student"], _is_hard(line)))
+    for (student, hard), grouped in grouped_epochs:
         lines = list(grouped)
         phases.append({"student": student, "hard": hard, "first": lines[0]["epoch"], "last": lines[-1]["epoch"]})
     return phases
@@ -399,6 +399,6 @@ def _svg(name: str, label: str, height: float, draw: Callable[[Axes], None]) -> 
     drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)  # numbered alike in every figure, and nothing refers to them
     drawing = drawing.replace("xlink:href", "href")
     roles = {colour: role for role, colour in LIGHT.items()}
-    drawing = re.sub(r": (#[0-9a-f]{6})", lambda found: f": var(--{roles[found[1]]})", drawing)
+    drawing = re.sub(r": (#[0-9a-f]{6})", lambda colour: f": var(--{roles[colour[1]]})", drawing)
     opening = Markup('<svg viewBox="{}" role="img" aria-label="{}">').format(view_box[1], label)
     return opening + Markup(drawing) + Markup("</svg>")

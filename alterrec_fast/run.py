@@ -145,7 +145,7 @@ class TrainedModel:
         tensors, best = checkpoint.load(self.path / BEST, str(device))
         self.config.check_settings(best.get("settings"), self.path / BEST, self.path)
         if not _data_folder(self.config).exists():
-            raise FileError(f"{self.path / CONFIG}: data = {self.config.data!r} is not there; name where it is now")
+            raise FileError(f"{self.path / CONFIG}: data = {self.config.data!r} does not exist; name where it is now")
         self.dataset = Dataset.load(_data_folder(self.config))
         check_same_data(self.dataset, best.get("data"), _text_key(self.config), best.get("text"))
         self.recommender = _build(self.config, self.dataset).to(device)
@@ -382,12 +382,12 @@ def _finish(run: Path, metrics: dict[str, Any]) -> Result:
     return Result(run, metrics)
 
 
-def _mean_and_deviation(parts: dict[str, list[Any]]) -> dict[str, Any]:
+def _mean_and_deviation(values_of: dict[str, list[Any]]) -> dict[str, Any]:
     """For each name of values over seeds their mean, and under NAME_std their standard deviation."""
     return {
         name + suffix: _over(how, values)
         for suffix, how in (("", statistics.fmean), ("_std", _deviation))
-        for name, values in parts.items()
+        for name, values in values_of.items()
     }
 
 

@@ -23,10 +23,10 @@ FACTOR = {"hits@10": 0.76, "hits@20": 1.0, "ndcg@10": 0.46, "ndcg@20": 0.52, "mr
 
 def metrics_at(variant: str, quality: float) -> dict[str, Any]:
     """Metrics of every view that the variant has, at a quality of 0 (untrained) to 1."""
-    parts = PARTS.get(variant, ("id", "text"))
-    found = {view: {name: LEVEL[view] * FACTOR[name] * quality for name in METRICS} for view in VIEWS}
-    return {view: found[view] if view == "fused" or view in parts else None for view in VIEWS} | (
-        {parts[0]: found["fused"]} if len(parts) == 1 else {}
+    shown = PARTS.get(variant, ("id", "text"))
+    scores = {view: {name: LEVEL[view] * FACTOR[name] * quality for name in METRICS} for view in VIEWS}
+    return {view: scores[view] if view == "fused" or view in shown else None for view in VIEWS} | (
+        {shown[0]: scores["fused"]} if len(shown) == 1 else {}
     )
 
 
@@ -92,11 +92,11 @@ def over(how: Any, values: list[Any]) -> Any:
 
 def make_seeds(run: Path, variant: str = "alterrec", lengths: tuple[int, ...] = (16, 14, 16)) -> dict[str, Any]:
     """Writes a run over several seeds, one of which stopped early, and returns its metrics."""
-    found = [make_run(run / f"seed-{seed}", variant, seed, epochs) for seed, epochs in enumerate(lengths)]
+    runs = [make_run(run / f"seed-{seed}", variant, seed, epochs) for seed, epochs in enumerate(lengths)]
     metrics: dict[str, Any] = {"seeds": list(range(len(lengths))), "variant": variant, "items": 3684}
-    metrics |= {"slice": [6, 1842], "best_epoch": statistics.fmean(one["best_epoch"] for one in found)}
+    metrics |= {"slice": [6, 1842], "best_epoch": statistics.fmean(one["best_epoch"] for one in runs)}
     for suffix, how in (("", statistics.fmean), ("_std", statistics.stdev)):
-        metrics |= {key + suffix: over(how, [one[key] for one in found]) for key in ("validation", "test", "groups")}
+        metrics |= {key + suffix: over(how, [one[key] for one in runs]) for key in ("validation", "test", "groups")}
     write_sealed(run / "metrics.json", metrics)
     return metrics
 

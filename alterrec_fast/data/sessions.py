@@ -263,8 +263,8 @@ def _remove(folder: Path) -> None:
 
 def _about(file: Path) -> tuple[int, int, str]:
     """Size in bytes, time of the last change in nanoseconds, and a hash of the content."""
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns, files.digest(file)
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns, files.digest(file)
 
 
 def _fingerprint(about: Mapping[str, Any]) -> str:
@@ -278,9 +278,9 @@ def _check_file(folder: Path, info: Mapping[str, Any], name: str, content: bool)
     for it or its time is another.
     """
     file, (size, changed, digest) = folder / name, info["files"][name]
-    found = files.regular_size(file)
-    if found != size:
-        raise FileError(f"{file}: {found} bytes, expected {size}: changed since prepare wrote it; {AGAIN}")
+    actual = files.regular_size(file)
+    if actual != size:
+        raise FileError(f"{file}: {actual} bytes, expected {size}: changed since prepare wrote it; {AGAIN}")
     if (content or file.stat().st_mtime_ns != changed) and files.digest(file) != digest:
         raise FileError(f"{file}: changed since prepare wrote it (its checksum is another); {AGAIN}")
 

@@ -108,8 +108,8 @@ def find_model(model: str) -> SentenceEncoder:
 
 def pin_model(model: str) -> str:
     """The name under which the same model is found later: a hub name with its revision, others as they are."""
-    found = find_model(model)
-    return f"{found.source}@{found.revision}" if found.revision else model
+    encoder = find_model(model)
+    return f"{encoder.source}@{encoder.revision}" if encoder.revision else model
 
 
 def embed_texts(
@@ -150,8 +150,8 @@ def item_features(
 
 def cache_root() -> Path:
     """$ALTERREC_FAST_CACHE, else alterrec_fast in $XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("ALTERREC_FAST_CACHE"):
-        return Path(own).expanduser()
+    if folder := os.environ.get("ALTERREC_FAST_CACHE"):
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "alterrec_fast"
 
 
@@ -361,9 +361,9 @@ def _mean_embedding(
         count = np.zeros(len(total), np.float32)
         for column in columns:
             piece = column.slice(start, BLOCK)
-            there = piece.is_not_null().to_numpy()
-            total[there] += rows[store.find(_hash_texts(piece.drop_nulls()))]
-            count += there
+            filled = piece.is_not_null().to_numpy()
+            total[filled] += rows[store.find(_hash_texts(piece.drop_nulls()))]
+            count += filled
         total /= np.maximum(count, 1)[:, None]
         empty += int((count == 0).sum())
     if empty:

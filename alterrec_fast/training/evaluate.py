@@ -43,8 +43,8 @@ class Evaluation:
             targets = int(self.hits["fused"][g].sum())
             out[name] = {"targets": targets, "share": targets / max(1, int(total))}
             for view in VIEWS:
-                found = view in self.hits and targets > 0
-                out[name][view] = summarise(self.hits[view][g]) if found else None
+                measured = view in self.hits and targets > 0
+                out[name][view] = summarise(self.hits[view][g]) if measured else None
         return out
 
 
@@ -113,7 +113,7 @@ def evaluate(recommender: Recommender, sessions: Sessions, counts: np.ndarray, c
                 out[name] = top_k(view.query(queries), view.catalog, k=depth, backend=config.backend)[1]
             return out
 
-        found = measure(rank, sessions, counts, config.group_edges, config.max_length, config.eval_targets)
+        result = measure(rank, sessions, counts, config.group_edges, config.max_length, config.eval_targets)
     if config.variant in ("id_only", "text_only"):  # the only part repeats the fused numbers
-        found.hits[config.variant.removesuffix("_only")] = found.hits["fused"]
-    return found
+        result.hits[config.variant.removesuffix("_only")] = result.hits["fused"]
+    return result

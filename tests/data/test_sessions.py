@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import polars as pl
 import pytest
 
 from alterrec_fast import files
+from alterrec_fast.data.prepare import prepare
 from alterrec_fast.data.sessions import FILES, SPLITS, DataError, Dataset, Sessions, _about, _fingerprint
 from alterrec_fast.errors import FileError
 
@@ -31,13 +31,13 @@ def write(path: Path, overwrite: bool = False) -> Dataset:
 
 
 def test_indexing():
-    some = sessions([5, 6, 7], [8], [9, 10])
-    assert len(some) == 3
-    assert some[0].tolist() == [5, 6, 7] and some[-1].tolist() == [9, 10]
-    assert some.lengths.tolist() == [3, 1, 2]
+    three = sessions([5, 6, 7], [8], [9, 10])
+    assert len(three) == 3
+    assert three[0].tolist() == [5, 6, 7] and three[-1].tolist() == [9, 10]
+    assert three.lengths.tolist() == [3, 1, 2]
     for index in (3, -4):
         with pytest.raises(IndexError):
-            some[index]
+            three[index]
 
 
 def test_round_trip_is_memory_mapped(tmp_path):
@@ -202,15 +202,16 @@ def test_overwriting_removes_nothing_that_prepare_did_not_make(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out"]
 
 
-@pytest.mark.parametrize("moment", ["before the exchange", "after it", "while the old one is removed"])
-def test_killed_while_overwriting_leaves_the_old_or_the_new_one(tmp_path, moment):
-    before = write(tmp_path / "out")
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out"), moment], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    after = Dataset.load(tmp_path / "out")
-    assert len(after.train) == (2 if moment == "before the exchange" else 1)
-    assert (after.fingerprint == before.fingerprint) == (moment == "before the exchange")
-    write(tmp_path / "out", overwrite=True)
+def test_killed_while_overwriting_leaves_the_old_or_the_new_one(tmp_path):
+    moments = ("before the exchange", "after it", "while the old one is removed")
+    before = [write(tmp_path / moment) for moment in moments]
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), *moments], capture_output=True, text=True)
+    assert done.stdout.split() == ["9", "9", "9"], done.stderr
+    for moment, old in zip(moments, before, strict=True):
+        after = Dataset.load(tmp_path / moment)
+        assert (after.fingerprint == old.fingerprint) == (moment == "before the exchange")
+        assert len(after.train) == (2 if moment == "before the exchange" else 1)
+        write(tmp_path / moment, overwrite=True)
 
 
 KILLED = """
@@ -220,17 +221,19 @@ import numpy as np, polars as pl
 from alterrec_fast import files
 from alterrec_fast.data import sessions
 from alterrec_fast.data.sessions import Dataset, Sessions
-kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-out, moment = sys.argv[1:]
-if moment == "before the exchange":
-    files.exchange = kill
-elif moment == "after it":
-    sessions._remove = kill
-else:
-    Path.rmdir = kill
+
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
 one = Sessions(np.array([0, 1], np.int32), np.array([0, 2]))
-items = pl.DataFrame({"item_id": ["a", "b"]})
-Dataset.write(out, dict.fromkeys(("train", "validation", "test"), one), items, [], {}, overwrite=True)
+for moment, (owner, step) in zip(sys.argv[2:], [(files, "exchange"), (sessions, "_remove"), (Path, "rmdir")]):
+    child = os.fork()
+    if not child:
+        setattr(owner, step, kill)
+        items = pl.DataFrame({"item_id": ["a", "b"]})
+        splits = dict.fromkeys(("train", "validation", "test"), one)
+        Dataset.write(Path(sys.argv[1]) / moment, splits, items, [], {}, overwrite=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) * -1, flush=True)
 """
 
 
@@ -253,3 +256,11 @@ def test_what_is_written_follows_the_umask(tmp_path):
     modes = {path.stat().st_mode & 0o777 for path in [tmp_path / "text", *data.path.rglob("*.*")]}
     assert modes == {0o640}
     assert data.path.stat().st_mode & 0o777 == (data.path / "train").stat().st_mode & 0o777 == 0o750
+
+
+def test_prepare_looks_at_the_place_before_it_reads(tmp_path):
+    data = write(tmp_path / "out")
+    (data.path / "test.csv").write_text("mine")
+    with pytest.raises(DataError, match=r"holds test\.csv, which prepare did not make"):
+        prepare("generic", tmp_path / "nowhere", data.path, overwrite=True)
+    assert (data.path / "test.csv").read_text() == "mine"

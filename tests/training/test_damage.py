@@ -135,6 +135,16 @@ def damages(file: Path, other: Path, chance: random.Random) -> dict[str, Callabl
     }
 
 
+READERS = {  # what reads each file
+    "data/items.parquet": [recommendations, evaluation],
+    "run/config.toml": [recommendations, finished, unfinished, report],
+    "run/history.jsonl": [finished, unfinished, report],
+    "run/metrics.json": [finished, report],
+    f"run/{BEST}": [recommendations, unfinished],
+    f"run/{LAST}": [finished, unfinished],
+}
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_changes_no_result_or_is_named(
     name: str, whole: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -142,9 +152,7 @@ def test_a_damaged_file_changes_no_result_or_is_named(
     chance = random.Random(name)
     others = [other for other in FILES if other != name]
     others = [other for other in others if Path(other).suffix == Path(name).suffix] or others
-    ways = [recommendations, evaluation]
-    if name.startswith("run/"):
-        ways = [recommendations, finished, report] + [unfinished] * (not name.endswith("metrics.json"))
+    ways = READERS.get(name, [evaluation])
     monkeypatch.setenv("ALTERREC_FAST_CACHE", str(tmp_path / "place" / "cache"))
     place = whole.copy(tmp_path / "place")
     expected = {way: way(place.copy(tmp_path / "place2") if way is unfinished else place) for way in ways}

@@ -86,8 +86,8 @@ def test_every_variant_learns_and_reports(variant: str, shop: Dataset, tmp_path:
     assert all(line["padding"] <= 1.1 for line in lines[1:])
     test = result.metrics["test"]
     assert test["fused"]["hits@20"] > 0.15  # 20 of 200 items by chance: 0.1
-    parts = {"id": test["id"] is not None, "text": test["text"] is not None}
-    assert parts == {
+    views = {"id": test["id"] is not None, "text": test["text"] is not None}
+    assert views == {
         "id": variant not in ("text_only", "nfrec_sum"),
         "text": variant not in ("id_only", "nfrec_sum"),
     }
@@ -420,11 +420,11 @@ def test_recommend_and_evaluate(shop: Dataset, tmp_path: Path) -> None:
     result = af.train(small(shop, tmp_path / "run"))
     model = af.load(tmp_path / "run")
     ids = shop.items["item_id"].to_list()
-    found = model.recommend(ids[:2], n=5)
-    assert len(found) == len({one.item for one in found}) == 5
-    assert not {one.item for one in found} & set(ids[:2])
-    assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
-    assert found[0].title == shop.items["title"][ids.index(found[0].item)]
+    best = model.recommend(ids[:2], n=5)
+    assert len(best) == len({one.item for one in best}) == 5
+    assert not {one.item for one in best} & set(ids[:2])
+    assert [one.score for one in best] == sorted((one.score for one in best), reverse=True)
+    assert best[0].title == shop.items["title"][ids.index(best[0].item)]
     assert len(model.recommend(ids[:2], n=500)) == 198
     assert len(model.recommend(ids[:2], n=500, repeats=True)) == 200
     with pytest.raises(ValueError, match="unknown items 'nothing'"):
