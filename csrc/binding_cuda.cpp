@@ -5,6 +5,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <optional>
@@ -23,8 +24,8 @@ cudaStream_t stream_of(const at::Tensor& tensor) {
   return static_cast<cudaStream_t>(guard.getStreamNativeHandle(guard.getStream(tensor.device())));
 }
 
-OptionalTensor as_floats(const OptionalTensor& x) {
-  return x ? OptionalTensor(x->detach().to(at::kFloat).contiguous()) : std::nullopt;
+OptionalTensor as_floats(const char* name, const OptionalTensor& x, int64_t length) {
+  return x ? OptionalTensor(floats_of(name, *x, length)) : std::nullopt;
 }
 
 const float* data_or_null(const OptionalTensor& x) { return x ? x->const_data_ptr<float>() : nullptr; }
@@ -45,34 +46,63 @@ void check_ids(const char* name, const at::Tensor& ids, int64_t none, int64_t st
                     none, " or an id in [0, ", stop, ")");
 }
 
-// A problem together with the tensors that it points into.
+// Raises ValueError where an item of a row that is not ignored has a bias of -inf. The ids have been checked.
+void check_not_masked(const char* name, const at::Tensor& ids, const at::Tensor& ignored, const at::Tensor& bias) {
+  const at::Tensor rows = ignored.view({-1, 1}), table = ids.view({ids.size(0), -1});
+  const at::Tensor item = table.masked_fill(rows.logical_or(table.lt(0)), 0);
+  if (item.numel() == 0 || bias.numel() == 0) return;
+  const at::Tensor masked = bias.index_select(0, item.flatten()).view_as(item).eq(-INFINITY);
+  const at::Tensor bad = masked.logical_and_(table.ge(0)).logical_and_(rows.logical_not()).nonzero();
+  if (bad.size(0) == 0) return;
+  const int64_t row = bad[0][0].item<int64_t>(), place = bad[0][1].item<int64_t>();
+  TORCH_CHECK_VALUE(false, name, ": row ", row, " holds ", table[row][place].item<int64_t>(), ", whose bias is -inf");
+}
+
+// What both passes are given.
+struct Inputs {
+  const at::Tensor &query, &catalog, &target, &negatives;
+  const OptionalTensor &log_q, &positives;
+  double positive_weight, temperature;
+  const OptionalTensor& bias;
+  int64_t ignore_index;
+  bool bf16;
+};
+
+// A problem together with the tensors that it points into, checked.
 struct Arguments {
-  at::Tensor query, catalog, target, negatives, positives;
+  at::Tensor query, catalog, target, negatives, positives, ignored;
   OptionalTensor bias, log_q;
   SampledSoftmax problem{};
 
-  Arguments(const at::Tensor& query_, const at::Tensor& catalog_, const at::Tensor& target_,
-            const at::Tensor& negatives_, const OptionalTensor& log_q_, const OptionalTensor& positives_,
-            double positive_weight, double temperature, const OptionalTensor& bias_, int64_t ignore_index, bool bf16)
-      : catalog(catalog_),
-        target(target_.to(at::kLong).contiguous()),
-        negatives(negatives_.contiguous()),
-        bias(as_floats(bias_)),
-        log_q(as_floats(log_q_)) {
-    check_matrix("query", query_, query_.size(-1));
-    check_matrix("catalog", catalog, query_.size(1));
-    check_vector("target", target, query_.size(0));
-    TORCH_CHECK_VALUE(query_.size(1) <= kMostWidth, "d must be at most ", kMostWidth, ", got ", query_.size(1));
+  explicit Arguments(const Inputs& in) {
+    TORCH_CHECK_VALUE(in.query.dim() == 2, "query must be (B, d), got ", in.query.sizes());
+    const int64_t rows = in.query.size(0), width = in.query.size(1);
+    TORCH_CHECK_VALUE(width <= kMostWidth, "d must be at most ", kMostWidth, ", got ", width);
+    catalog = matrix_of("catalog", in.catalog, width);
     TORCH_CHECK_VALUE(catalog.size(0) < std::numeric_limits<int32_t>::max(),
                       "catalog must hold fewer than 2^31 - 1 items, got ", catalog.size(0));
-    query = (bf16 ? query_.to(at::kBFloat16) : query_).to(at::kFloat).contiguous();
-    if (positives_) positives = positives_->to(at::kLong).contiguous();
+    check_sizes("target", in.target, rows);
+    target = ids_of("target", in.target).to(at::kLong);
+    negatives = ids_of("negatives", in.negatives);
+    TORCH_CHECK_VALUE(negatives.dim() == 1 || (negatives.dim() == 2 && negatives.size(0) == rows),
+                      "negatives must be (", rows, ", n) or (n,), got ", negatives.sizes());
+    if (in.positives) {
+      TORCH_CHECK_VALUE(in.positives->dim() == 2 && in.positives->size(0) == rows, "positives must be (", rows,
+                        ", P), got ", in.positives->sizes());
+      positives = ids_of("positives", *in.positives).to(at::kLong);
+    }
+    bias = as_floats("bias", in.bias, catalog.size(0));
+    log_q = as_floats("log_q", in.log_q, catalog.size(0));
+    // A row whose target is ignored may hold anything.
+    ignored = target.eq(in.ignore_index);
+    query = matrix_of("query", in.query, width).masked_fill(ignored.unsqueeze(1), 0);
+    query = (in.bf16 ? query.to(at::kBFloat16) : query).to(at::kFloat).contiguous();
     const bool narrow = catalog.scalar_type() == at::kBFloat16;
-    const int64_t stride = catalog.size(0) > 1 ? catalog.stride(0) : catalog.size(1);
+    const int64_t stride = catalog.size(0) > 1 ? catalog.stride(0) : width;
     problem.query = query.const_data_ptr<float>();
     problem.catalog = catalog.const_data_ptr();
     problem.stride = stride;
-    problem.kind = narrow ? Kind::kBFloat16 : bf16 ? Kind::kRounded : Kind::kFloat;
+    problem.kind = narrow ? Kind::kBFloat16 : in.bf16 ? Kind::kRounded : Kind::kFloat;
     problem.aligned = reinterpret_cast<uintptr_t>(problem.catalog) % 16 == 0 && stride * (narrow ? 2 : 4) % 16 == 0;
     problem.rows = query.size(0);
     problem.items = catalog.size(0);
@@ -86,22 +116,22 @@ struct Arguments {
     problem.count = negatives.size(-1);
     problem.bias = data_or_null(bias);
     problem.log_q = data_or_null(log_q);
-    problem.positive_weight = static_cast<float>(positive_weight);
-    problem.temperature = static_cast<float>(temperature);
-    problem.ignore_index = ignore_index;
+    problem.positive_weight = static_cast<float>(in.positive_weight);
+    problem.temperature = static_cast<float>(in.temperature);
+    problem.ignore_index = in.ignore_index;
   }
   Arguments(const Arguments&) = delete;
 
-  int64_t num_wanted() const { return 1 + problem.num_positives; }
-  int64_t kept_bytes() const { return problem.rows * (problem.count + num_wanted()) * sizeof(float); }
+  int64_t num_pos() const { return 1 + problem.num_positives; }
+  int64_t saved_bytes() const { return problem.rows * (problem.count + num_pos()) * sizeof(float); }
   at::Tensor floats(at::IntArrayRef sizes) const { return at::empty(sizes, query.options()); }
 
   // (B (1 + P) + negatives,) int32: the item of each entry of Sorted; V where it is none.
   at::Tensor entries() const {
     const at::Tensor first = target.unsqueeze(1);
-    const at::Tensor wanted = positives.defined() ? at::cat({first, positives}, 1) : first;
-    const at::Tensor none = first.eq(problem.ignore_index).logical_or_(first.lt(0));
-    const at::Tensor ids = at::cat({wanted.masked_fill(none, -1).flatten(), negatives.flatten().to(at::kLong)});
+    const at::Tensor pos_ids = positives.defined() ? at::cat({first, positives}, 1) : first;
+    const at::Tensor none = ignored.unsqueeze(1).logical_or(first.lt(0));
+    const at::Tensor ids = at::cat({pos_ids.masked_fill(none, -1).flatten(), negatives.flatten().to(at::kLong)});
     const at::Tensor bad = ids.lt(0).logical_or_(ids.ge(problem.items));
     return ids.masked_fill(bad, problem.items).to(at::kInt);
   }
@@ -110,57 +140,61 @@ struct Arguments {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> sampled_softmax(
     const at::Tensor& query, const at::Tensor& catalog, const at::Tensor& target, const at::Tensor& negatives,
     const OptionalTensor& log_q, const OptionalTensor& positives, double positive_weight, double temperature,
-    const OptionalTensor& bias, int64_t ignore_index, bool /* sparse_grad: for the backward pass */, int64_t kept_size,
+    const OptionalTensor& bias, int64_t ignore_index, bool /* sparse_grad: for the backward pass */, int64_t saved_size,
     bool bf16, bool check) {
   const c10::DeviceGuard guard(query.device());
-  const Arguments arguments(query, catalog, target, negatives, log_q, positives, positive_weight, temperature, bias,
-                            ignore_index, bf16);
+  const Arguments arguments(
+      {query, catalog, target, negatives, log_q, positives, positive_weight, temperature, bias, ignore_index, bf16});
   const SampledSoftmax& p = arguments.problem;
   if (check) {
     check_ids("target", target, ignore_index, p.items);
     check_ids("neg", negatives, -1, p.items);
     if (positives) check_ids("positives", *positives, -1, p.items);
+    if (bias) {
+      check_not_masked("target", arguments.target, arguments.ignored, *arguments.bias);
+      if (positives) check_not_masked("positives", arguments.positives, arguments.ignored, *arguments.bias);
+    }
   }
-  const at::Tensor losses = arguments.floats({p.rows}), log_partition = arguments.floats({p.rows});
-  const at::Tensor kept = at::empty({kept_size}, query.options().dtype(at::kByte));
-  const bool keeps = kept_size > 0 && kept_size >= arguments.kept_bytes();
-  float* logits = keeps ? static_cast<float*>(kept.data_ptr()) : nullptr;
+  const at::Tensor losses = arguments.floats({p.rows}), lse = arguments.floats({p.rows});
+  const at::Tensor saved = at::empty({saved_size}, query.options().dtype(at::kByte));
+  const bool keeps = saved_size > 0 && saved_size >= arguments.saved_bytes();
+  float* logits = keeps ? static_cast<float*>(saved.data_ptr()) : nullptr;
   const at::Tensor fault = check ? at::full({1}, -1, target.options().dtype(at::kLong)) : at::Tensor();
-  forward(p, logits, keeps ? logits + p.rows * p.count : nullptr, losses.data_ptr<float>(),
-          log_partition.data_ptr<float>(), check ? reinterpret_cast<uint64_t*>(fault.data_ptr<int64_t>()) : nullptr,
-          stream_of(query));
+  forward(p, logits, keeps ? logits + p.rows * p.count : nullptr, losses.data_ptr<float>(), lse.data_ptr<float>(),
+          check ? reinterpret_cast<uint64_t*>(fault.data_ptr<int64_t>()) : nullptr, stream_of(query));
   const uint64_t found = check ? static_cast<uint64_t>(fault.item<int64_t>()) : kNoFault;
   const uint32_t bits = static_cast<uint32_t>(found);
   float score;
   std::memcpy(&score, &bits, sizeof(score));  // torch before 2.13 compiles extensions as C++17, without std::bit_cast
   TORCH_CHECK_VALUE(found == kNoFault, "scores: row ", found >> 32, " has a score of ", score,
                     ", expected a finite one");
-  return {losses, log_partition, kept};
+  return {losses, lse, saved};
 }
 
 // -> gradients of query, catalog and bias, and the items whose rows the catalog's holds: none where it holds all.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sampled_softmax_backward(
     const at::Tensor& grad_losses, const at::Tensor& query, const at::Tensor& catalog, const at::Tensor& target,
     const at::Tensor& negatives, const OptionalTensor& log_q, const OptionalTensor& positives, double positive_weight,
-    double temperature, const OptionalTensor& bias, int64_t ignore_index, bool sparse, bool bf16,
-    const at::Tensor& log_partition, const at::Tensor& kept, c10::List<bool> needs) {
+    double temperature, const OptionalTensor& bias, int64_t ignore_index, bool sparse, bool bf16, const at::Tensor& lse,
+    const at::Tensor& saved, c10::List<bool> needs) {
   const c10::DeviceGuard guard(query.device());
   const cudaStream_t stream = stream_of(query);
-  const Arguments arguments(query, catalog, target, negatives, log_q, positives, positive_weight, temperature, bias,
-                            ignore_index, bf16);
+  const Arguments arguments(
+      {query, catalog, target, negatives, log_q, positives, positive_weight, temperature, bias, ignore_index, bf16});
   const SampledSoftmax& p = arguments.problem;
-  TORCH_CHECK_VALUE(kept.numel() >= arguments.kept_bytes(), "kept must hold ", arguments.kept_bytes(),
-                    " bytes from the forward pass, got ", kept.numel());
-  const at::Tensor grad = grad_losses.to(at::kFloat).contiguous();
-  const at::Tensor weights = arguments.floats({p.rows}), pulls = arguments.floats({p.rows, arguments.num_wanted()});
-  const auto* logits = static_cast<const float*>(kept.const_data_ptr());
-  const Slopes x{logits,
-                 logits + p.rows * p.count,
-                 log_partition.const_data_ptr<float>(),
-                 grad.const_data_ptr<float>(),
-                 weights.data_ptr<float>(),
-                 pulls.data_ptr<float>()};
-  slopes(p, x, stream);
+  TORCH_CHECK_VALUE(saved.numel() >= arguments.saved_bytes(), "saved must hold ", arguments.saved_bytes(),
+                    " bytes from the forward pass, got ", saved.numel());
+  const at::Tensor grad = floats_of("grad_losses", grad_losses, p.rows), dense_lse = floats_of("lse", lse, p.rows);
+  const at::Tensor dense_saved = saved.contiguous();
+  const at::Tensor weights = arguments.floats({p.rows}), pos_dlogits = arguments.floats({p.rows, arguments.num_pos()});
+  const auto* logits = static_cast<const float*>(dense_saved.const_data_ptr());
+  const DLogits x{logits,
+                  logits + p.rows * p.count,
+                  dense_lse.const_data_ptr<float>(),
+                  grad.const_data_ptr<float>(),
+                  weights.data_ptr<float>(),
+                  pos_dlogits.data_ptr<float>()};
+  dlogits(p, x, stream);
 
   at::Tensor grad_query = arguments.floats({0}), grad_catalog, grad_bias;
   at::Tensor items = at::empty({0}, target.options().dtype(at::kLong));
@@ -186,7 +220,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sampled_softmax_backw
       items = unique.slice(0, 0, limit).to(at::kLong);
       rows = inverse.to(at::kInt);
     }
-    // Rows that nothing pulls at are not written; of a sparse gradient there are none.
+    // Rows without entries are not written; a sparse gradient has none of these.
     if (needs[1]) grad_catalog = at::zeros({limit, p.width}, catalog.options());
     if (needs[2]) grad_bias = at::zeros({limit}, query.options().dtype(at::kFloat));
     at::Tensor shared_rows, shared_totals;

@@ -2,13 +2,14 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <limits>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "check.h"
 #include "cpu/gathered_loss.h"
 #include "cpu/shared_negatives.h"
-#include "cpu/streamed_loss.h"
 #include "recycle.h"
 
 namespace alterrec {
@@ -16,44 +17,66 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-Matrix matrix(const at::Tensor& x) {
-  return {x.const_data_ptr(), x.scalar_type() == at::kBFloat16, x.size(0), x.size(1),
-          x.size(0) > 1 ? x.stride(0) : x.size(1)};
+// The query with zeros in the rows whose target is ignored, which may hold anything.
+at::Tensor without_ignored(const at::Tensor& query, const at::Tensor& target, int64_t ignore_index) {
+  const at::Tensor ignored = target.eq(ignore_index);
+  return ignored.any().item<bool>() ? query.masked_fill(ignored.unsqueeze(1), 0) : query;
 }
 
-const float* data_or_null(const OptionalTensor& x) { return x ? x->const_data_ptr<float>() : nullptr; }
-
-OptionalTensor as_floats(const OptionalTensor& x) {
-  return x ? OptionalTensor(x->detach().to(at::kFloat).contiguous()) : std::nullopt;
+Ids ids(const at::Tensor& x) {
+  Ids out;
+  if (x.scalar_type() == at::kInt) {
+    out.narrow = x.const_data_ptr<int32_t>();
+  } else {
+    out.wide = x.const_data_ptr<int64_t>();
+  }
+  return out;
 }
 
-// A problem together with the tensors that it points into.
+// What both losses are given.
+struct Inputs {
+  const at::Tensor &query, &catalog, &target;
+  const OptionalTensor &positives, &bias, &log_q;
+  double positive_weight, temperature;
+  int64_t first_item, ignore_index;
+  bool bf16, check;
+};
+
+// A problem together with the tensors that it points into, checked.
 struct Arguments {
-  at::Tensor target, positives;
-  OptionalTensor bias, log_q;
-  LossProblem problem;
+  at::Tensor query, catalog, target, positives, bias, log_q;
+  LossProblem problem{};
 
-  Arguments(const at::Tensor& query, const at::Tensor& catalog, const at::Tensor& target_,
-            const OptionalTensor& positives_, double positive_weight, double temperature, const OptionalTensor& bias_,
-            const OptionalTensor& log_q_, int64_t first_item, int64_t ignore_index, bool bf16, bool check)
-      : target(target_.to(at::kLong).contiguous()), bias(as_floats(bias_)), log_q(as_floats(log_q_)) {
-    check_matrix("query", query, query.size(-1));
-    check_matrix("catalog", catalog, query.size(1));
-    check_vector("target", target, query.size(0));
-    if (positives_) positives = positives_->to(at::kLong).contiguous();
-    problem = {matrix(query),
-               matrix(catalog),
-               bf16,
-               target.const_data_ptr<int64_t>(),
-               positives_ ? positives.const_data_ptr<int64_t>() : nullptr,
-               positives_ ? positives.size(1) : 0,
-               data_or_null(bias),
-               data_or_null(log_q),
-               positive_weight,
-               static_cast<float>(temperature),
-               first_item,
-               ignore_index,
-               check};
+  explicit Arguments(const Inputs& in) {
+    TORCH_CHECK_VALUE(in.query.dim() == 2, "query must be (B, d), got ", in.query.sizes());
+    const int64_t rows = in.query.size(0), width = in.query.size(1);
+    catalog = matrix_of("catalog", in.catalog, width);
+    const int64_t items = catalog.size(0);
+    check_sizes("target", in.target, rows);
+    target = ids_of("target", in.target).to(at::kLong);
+    query = without_ignored(matrix_of("query", in.query, width), target, in.ignore_index);
+    if (in.positives) {
+      TORCH_CHECK_VALUE(in.positives->dim() == 2 && in.positives->size(0) == rows, "positives must be (", rows,
+                        ", P), got ", in.positives->sizes());
+      positives = ids_of("positives", *in.positives);
+      problem.positives = ids(positives);
+      problem.num_positives = positives.size(1);
+      TORCH_CHECK_VALUE(rows * (1 + problem.num_positives) <= std::numeric_limits<uint32_t>::max(),
+                        "positives must be fewer than 2^32, got ", positives.sizes());
+    }
+    if (in.bias) bias = floats_of("bias", *in.bias, items);
+    if (in.log_q) log_q = floats_of("log_q", *in.log_q, items);
+    problem.query = matrix(query);
+    problem.catalog = matrix(catalog);
+    problem.bf16 = in.bf16;
+    problem.target = target.const_data_ptr<int64_t>();
+    problem.bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
+    problem.log_q = log_q.defined() ? log_q.const_data_ptr<float>() : nullptr;
+    problem.positive_weight = in.positive_weight;
+    problem.temperature = static_cast<float>(in.temperature);
+    problem.first_item = in.first_item;
+    problem.ignore_index = in.ignore_index;
+    problem.check = in.check;
   }
   Arguments(const Arguments&) = delete;
 };
@@ -68,63 +91,87 @@ void raising(const Body& body) {
   }
 }
 
-// (count,) of bias / temperature, what a bias adds to the logits.
-at::Tensor shift_of(const LossProblem& problem) {
-  at::Tensor shift = at::empty({problem.bias ? problem.catalog.rows : 0}, at::kFloat);
-  for (int64_t i = 0; i < shift.numel(); ++i) shift.data_ptr<float>()[i] = problem.bias[i] / problem.temperature;
-  return shift;
-}
+// The sets of negatives of a slice, checked and kept; all items where there is none.
+struct Slice {
+  at::Tensor tensor;
+  Members members;
 
-Members members_of(const OptionalTensor& members) {
-  Members out;
-  if (members && members->scalar_type() == at::kByte) {
-    out.form = Members::Form::kBits;
-    out.bits = members->const_data_ptr<uint8_t>();
-    out.bits_stride = members->size(1);
-  } else if (members) {
-    out.form = Members::Form::kIds;
-    out.ids = members->const_data_ptr<int32_t>();
-    out.ids_width = members->size(1);
+  Slice(const OptionalTensor& slice, int64_t rows, int64_t items) {
+    if (!slice) return;
+    if (slice->scalar_type() == at::kByte) {
+      check_sizes("neg.bits", *slice, {rows, (items + 63) / 64 * 8});
+      tensor = slice->contiguous();
+      members.form = Members::Form::kBits;
+      members.bits = tensor.const_data_ptr<uint8_t>();
+      members.bits_stride = tensor.size(1);
+      return;
+    }
+    TORCH_CHECK_TYPE(slice->scalar_type() == at::kInt, "neg must hold uint8 bits or int32 ids, got ",
+                     slice->scalar_type());
+    TORCH_CHECK_VALUE(slice->dim() == 2 && slice->size(0) == rows, "neg.ids must be (", rows, ", n), got ",
+                      slice->sizes());
+    tensor = slice->contiguous();
+    members.form = Members::Form::kIds;
+    members.ids = tensor.const_data_ptr<int32_t>();
+    members.ids_width = tensor.size(1);
   }
-  return out;
-}
+  Slice(const Slice&) = delete;
 
-OptionalTensor contiguous(const OptionalTensor& x) { return x ? OptionalTensor(x->contiguous()) : std::nullopt; }
-
-// Whether a slice's ids are read one by one, or scored together with all other items.
-bool gathers(const Members& members, int64_t items) {
-  constexpr int64_t kCrossover = 16;  // benchmarks/native_losses.py measures it
-  return members.form == Members::Form::kIds && members.ids_width * kCrossover <= items;
-}
-
-Negatives negatives_of(const at::Tensor& ids) {
-  Negatives out;
-  out.count = ids.size(-1);
-  if (ids.scalar_type() == at::kInt) {
-    out.narrow = ids.const_data_ptr<int32_t>();
-  } else {
-    out.wide = ids.const_data_ptr<int64_t>();
+  // Raises ValueError where ids do not ascend from first_item on, with -1 behind them.
+  void check_order(int64_t first_item, int64_t items) const {
+    if (members.form != Members::Form::kIds) return;
+    for (int64_t row = 0; row < tensor.size(0); ++row) {
+      const int32_t* row_ids = members.ids + row * members.ids_width;
+      int64_t last = first_item - 1;
+      for (int64_t i = 0; i < members.ids_width; ++i) {
+        const int64_t id = row_ids[i];
+        const bool none = id == -1;
+        TORCH_CHECK_VALUE(none || (id > last && id < items), "neg.ids: row ", row, " holds ", id, " at place ", i,
+                          ", expected ids of the catalog that ascend and end in -1");
+        last = none ? items : id;
+      }
+    }
   }
-  return out;
-}
+
+  // Whether its ids are read one by one, or scored together with all other items.
+  bool gathers(int64_t items) const {
+    constexpr int64_t kCrossover = 16;  // measured by the benchmarks of the losses
+    return members.form == Members::Form::kIds && members.ids_width * kCrossover <= items;
+  }
+  Negatives negatives() const { return {ids(tensor), members.ids_width}; }
+};
+
+// The negatives of sampled_softmax, (B, n) or (n,), dense.
+struct Sampled {
+  at::Tensor tensor;
+  bool shared;
+  Negatives negatives;
+
+  Sampled(const at::Tensor& sampled, int64_t rows)
+      : tensor(ids_of("negatives", sampled)), shared(sampled.dim() == 1), negatives{ids(tensor), sampled.size(-1)} {
+    TORCH_CHECK_VALUE(shared || (sampled.dim() == 2 && sampled.size(0) == rows), "negatives must be (", rows,
+                      ", n) or (n,), got ", sampled.sizes());
+  }
+  Sampled(const Sampled&) = delete;
+};
 
 // The outputs of a forward pass.
 struct Forward {
-  at::Tensor losses, log_partition, kept;
+  at::Tensor losses, lse, saved;
 
-  Forward(int64_t rows, int64_t kept_size)
+  Forward(int64_t rows, int64_t saved_size)
       : losses(at::empty({rows}, at::kFloat)),
-        log_partition(at::empty({rows}, at::kFloat)),
-        kept(recycled_empty({kept_size}, at::kByte)) {}
+        lse(at::empty({rows}, at::kFloat)),
+        saved(recycled_empty({saved_size}, at::kByte)) {}
 
-  void run(const StreamedLoss& loss) {
-    loss.forward(kept.data_ptr<uint8_t>(), kept.numel(), losses.data_ptr<float>(), log_partition.data_ptr<float>());
+  void run(const DenseLoss& loss) {
+    loss.forward(saved.data_ptr<uint8_t>(), saved.numel(), losses.data_ptr<float>(), lse.data_ptr<float>());
   }
   void run(const GatheredLoss& loss) {
-    uint8_t* space = kept.numel() > 0 && kept.numel() >= loss.kept_bytes() ? kept.data_ptr<uint8_t>() : nullptr;
-    loss.forward(space, losses.data_ptr<float>(), log_partition.data_ptr<float>());
+    uint8_t* space = saved.numel() > 0 && saved.numel() >= loss.saved_bytes() ? saved.data_ptr<uint8_t>() : nullptr;
+    loss.forward(space, losses.data_ptr<float>(), lse.data_ptr<float>());
   }
-  std::tuple<at::Tensor, at::Tensor, at::Tensor> result() const { return {losses, log_partition, kept}; }
+  std::tuple<at::Tensor, at::Tensor, at::Tensor> result() const { return {losses, lse, saved}; }
 };
 
 // The outputs of a backward pass; empty where they are not needed. (rows, d) is the shape of the catalog's.
@@ -143,73 +190,85 @@ struct Backward {
   }
 };
 
+// What a backward pass gets from the forward pass and from the loss, dense.
+struct FromForward {
+  at::Tensor grad_losses, lse, saved;
+
+  FromForward(const at::Tensor& grad, const at::Tensor& lse_, const at::Tensor& saved_, int64_t rows)
+      : grad_losses(floats_of("grad_losses", grad, rows)),
+        lse(floats_of("lse", lse_, rows)),
+        saved(saved_.contiguous()) {
+    TORCH_CHECK_TYPE(saved.scalar_type() == at::kByte, "saved must be uint8, got ", saved.scalar_type());
+  }
+  const float* grads() const { return grad_losses.const_data_ptr<float>(); }
+  const float* lses() const { return lse.const_data_ptr<float>(); }
+  const uint8_t* bytes() const { return saved.const_data_ptr<uint8_t>(); }
+};
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> slice_cross_entropy(
-    const at::Tensor& query, const at::Tensor& catalog, const at::Tensor& target, const OptionalTensor& members_,
+    const at::Tensor& query, const at::Tensor& catalog, const at::Tensor& target, const OptionalTensor& members,
     const OptionalTensor& positives, double positive_weight, double temperature, const OptionalTensor& bias,
-    int64_t first_item, int64_t ignore_index, int64_t kept_size, bool bf16, bool check) {
-  const OptionalTensor tensor = contiguous(members_);
-  const Members members = members_of(tensor);
-  Forward forward(query.size(0), kept_size);
+    int64_t first_item, int64_t ignore_index, int64_t saved_size, bool bf16, bool check) {
+  Forward forward(query.size(0), saved_size);
   raising([&] {
-    const Arguments arguments(query, catalog, target, positives, positive_weight, temperature, bias, std::nullopt,
-                              first_item, ignore_index, bf16, check);
-    if (gathers(members, catalog.size(0))) {
-      forward.run(GatheredLoss(arguments.problem, negatives_of(*tensor)));
-      return;
+    const Arguments arguments({query, catalog, target, positives, bias, std::nullopt, positive_weight, temperature,
+                               first_item, ignore_index, bf16, check});
+    const int64_t items = catalog.size(0);
+    const Slice slice(members, query.size(0), items);
+    if (check) slice.check_order(first_item, items);
+    if (slice.gathers(items)) {
+      forward.run(GatheredLoss(arguments.problem, slice.negatives()));
+    } else {
+      const ItemColumns all(arguments.problem);
+      forward.run(DenseLoss(arguments.problem, all.columns, slice.members));
     }
-    const at::Tensor shift = shift_of(arguments.problem);
-    const Columns columns{catalog.size(0), nullptr, shift.numel() ? shift.const_data_ptr<float>() : nullptr};
-    forward.run(StreamedLoss(arguments.problem, columns, members));
   });
   return forward.result();
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> slice_cross_entropy_backward(
     const at::Tensor& grad_losses, const at::Tensor& query, const at::Tensor& catalog, const at::Tensor& target,
-    const OptionalTensor& members_, const OptionalTensor& positives, double positive_weight, double temperature,
-    const OptionalTensor& bias, int64_t first_item, int64_t ignore_index, bool bf16, const at::Tensor& log_partition,
-    const at::Tensor& kept, c10::List<bool> needs) {
-  const OptionalTensor tensor = contiguous(members_);
-  const Members members = members_of(tensor);
-  Backward backward(query, catalog, catalog.size(0), needs);
-  const at::Tensor grad = grad_losses.to(at::kFloat).contiguous();
+    const OptionalTensor& members, const OptionalTensor& positives, double positive_weight, double temperature,
+    const OptionalTensor& bias, int64_t first_item, int64_t ignore_index, bool bf16, const at::Tensor& lse,
+    const at::Tensor& saved, c10::List<bool> needs) {
+  const int64_t rows = query.size(0), items = catalog.size(0);
+  const FromForward from(grad_losses, lse, saved, rows);
+  Backward backward(query, catalog, items, needs);
   raising([&] {
-    const Arguments arguments(query, catalog, target, positives, positive_weight, temperature, bias, std::nullopt,
-                              first_item, ignore_index, bf16, false);
-    int64_t kept_size = kept.numel();
-    if (gathers(members, catalog.size(0))) {
-      GatheredLoss loss(arguments.problem, negatives_of(*tensor));
-      if (kept_size >= loss.kept_bytes()) {
-        loss.backward(grad.const_data_ptr<float>(), log_partition.const_data_ptr<float>(),
-                      kept.const_data_ptr<uint8_t>(), nullptr, backward.gradients);
+    const Arguments arguments({query, catalog, target, positives, bias, std::nullopt, positive_weight, temperature,
+                               first_item, ignore_index, bf16, false});
+    const Slice slice(members, rows, items);
+    int64_t saved_size = from.saved.numel();
+    if (slice.gathers(items)) {
+      GatheredLoss loss(arguments.problem, slice.negatives());
+      if (saved_size >= loss.saved_bytes()) {
+        loss.backward(from.grads(), from.lses(), from.bytes(), nullptr, backward.gradients);
         return;
       }
-      kept_size = 0;  // there was no room for what the gathered form keeps
+      saved_size = 0;  // there was no room for what the gathered form saves
     }
-    const at::Tensor shift = shift_of(arguments.problem);
-    const Columns columns{catalog.size(0), nullptr, shift.numel() ? shift.const_data_ptr<float>() : nullptr};
-    StreamedLoss loss(arguments.problem, columns, members);
-    loss.backward(grad.const_data_ptr<float>(), log_partition.const_data_ptr<float>(), kept.const_data_ptr<uint8_t>(),
-                  kept_size, backward.gradients);
+    const ItemColumns all(arguments.problem);
+    DenseLoss loss(arguments.problem, all.columns, slice.members);
+    loss.backward(from.grads(), from.lses(), from.bytes(), saved_size, backward.gradients);
   });
   return {backward.query, backward.catalog, bias ? backward.bias.to(bias->scalar_type()) : backward.bias};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> sampled_softmax(
-    const at::Tensor& query, const at::Tensor& catalog, const at::Tensor& target, const at::Tensor& negatives_,
+    const at::Tensor& query, const at::Tensor& catalog, const at::Tensor& target, const at::Tensor& negatives,
     const OptionalTensor& log_q, const OptionalTensor& positives, double positive_weight, double temperature,
-    const OptionalTensor& bias, int64_t ignore_index, bool /* sparse_grad: for the backward pass */, int64_t kept_size,
+    const OptionalTensor& bias, int64_t ignore_index, bool /* sparse_grad: for the backward pass */, int64_t saved_size,
     bool bf16, bool check) {
-  const at::Tensor negatives = negatives_.contiguous();
-  Forward forward(query.size(0), kept_size);
+  Forward forward(query.size(0), saved_size);
   raising([&] {
-    const Arguments arguments(query, catalog, target, positives, positive_weight, temperature, bias, log_q, 0,
-                              ignore_index, bf16, check);
-    if (negatives.dim() == 2) {
-      forward.run(GatheredLoss(arguments.problem, negatives_of(negatives)));
+    const Arguments arguments(
+        {query, catalog, target, positives, bias, log_q, positive_weight, temperature, 0, ignore_index, bf16, check});
+    const Sampled sampled(negatives, query.size(0));
+    if (sampled.shared) {
+      const SharedNegatives shared(arguments.problem, sampled.negatives);
+      forward.run(DenseLoss(arguments.problem, shared.columns(), shared.members()));
     } else {
-      const SharedNegatives shared(arguments.problem, negatives_of(negatives));
-      forward.run(StreamedLoss(arguments.problem, shared.columns(), shared.members()));
+      forward.run(GatheredLoss(arguments.problem, sampled.negatives));
     }
   });
   return forward.result();
@@ -218,38 +277,39 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sampled_softmax(
 // -> gradients of query, catalog and bias, and the items whose rows the catalog's holds: none where it holds all.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sampled_softmax_backward(
     const at::Tensor& grad_losses, const at::Tensor& query, const at::Tensor& catalog, const at::Tensor& target,
-    const at::Tensor& negatives_, const OptionalTensor& log_q, const OptionalTensor& positives, double positive_weight,
-    double temperature, const OptionalTensor& bias, int64_t ignore_index, bool sparse, bool bf16,
-    const at::Tensor& log_partition, const at::Tensor& kept, c10::List<bool> needs) {
-  const at::Tensor negatives = negatives_.contiguous();
-  const at::Tensor grad = grad_losses.to(at::kFloat).contiguous();
-  const float* grads = grad.const_data_ptr<float>();
-  const float* partition = log_partition.const_data_ptr<float>();
+    const at::Tensor& negatives, const OptionalTensor& log_q, const OptionalTensor& positives, double positive_weight,
+    double temperature, const OptionalTensor& bias, int64_t ignore_index, bool sparse, bool bf16, const at::Tensor& lse,
+    const at::Tensor& saved, c10::List<bool> needs) {
+  const int64_t rows = query.size(0), all_items = catalog.size(0);
+  const FromForward from(grad_losses, lse, saved, rows);
   std::optional<Backward> backward;
   std::vector<int64_t> items;
   raising([&] {
-    const Arguments arguments(query, catalog, target, positives, positive_weight, temperature, bias, log_q, 0,
-                              ignore_index, bf16, false);
-    if (negatives.dim() == 2) {
-      GatheredLoss loss(arguments.problem, negatives_of(negatives));
-      if (sparse) items = loss.touched();
-      backward.emplace(query, catalog, sparse ? static_cast<int64_t>(items.size()) : catalog.size(0), needs);
-      loss.backward(grads, partition, kept.const_data_ptr<uint8_t>(), sparse ? &items : nullptr, backward->gradients);
-    } else {
-      const SharedNegatives shared(arguments.problem, negatives_of(negatives));
+    const Arguments arguments(
+        {query, catalog, target, positives, bias, log_q, positive_weight, temperature, 0, ignore_index, bf16, false});
+    const Sampled sampled(negatives, rows);
+    if (sampled.shared) {
+      const SharedNegatives shared(arguments.problem, sampled.negatives);
       if (sparse) items = shared.items();
-      backward.emplace(query, catalog, sparse ? static_cast<int64_t>(items.size()) : catalog.size(0), needs);
+      backward.emplace(query, catalog, sparse ? static_cast<int64_t>(items.size()) : all_items, needs);
       if (!sparse) {
         backward->catalog.zero_();
         backward->bias.zero_();
       }
-      StreamedLoss loss(arguments.problem, shared.columns(), shared.members());
-      loss.backward(grads, partition, kept.const_data_ptr<uint8_t>(), kept.numel(), backward->gradients, !sparse);
+      DenseLoss loss(arguments.problem, shared.columns(), shared.members());
+      loss.backward(from.grads(), from.lses(), from.bytes(), from.saved.numel(), backward->gradients, !sparse);
+    } else {
+      GatheredLoss loss(arguments.problem, sampled.negatives);
+      TORCH_CHECK_VALUE(from.saved.numel() >= loss.saved_bytes(), "saved must hold ", loss.saved_bytes(),
+                        " bytes from the forward pass, got ", from.saved.numel());
+      if (sparse) items = loss.touched();
+      backward.emplace(query, catalog, sparse ? static_cast<int64_t>(items.size()) : all_items, needs);
+      loss.backward(from.grads(), from.lses(), from.bytes(), sparse ? &items : nullptr, backward->gradients);
     }
   });
   const at::Tensor ids = at::tensor(items, at::kLong);
   at::Tensor grad_bias = backward->bias;
-  if (sparse && needs[2]) grad_bias = at::zeros({catalog.size(0)}).index_copy_(0, ids, grad_bias);
+  if (sparse && needs[2]) grad_bias = at::zeros({all_items}).index_copy_(0, ids, grad_bias);
   return {backward->query, backward->catalog, bias ? grad_bias.to(bias->scalar_type()) : grad_bias, ids};
 }
 

@@ -4,17 +4,46 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <limits>
+
+#include "cpu/tile.h"
+
 namespace alterrec {
 
-inline void check_matrix(const char* name, const at::Tensor& t, int64_t width) {
+// (rows, width) float32 or bfloat16 as the kernels read it: unit last stride, rows that do not overlap. A tensor that
+// is not laid out like that is copied.
+inline at::Tensor matrix_of(const char* name, const at::Tensor& t, int64_t width) {
   TORCH_CHECK_VALUE(t.dim() == 2 && t.size(1) == width, name, " must be (rows, ", width, "), got ", t.sizes());
-  TORCH_CHECK_VALUE(t.size(1) <= 1 || t.stride(1) == 1, name, " must have unit last stride, got strides ", t.strides());
   TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16, name,
                    " must be float32 or bfloat16, got ", t.scalar_type());
+  constexpr int64_t kLargest = std::numeric_limits<int32_t>::max();  // what a BLAS takes
+  const bool unit = t.size(1) <= 1 || t.stride(1) == 1;
+  const bool apart = t.size(0) <= 1 || (t.stride(0) >= t.size(1) && t.stride(0) <= kLargest);
+  return unit && apart ? t.detach() : t.detach().contiguous();
 }
 
-inline void check_vector(const char* name, const at::Tensor& t, int64_t length) {
-  TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == length, name, " must be (", length, "), got ", t.sizes());
+// A tensor of matrix_of(); the kernels need not know of odd strides over a single row.
+inline Matrix matrix(const at::Tensor& t) {
+  return {t.const_data_ptr(), t.scalar_type() == at::kBFloat16, t.size(0), t.size(1),
+          t.size(0) > 1 ? t.stride(0) : t.size(1)};
+}
+
+inline void check_sizes(const char* name, const at::Tensor& t, at::IntArrayRef sizes) {
+  TORCH_CHECK_VALUE(t.sizes() == sizes, name, " must be ", sizes, ", got ", t.sizes());
+}
+
+// (length,) of any kind of float, as dense float32.
+inline at::Tensor floats_of(const char* name, const at::Tensor& t, int64_t length) {
+  check_sizes(name, t, length);
+  TORCH_CHECK_TYPE(at::isFloatingType(t.scalar_type()), name, " must be float32 or bfloat16, got ", t.scalar_type());
+  return t.detach().to(at::kFloat).contiguous();
+}
+
+// int32 or int64 ids of any shape, dense.
+inline at::Tensor ids_of(const char* name, const at::Tensor& t) {
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kInt || t.scalar_type() == at::kLong, name, " must be int32 or int64, got ",
+                   t.scalar_type());
+  return t.contiguous();
 }
 
 }  // namespace alterrec

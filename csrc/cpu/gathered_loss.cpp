@@ -29,19 +29,19 @@ GatheredLoss::GatheredLoss(const LossProblem& problem, const Negatives& negative
       width_(problem.query.cols),
       kind_(row_kind(problem)),
       query_(float_rows(problem.query, 0, rows_, problem.bf16, query_copy_, &query_stride_)),
-      wanted_(problem, query_, query_stride_) {
+      positives_(problem, query_, query_stride_) {
   for (int64_t i = 0; i < rows_ * negatives.count; ++i) {
     check_id("neg", i / negatives.count, negatives.at(i), -1, 0, problem.catalog.rows);
   }
 }
 
-int64_t GatheredLoss::kept_bytes() const {
+int64_t GatheredLoss::saved_bytes() const {
   return rows_ * (negatives_.count + width_) * static_cast<int64_t>(sizeof(float));
 }
 
 // softmax (n,) of the row's negatives, zero where there is none, and mean (d,) of their rows under it; mean may be
 // null.
-void GatheredLoss::forward_row(int64_t row, float* softmax, float* mean, float* log_partition, Fault& fault) const {
+void GatheredLoss::forward_row(int64_t row, float* softmax, float* mean, float* lse, Fault& fault) const {
   const LossKernels& kernel = loss_kernels();
   const auto dot = kernel.dot_rows[static_cast<int>(kind_)];
   const auto add = kernel.weighted_sum[static_cast<int>(kind_)];
@@ -49,6 +49,11 @@ void GatheredLoss::forward_row(int64_t row, float* softmax, float* mean, float* 
   std::vector<float> tops(ceil_div(n, kGroup));  // what each group's exponentials are over
   float top = kLowest, sum = 0;
   if (mean) std::fill(mean, mean + width_, 0.0f);
+  if (positives_.ignored(row)) {
+    if (softmax) std::fill(softmax, softmax + n, 0.0f);
+    *lse = kLowest;
+    return;
+  }
   for (int64_t begin = 0; begin < n; begin += kGroup) {
     const int64_t count = std::min(kGroup, n - begin);
     alignas(64) float y[kGroup] = {};
@@ -56,10 +61,16 @@ void GatheredLoss::forward_row(int64_t row, float* softmax, float* mean, float* 
     uint64_t mask = 0;
     for (int64_t j = 0; j < count; ++j) {
       const int64_t id = negatives_.at(row * n + begin + j);
-      const bool negative = is_negative(row, id) && wanted_.item(row, 0) >= 0;
+      const bool negative = is_negative(row, id);
       mask |= uint64_t{negative} << j;
-      rows[j] = row_at(problem_.catalog, negative ? id : 0);
+      rows[j] = negative ? row_at(problem_.catalog, id) : nullptr;
     }
+    tops[begin / kGroup] = top;
+    if (mask == 0) {
+      if (softmax) std::fill_n(softmax + begin, count, 0.0f);
+      continue;
+    }
+    std::replace(rows, rows + count, static_cast<const void*>(nullptr), rows[__builtin_ctzll(mask)]);
     dot(query_ + row * query_stride_, rows, count, width_, y);
     for (int64_t j = 0; j < count; ++j) {
       if (!(mask >> j & 1)) {
@@ -87,7 +98,7 @@ void GatheredLoss::forward_row(int64_t row, float* softmax, float* mean, float* 
     if (softmax) std::copy_n(y, count, softmax + begin);
     tops[begin / kGroup] = top;
   }
-  *log_partition = sum == 0 ? kLowest : static_cast<float>(top + std::log(static_cast<double>(sum)));
+  *lse = sum == 0 ? kLowest : static_cast<float>(top + std::log(static_cast<double>(sum)));
   if (sum == 0) return;
   if (mean) kernel.scale(1.0f / sum, mean, width_, mean);
   for (int64_t begin = 0; softmax && begin < n; begin += kGroup) {
@@ -96,35 +107,35 @@ void GatheredLoss::forward_row(int64_t row, float* softmax, float* mean, float* 
   }
 }
 
-void GatheredLoss::forward(uint8_t* kept, float* losses, float* log_partition) const {
-  float* softmax = reinterpret_cast<float*>(kept);
-  float* mean = kept ? softmax + rows_ * negatives_.count : nullptr;
+void GatheredLoss::forward(uint8_t* saved, float* losses, float* lse) const {
+  float* softmax = reinterpret_cast<float*>(saved);
+  float* mean = saved ? softmax + rows_ * negatives_.count : nullptr;
   std::vector<Fault> faults(ceil_div(rows_, kRowsPerTask));
   parallel_for(faults.size(), [&](int64_t task) {
     for (int64_t row = task * kRowsPerTask; row < std::min(rows_, (task + 1) * kRowsPerTask); ++row) {
-      forward_row(row, kept ? softmax + row * negatives_.count : nullptr, kept ? mean + row * width_ : nullptr,
-                  log_partition + row, faults[task]);
+      forward_row(row, saved ? softmax + row * negatives_.count : nullptr, saved ? mean + row * width_ : nullptr,
+                  lse + row, faults[task]);
     }
   });
-  Fault fault = wanted_.fault();
+  Fault fault = positives_.fault();
   for (const Fault& other : faults) fault.note(other);
   if (problem_.check) fault.raise();
-  wanted_.losses(log_partition, losses);
+  positives_.losses(lse, losses);
 }
 
-// visit(item, row, coefficient) for all that pulls at a row of the catalog, in rows [begin, end) and in a fixed order.
+// visit(item, row, dlogit) for all logits of rows [begin, end) with a gradient, in a fixed order.
 template <class Visit>
 void GatheredLoss::each_pair(int64_t begin, int64_t end, const float* softmax, const Visit& visit) const {
   const int64_t n = negatives_.count;
   for (int64_t row = begin; row < end; ++row) {
-    const float weight = wanted_.weights()[row];
+    const float weight = positives_.weights()[row];
     if (weight == 0.0f) continue;
     for (int64_t i = row * n; i < (row + 1) * n; ++i) {
       const int64_t id = negatives_.at(i);
       if (is_negative(row, id)) visit(id, row, weight * softmax[i]);
     }
-    for (int64_t k = 0; k < wanted_.width(); ++k) {
-      if (wanted_.coefficient(row, k) != 0.0f) visit(wanted_.item(row, k), row, wanted_.coefficient(row, k));
+    for (int64_t k = 0; k < positives_.width(); ++k) {
+      if (positives_.dlogit(row, k) != 0.0f) visit(positives_.item(row, k), row, positives_.dlogit(row, k));
     }
   }
 }
@@ -139,8 +150,9 @@ std::vector<int64_t> GatheredLoss::touched() const {
   const int64_t n = negatives_.count;
   parallel_for(ceil_div(rows_, kRowsPerChunk), [&](int64_t chunk) {
     for (int64_t row = chunk * kRowsPerChunk; row < std::min(rows_, (chunk + 1) * kRowsPerChunk); ++row) {
-      for (int64_t k = 0; k < wanted_.width(); ++k) {
-        if (wanted_.item(row, k) >= 0) mark(wanted_.item(row, k));
+      if (positives_.ignored(row)) continue;
+      for (int64_t k = 0; k < positives_.width(); ++k) {
+        if (positives_.item(row, k) >= 0) mark(positives_.item(row, k));
       }
       for (int64_t i = row * n; i < (row + 1) * n; ++i) {
         if (is_negative(row, negatives_.at(i))) mark(negatives_.at(i));
@@ -162,12 +174,12 @@ void GatheredLoss::sum_range(int64_t first, int64_t stop, const Pair* pairs, int
   std::vector<int32_t> begin(stop - first + 1);  // where each item's pairs begin, once sorted
   for (int64_t i = 0; i < count; ++i) ++begin[pairs[i].item + 1];
   for (int64_t i = 0; i < stop - first; ++i) begin[i + 1] += begin[i];
-  std::vector<float> coefficients(count), sum(width_);
+  std::vector<float> dlogits(count), sum(width_);
   std::vector<const void*> queries(count);
   std::vector<int32_t> place(begin);
   for (int64_t i = 0; i < count; ++i) {
     const int32_t to = place[pairs[i].item]++;
-    coefficients[to] = pairs[i].coefficient / problem_.temperature;
+    dlogits[to] = pairs[i].dlogit / problem_.temperature;
     queries[to] = query_ + pairs[i].row * query_stride_;
   }
   int64_t out = first;
@@ -179,13 +191,13 @@ void GatheredLoss::sum_range(int64_t first, int64_t stop, const Pair* pairs, int
       const bool direct = !gradients.catalog_bf16;
       float* row = direct ? static_cast<float*>(gradients.catalog) + out * width_ : sum.data();
       std::fill(row, row + width_, 0.0f);
-      loss_kernels().weighted_sum[static_cast<int>(Row::kF32)](coefficients.data() + from, queries.data() + from,
-                                                               to - from, width_, row);
+      loss_kernels().weighted_sum[static_cast<int>(Row::kF32)](dlogits.data() + from, queries.data() + from, to - from,
+                                                               width_, row);
       if (!direct) write_row(row, out, width_, true, gradients.catalog);
     }
     if (gradients.bias) {
       double total = 0;
-      for (int32_t i = from; i < to; ++i) total += coefficients[i];
+      for (int32_t i = from; i < to; ++i) total += dlogits[i];
       gradients.bias[out] = static_cast<float>(total);
     }
     ++out;
@@ -196,10 +208,10 @@ void GatheredLoss::query_gradient(const float* mean, const Gradients& gradients)
   parallel_for(ceil_div(rows_, kRowsPerChunk), [&](int64_t chunk) {
     std::vector<float> sum(width_);
     for (int64_t row = chunk * kRowsPerChunk; row < std::min(rows_, (chunk + 1) * kRowsPerChunk); ++row) {
-      const float weight = wanted_.weights()[row];
+      const float weight = positives_.weights()[row];
       std::fill(sum.begin(), sum.end(), 0.0f);
       if (weight != 0.0f) loss_kernels().add_scaled(weight, mean + row * width_, width_, sum.data());
-      wanted_.add_to_query_gradient(row, sum.data());
+      positives_.add_to_query_gradient(row, sum.data());
       loss_kernels().scale(1.0f / problem_.temperature, sum.data(), width_, sum.data());
       write_row(sum.data(), row, width_, gradients.query_bf16, gradients.query);
     }
@@ -209,10 +221,10 @@ void GatheredLoss::query_gradient(const float* mean, const Gradients& gradients)
 // Pairs (item, row) are sorted by item in two steps, into ranges of items and then within each; both keep the order of
 // the rows, so that every sum has one order whatever the number of threads. Where there are more pairs than the scratch
 // may hold, the ranges take turns.
-void GatheredLoss::backward(const float* grad_losses, const float* log_partition, const uint8_t* kept,
+void GatheredLoss::backward(const float* grad_losses, const float* lse, const uint8_t* saved,
                             const std::vector<int64_t>* touched, const Gradients& gradients) {
-  wanted_.differentiate(grad_losses, log_partition);
-  const float* softmax = reinterpret_cast<const float*>(kept);
+  positives_.differentiate(grad_losses, lse);
+  const float* softmax = reinterpret_cast<const float*>(saved);
   if (gradients.query) query_gradient(softmax + rows_ * negatives_.count, gradients);
   if (!gradients.catalog && !gradients.bias) return;
 
@@ -245,11 +257,11 @@ void GatheredLoss::backward(const float* grad_losses, const float* log_partition
     parallel_for(chunks, [&](int64_t chunk) {
       std::vector<int64_t> next(stop - first);
       for (int64_t range = first; range < stop; ++range) next[range - first] = place[range * chunks + chunk] - base;
-      each_in_chunk(chunk, [&](int64_t item, int64_t row, float coefficient) {
+      each_in_chunk(chunk, [&](int64_t item, int64_t row, float dlogit) {
         const int64_t range = item >> shift;
         if (range < first || range >= stop) return;
         const auto local = static_cast<int32_t>(item - (range << shift));
-        pairs[next[range - first]++] = {local, static_cast<int32_t>(row), coefficient};
+        pairs[next[range - first]++] = {local, static_cast<int32_t>(row), dlogit};
       });
     });
     parallel_for(stop - first, [&](int64_t i) {

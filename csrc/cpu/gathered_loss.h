@@ -10,11 +10,10 @@ namespace alterrec {
 
 // Each row's negatives, (B, count) ids in any order; repeats count each time, -1 is none.
 struct Negatives {
-  const int32_t* narrow = nullptr;  // one of the two
-  const int64_t* wide = nullptr;
+  Ids ids;
   int64_t count = 0;
 
-  int64_t at(int64_t i) const { return narrow ? narrow[i] : wide[i]; }
+  int64_t at(int64_t i) const { return ids.at(i); }
 };
 
 class GatheredLoss {
@@ -22,27 +21,29 @@ class GatheredLoss {
   GatheredLoss(const LossProblem& problem, const Negatives& negatives);
 
   // Bytes that forward() hands to backward(): the softmax of each row, and its mean embedding.
-  int64_t kept_bytes() const;
+  int64_t saved_bytes() const;
 
-  // `kept` may be null where there will be no backward pass.
-  void forward(uint8_t* kept, float* losses, float* log_partition) const;
+  // `saved` may be null where there will be no backward pass.
+  void forward(uint8_t* saved, float* losses, float* lse) const;
 
   // The items whose rows of the catalog get a gradient, ascending.
   std::vector<int64_t> touched() const;
 
   // The gradients of catalog and bias have a row for each item, or for each of `touched` where it is given.
-  void backward(const float* grad_losses, const float* log_partition, const uint8_t* kept,
-                const std::vector<int64_t>* touched, const Gradients& gradients);
+  void backward(const float* grad_losses, const float* lse, const uint8_t* saved, const std::vector<int64_t>* touched,
+                const Gradients& gradients);
 
  private:
   struct Pair {
     int32_t item;  // counted from the start of its range
     int32_t row;
-    float coefficient;
+    float dlogit;
   };
 
-  bool is_negative(int64_t row, int64_t id) const { return id >= 0 && id != wanted_.item(row, 0); }
-  void forward_row(int64_t row, float* softmax, float* mean, float* log_partition, Fault& fault) const;
+  bool is_negative(int64_t row, int64_t id) const {
+    return id >= 0 && id != problem_.target[row] && !problem_.masked(id);
+  }
+  void forward_row(int64_t row, float* softmax, float* mean, float* lse, Fault& fault) const;
   void query_gradient(const float* mean, const Gradients& gradients) const;
   template <class Visit>
   void each_pair(int64_t begin, int64_t end, const float* softmax, const Visit& visit) const;
@@ -56,7 +57,7 @@ class GatheredLoss {
   Buffer<float> query_copy_;
   int64_t query_stride_ = 0;
   const float* query_;  // (B, d) float32, rounded where the products are
-  Wanted wanted_;
+  Positives positives_;
 };
 
 }  // namespace alterrec

@@ -2,19 +2,24 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "cpu/tile.h"
 
 namespace alterrec {
 
-constexpr int64_t kWord = 64;         // items in one word of member bits
-constexpr int64_t kGroup = 16;        // items the inner loops take at once; lists have this much room beyond their end
-constexpr int64_t kStreamTile = 512;  // items in one tile of the stream
-constexpr int64_t kStreamWords = kStreamTile / kWord;
+constexpr int64_t kWord = 64;       // items in one word of member bits
+constexpr int64_t kGroup = 16;      // items the inner loops take at once; lists have this much room beyond their end
+constexpr int64_t kScanTile = 512;  // items in one tile of the scan
+constexpr int64_t kScanWords = kScanTile / kWord;
 
-// Where a session's scores x are cut while they stream past. An item is a candidate, to be settled later, where x lies
-// in [stop_low, stop_high) or [start_low, start_high) or at or above top_low; it is marked as a member where x lies in
-// [stop_mid, start_mid), which settling corrects for the candidates. NaN as a limit is above every score.
+// The score of an item whose bias is -inf: finite, since NaN and infinity among the scores mean a fault.
+constexpr float kMasked = std::numeric_limits<float>::lowest();
+
+// What the scan compares a session's scores x with. An item is a candidate, from which the ranks are selected later,
+// where x lies in the bracket [stop_low, stop_high) or [start_low, start_high) or at or above top_low; it is marked as
+// a member where x lies in [stop_mid, start_mid), which selecting corrects for the candidates. NaN as a limit is above
+// every score.
 struct Limits {
   float stop_low, stop_mid, stop_high;
   float start_low, start_mid, start_high;
@@ -25,15 +30,15 @@ struct Limits {
 struct Candidates {
   float* scores;
   int32_t* ids;
-  int64_t capacity;  // there is room for kStreamTile + kGroup more
+  int64_t capacity;  // there is room for kScanTile + kGroup more
   int64_t count;
   int64_t marked;       // items marked as members
   int64_t above_start;  // scores >= start_high
-  bool overflow;        // some candidates are missing
+  bool overflow;        // there was no room for further candidates
 };
 
-// The item at some rank of a session: better ones have a larger score, or the same and a smaller id.
-struct Cut {
+// An item with its score for some session: better ones have a larger score, or the same and a smaller id.
+struct Item {
   float score;
   int32_t id;
 };
@@ -41,7 +46,7 @@ struct Cut {
 // One session's scores of one tile: `words` * 64 of them, of which the first and the last word may hold fewer items.
 struct TileRow {
   const float* scores;
-  int64_t words;         // at most kStreamWords
+  int64_t words;         // at most kScanWords
   uint64_t first, last;  // which items of the first and the last word exist
   int32_t item;          // of scores[0]
   uint64_t* bits;        // receives the words of member bits; unused by filter_top
@@ -72,12 +77,12 @@ struct Kernels {
   int64_t (*count)(const float* scores, int64_t n, float low);  // of n scores, those at or above low
   // The ids of those of n candidates whose mark (see Limits) is wrong: members run from `first` to `last`, the items at
   // ranks start and stop - 1. Returns how many; out has room for n + kGroup.
-  int64_t (*mistaken)(const float* scores, const int32_t* ids, int64_t n, const Limits& limits, Cut first, Cut last,
+  int64_t (*mistaken)(const float* scores, const int32_t* ids, int64_t n, const Limits& limits, Item first, Item last,
                       int32_t* out);
   // out[i] = the bin of x[i] among `bins` equal ones from low on, `scale` bins to a unit; ends take what lies beyond.
   void (*bins)(const float* x, int64_t n, float low, float scale, int32_t bins, int32_t* out);
   void (*range)(const float* x, int64_t n, float* low, float* high);  // smallest and largest of n >= 1 values
-  void (*add)(float* x, const float* y, int64_t n);
+  void (*add_bias)(float* x, const float* bias, int64_t n);           // x += bias; kMasked where the bias is -inf
 };
 
 const Kernels& kernels();

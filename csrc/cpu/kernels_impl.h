@@ -20,10 +20,10 @@ inline bool has_room(Candidates& out) {
 
 // Appends the items of one group whose bit is set. Groups are appended whether they hold candidates or not: where a few
 // in a hundred items are candidates, no branch would foresee it.
-inline void collect(const TileRow& row, int64_t i, const Floats& x, Mask wanted, Candidates& out) {
-  append(out.scores + out.count, x, wanted);
-  append(out.ids + out.count, ids_from(row.item + static_cast<int32_t>(i)), wanted);
-  out.count += __builtin_popcount(wanted);
+inline void collect(const TileRow& row, int64_t i, const Floats& x, Mask taken, Candidates& out) {
+  append(out.scores + out.count, x, taken);
+  append(out.ids + out.count, ids_from(row.item + static_cast<int32_t>(i)), taken);
+  out.count += __builtin_popcount(taken);
 }
 
 // The bits of the group at i that exist: of all but the first and the last word, all.
@@ -80,7 +80,7 @@ inline bool filter_all(const TileRow& row, const Limits& limits, Candidates& out
 
 inline bool filter_top(const TileRow& row, const Limits& limits, Candidates& out) {
   const Floats top_low = splat(limits.top_low);
-  uint64_t wanted[kStreamWords];
+  uint64_t taken[kScanWords];
   Floats sum = splat(0.0f);
   for (int64_t w = 0; w < row.words; ++w) {
     uint64_t candidate = 0;
@@ -89,13 +89,13 @@ inline bool filter_top(const TileRow& row, const Limits& limits, Candidates& out
       sum = add_zero_times(x, sum);
       candidate |= static_cast<uint64_t>(ge(x, top_low)) << g;
     }
-    wanted[w] = candidate;
+    taken[w] = candidate;
   }
-  clip(row, wanted);
+  clip(row, taken);
   if (has_room(out)) {
     for (int64_t w = 0; w < row.words; ++w) {  // few words hold any
       int64_t i = w * kWord;
-      for (uint64_t left = wanted[w]; left != 0; left >>= kGroup, i += kGroup) {
+      for (uint64_t left = taken[w]; left != 0; left >>= kGroup, i += kGroup) {
         collect(row, i, load(row.scores + i), static_cast<Mask>(left & 0xffff), out);
       }
     }
@@ -134,7 +134,7 @@ inline Mask reach(const Floats& x, const Ids& id, const Floats& score, const Ids
   return static_cast<Mask>(at_least & (~tied | le(id, last_id)));
 }
 
-inline int64_t mistaken(const float* scores, const int32_t* ids, int64_t n, const Limits& limits, Cut first, Cut last,
+inline int64_t mistaken(const float* scores, const int32_t* ids, int64_t n, const Limits& limits, Item first, Item last,
                         int32_t* out) {
   const Floats stop_mid = splat(limits.stop_mid), start_mid = splat(limits.start_mid);
   const Floats first_score = splat(first.score), last_score = splat(last.score);
@@ -185,8 +185,11 @@ inline void range(const float* x, int64_t n, float* low, float* high) {
   }
 }
 
-inline void add(float* x, const float* y, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) x[i] += y[i];
+inline void add_bias(float* x, const float* bias, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float sum = x[i] + bias[i];
+    x[i] = bias[i] < kMasked ? kMasked : sum;  // -inf alone is less
+  }
 }
 
 inline float from_bf16(uint16_t x) {
@@ -240,4 +243,4 @@ inline void pack_pairs(const Matrix& x, int64_t begin, int64_t count, int64_t wi
 }
 
 constexpr Kernels kTable = {widen,      round, narrow, pack_floats, pack_pairs, filter_slice, filter_all,
-                            filter_top, keep,  count,  mistaken,    bins,       range,        add};
+                            filter_top, keep,  count,  mistaken,    bins,       range,        add_bias};

@@ -52,90 +52,79 @@ void write_row(const float* values, int64_t row, int64_t width, bool bf16, void*
   }
 }
 
-Wanted::Wanted(const LossProblem& problem, const float* query, int64_t stride)
-    : problem_(problem), rows_(problem.query.rows), width_(1 + problem.num_positives) {
-  const int64_t stop = problem.catalog.rows;
-  items_.resize(rows_ * width_);
+Positives::Positives(const LossProblem& problem, const float* query, int64_t stride)
+    : problem_(problem), rows_(problem.query.rows), width_(1 + problem.num_positives), values_(rows_ * width_) {
+  const auto check_item = [&](const char* name, int64_t row, int64_t id, int64_t none) {
+    check_id(name, row, id, none, problem.first_item, problem.catalog.rows);
+    if (!problem.check || id == none || ignored(row) || !problem.masked(id)) return;
+    std::ostringstream message;
+    message << name << ": row " << row << " holds " << id << ", whose bias is -inf";
+    throw ValueError(message.str());
+  };
   for (int64_t row = 0; row < rows_; ++row) {
-    int64_t* items = items_.data() + row * width_;
-    const int64_t target = problem.target[row];
-    check_id("target", row, target, problem.ignore_index, problem.first_item, stop);
-    const bool ignored = target == problem.ignore_index;
-    items[0] = ignored ? -1 : target;
-    for (int64_t k = 1; k < width_; ++k) {
-      const int64_t positive = problem.positives[row * problem.num_positives + k - 1];
-      check_id("positives", row, positive, -1, problem.first_item, stop);
-      items[k] = ignored ? -1 : positive;
+    check_item("target", row, problem.target[row], problem.ignore_index);
+    for (int64_t k = 0; k < problem.num_positives; ++k) {
+      check_item("positives", row, problem.positives.at(row * problem.num_positives + k), -1);
     }
   }
-  logits_.resize(items_.size());
   std::vector<Fault> faults((rows_ + kRowsPerTask - 1) / kRowsPerTask);
   const auto dot = loss_kernels().dot_rows[static_cast<int>(row_kind(problem))];
   parallel_for(faults.size(), [&](int64_t task) {
     for (int64_t row = task * kRowsPerTask; row < std::min(rows_, (task + 1) * kRowsPerTask); ++row) {
-      for (int64_t i = row * width_; i < (row + 1) * width_; ++i) {
-        const int64_t item = items_[i];
-        if (item < 0) continue;
-        const void* e = row_at(problem.catalog, item);
+      for (int64_t k = 0; k < width_; ++k) {
+        const int64_t id = item(row, k);
+        if (id < 0) continue;
+        const void* e = row_at(problem.catalog, id);
         float y = 0;
         dot(query + row * stride, &e, 1, problem.catalog.cols, &y);
-        if (problem.bias) y += problem.bias[item];
+        if (problem.bias) y += problem.bias[id];
         y /= problem.temperature;
-        if (problem.log_q) y -= problem.log_q[item];
-        if (!std::isfinite(y)) faults[task].note(row, item, y);
-        logits_[i] = y;
+        if (problem.log_q) y -= problem.log_q[id];
+        if (!std::isfinite(y)) faults[task].note(row, id, y);
+        values_[row * width_ + k] = y;
       }
     }
   });
   for (const Fault& part : faults) fault_.note(part);
 }
 
-void Wanted::losses(const float* log_partition, float* out) const {
+void Positives::losses(const float* lse, float* out) const {
   for (int64_t row = 0; row < rows_; ++row) {
-    const double z = log_partition[row];
+    const double z = lse[row];
     double loss = 0;
     if (std::isfinite(z) || std::isnan(z)) {
       for (int64_t k = 0; k < width_; ++k) {
         if (item(row, k) < 0) continue;
-        loss += (k == 0 ? 1.0 : problem_.positive_weight) * softplus(z - logits_[row * width_ + k]);
+        loss += (k == 0 ? 1.0 : problem_.positive_weight) * softplus(z - values_[row * width_ + k]);
       }
     }
     out[row] = static_cast<float>(loss);
   }
 }
 
-void Wanted::differentiate(const float* grad_losses, const float* log_partition) {
+void Positives::differentiate(const float* grad_losses, const float* lse) {
   weights_.assign(rows_, 0.0f);
-  coefficients_.assign(items_.size(), 0.0f);
   for (int64_t row = 0; row < rows_; ++row) {
-    const double z = log_partition[row];
-    if (std::isinf(z)) continue;
+    const double z = lse[row];
     double weight = 0;
     for (int64_t k = 0; k < width_; ++k) {
-      if (item(row, k) < 0) continue;
-      const double g = (k == 0 ? 1.0 : problem_.positive_weight) * sigmoid(z - logits_[row * width_ + k]);
+      float& value = values_[row * width_ + k];
+      if (std::isinf(z) || item(row, k) < 0) {
+        value = 0.0f;
+        continue;
+      }
+      const double g = (k == 0 ? 1.0 : problem_.positive_weight) * sigmoid(z - value);
       weight += g;
-      coefficients_[row * width_ + k] = static_cast<float>(-g * grad_losses[row]);
+      value = static_cast<float>(-g * grad_losses[row]);
     }
-    weights_[row] = static_cast<float>(weight * grad_losses[row]);
+    if (weight != 0) weights_[row] = static_cast<float>(weight * grad_losses[row]);
   }
 }
 
-std::vector<Pull> Wanted::pulls() const {
-  std::vector<Pull> out;
-  for (int64_t row = 0; row < rows_; ++row) {
-    for (int64_t k = 0; k < width_; ++k) {
-      if (coefficient(row, k) != 0.0f) out.push_back({item(row, k), row, coefficient(row, k)});
-    }
-  }
-  std::stable_sort(out.begin(), out.end(), [](const Pull& a, const Pull& b) { return a.column < b.column; });
-  return out;
-}
-
-void Wanted::add_to_query_gradient(int64_t row, float* out) const {
+void Positives::add_to_query_gradient(int64_t row, float* out) const {
   const auto add = loss_kernels().weighted_sum[static_cast<int>(row_kind(problem_))];
   for (int64_t k = 0; k < width_; ++k) {
-    const float weight = coefficient(row, k);
+    const float weight = dlogit(row, k);
     if (weight == 0.0f) continue;
     const void* e = row_at(problem_.catalog, item(row, k));
     add(&weight, &e, 1, problem_.catalog.cols, out);

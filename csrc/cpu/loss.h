@@ -1,7 +1,8 @@
-// What both losses share: the problem, and the part of it that concerns targets and positives.
+// What both forms of the losses share: the problem, and its targets and positives.
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <vector>
 
@@ -10,22 +11,32 @@
 
 namespace alterrec {
 
+// Item ids in either width, side by side.
+struct Ids {
+  const int32_t* narrow = nullptr;  // one of the two, or none
+  const int64_t* wide = nullptr;
+
+  int64_t at(int64_t i) const { return narrow ? narrow[i] : wide[i]; }
+};
+
 // With y_i = (q . e_i + bias_i) / temperature - log_q_i and Z the log-sum-exp of y over a row's negatives, the row's
 // loss is softplus(Z - y_t) + positive_weight * sum_k softplus(Z - y_k); zero without negatives or target.
 struct LossProblem {
-  Matrix query;              // (B, d)
-  Matrix catalog;            // (V, d)
-  bool bf16;                 // products of values rounded to bfloat16
-  const int64_t* target;     // (B,)
-  const int64_t* positives;  // (B, P), -1 for none
-  int64_t num_positives;     // P
-  const float* bias;         // (V,) or null
-  const float* log_q;        // (V,) or null
+  Matrix query;           // (B, d); zero in rows whose target is ignored
+  Matrix catalog;         // (V, d)
+  bool bf16;              // products of values rounded to bfloat16
+  const int64_t* target;  // (B,)
+  Ids positives;          // (B, P), -1 for none
+  int64_t num_positives;  // P
+  const float* bias;      // (V,) or null; -inf: the item is no negative
+  const float* log_q;     // (V,) or null
   double positive_weight;
   float temperature;
   int64_t first_item;
   int64_t ignore_index;
   bool check;  // whether a score that is not finite raises
+
+  bool masked(int64_t item) const { return bias && bias[item] < std::numeric_limits<float>::lowest(); }
 };
 
 // An argument with a wrong value; the message holds row and value.
@@ -66,41 +77,37 @@ inline const void* row_at(const Matrix& x, int64_t row) {
 // Writes float32 values as row `row` of a dense matrix of either dtype.
 void write_row(const float* values, int64_t row, int64_t width, bool bf16, void* out);
 
-// What a target or positive adds to the gradient: coefficient * query[row] to the catalog's row `column`.
-struct Pull {
-  int64_t column;
-  int64_t row;
-  float coefficient;
-};
-
-// Targets and positives: 1 + P items a row that meet the same negatives.
-class Wanted {
+// Targets and positives: 1 + P items a row that meet the same negatives; place 0 is the target.
+class Positives {
  public:
   // Checks the ids. `query` holds the rows as float32, `stride` apart.
-  Wanted(const LossProblem& problem, const float* query, int64_t stride);
+  Positives(const LossProblem& problem, const float* query, int64_t stride);
 
-  int64_t item(int64_t row, int64_t place) const { return items_[row * width_ + place]; }  // -1 for none
   int64_t width() const { return width_; }
+  bool ignored(int64_t row) const { return problem_.target[row] == problem_.ignore_index; }
+  // -1 for none, in all places of a row whose target is ignored.
+  int64_t item(int64_t row, int64_t place) const {
+    if (ignored(row)) return -1;
+    return place == 0 ? problem_.target[row] : problem_.positives.at(row * problem_.num_positives + place - 1);
+  }
   const Fault& fault() const { return fault_; }  // among the logits of these items
 
-  void losses(const float* log_partition, float* out) const;
+  void losses(const float* lse, float* out) const;
 
-  // What each negative is worth in the row's gradient, times exp(y - Z); zero for rows without loss.
+  // Computes the weights and the gradients of these items' logits: d loss / d y, times the gradient of the row's loss.
+  void differentiate(const float* grad_losses, const float* lse);
+  // The gradient of a negative's logit, over exp(y - Z); zero for rows without loss.
   const float* weights() const { return weights_.data(); }
-  float coefficient(int64_t row, int64_t place) const { return coefficients_[row * width_ + place]; }
-  // Computes the weights and coefficients: d loss / d y, times the gradient of the row's loss.
-  void differentiate(const float* grad_losses, const float* log_partition);
-  // All that pull, ordered by item and then by row; `column` holds the item.
-  std::vector<Pull> pulls() const;
-  // out += sum over the row's items of coefficient * e_item.
+  float dlogit(int64_t row, int64_t place) const { return values_[row * width_ + place]; }
+  // out += sum over the row's items of dlogit * e_item.
   void add_to_query_gradient(int64_t row, float* out) const;
 
  private:
   const LossProblem& problem_;
-  int64_t rows_, width_;
+  const int64_t rows_, width_;
   Fault fault_;
-  std::vector<int64_t> items_;
-  std::vector<float> logits_, weights_, coefficients_;
+  std::vector<float> weights_;  // (B,)
+  std::vector<float> values_;   // (B, 1 + P): the logits, and after differentiate() their gradients
 };
 
 }  // namespace alterrec

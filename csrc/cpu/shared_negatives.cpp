@@ -7,22 +7,29 @@ namespace alterrec {
 
 SharedNegatives::SharedNegatives(const LossProblem& problem, const Negatives& negatives) {
   const int64_t stop = problem.catalog.rows;
+  std::vector<uint64_t> touched((stop + 63) / 64);  // one bit for each item of the catalog
   std::vector<int64_t> drawn;
+  const auto touch = [&](int64_t id) {
+    if (id >= 0 && id < stop) touched[id / 64] |= uint64_t{1} << id % 64;  // Positives checks targets and positives
+  };
   for (int64_t i = 0; i < negatives.count; ++i) {
-    check_id("neg", i, negatives.at(i), -1, 0, stop);
-    if (negatives.at(i) >= 0) drawn.push_back(negatives.at(i));
+    const int64_t id = negatives.at(i);
+    check_id("neg", i, id, -1, 0, stop);
+    if (id < 0 || problem.masked(id)) continue;
+    drawn.push_back(id);
+    touch(id);
   }
   std::sort(drawn.begin(), drawn.end());
-  items_ = drawn;
-  const auto add = [&](int64_t id) {
-    if (id >= 0 && id < stop) items_.push_back(id);  // ids that are none or wrong are not told apart here
-  };
-  std::for_each(problem.target, problem.target + problem.query.rows, add);
-  if (problem.positives) {
-    std::for_each(problem.positives, problem.positives + problem.query.rows * problem.num_positives, add);
+  for (int64_t row = 0; row < problem.query.rows; ++row) {
+    if (problem.target[row] == problem.ignore_index) continue;
+    touch(problem.target[row]);
+    for (int64_t k = 0; k < problem.num_positives; ++k) touch(problem.positives.at(row * problem.num_positives + k));
   }
-  std::sort(items_.begin(), items_.end());
-  items_.erase(std::unique(items_.begin(), items_.end()), items_.end());
+  for (size_t w = 0; w < touched.size(); ++w) {
+    for (uint64_t word = touched[w]; word != 0; word &= word - 1) {
+      items_.push_back(static_cast<int64_t>(w) * 64 + __builtin_ctzll(word));
+    }
+  }
 
   shift_.assign(items_.size(), 0.0f);
   negative_.assign((items_.size() + 63) / 64, 0);
@@ -34,6 +41,7 @@ SharedNegatives::SharedNegatives(const LossProblem& problem, const Negatives& ne
       negative_[c / 64] |= uint64_t{1} << c % 64;
       shift_[c] = static_cast<float>(std::log(static_cast<double>(next - begin)));
     }
+    if (problem.masked(items_[c])) continue;  // its logits are no negative's
     if (problem.bias) shift_[c] += problem.bias[items_[c]] / problem.temperature;
     if (problem.log_q) shift_[c] -= problem.log_q[items_[c]];
   }

@@ -1,17 +1,17 @@
-// Negatives that all rows share, as columns of the streamed loss.
+// Negatives that all rows share, as columns of the dense loss.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
+#include "cpu/dense_loss.h"
 #include "cpu/gathered_loss.h"
 #include "cpu/loss.h"
-#include "cpu/streamed_loss.h"
 
 namespace alterrec {
 
-// Distinct negatives, with the targets and positives among them, so that every gradient has its column. A negative that
-// is there c times has log c added to its logits.
+// The distinct ids among negatives, targets and positives, so that every gradient has its column. A negative that was
+// drawn c times has log c added to its logits.
 class SharedNegatives {
  public:
   SharedNegatives(const LossProblem& problem, const Negatives& negatives);

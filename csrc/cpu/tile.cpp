@@ -17,7 +17,7 @@ Arithmetic choose_arithmetic(bool bf16) {
 const float* float_rows(const Matrix& x, int64_t begin, int64_t count, bool round, Buffer<float>& copy,
                         int64_t* stride) {
   if (!x.bf16 && !round) {
-    *stride = std::max<int64_t>(x.stride, x.cols);
+    *stride = x.stride;
     return static_cast<const float*>(x.data) + begin * x.stride;
   }
   float* out = copy.reserve(count * x.cols);
@@ -62,7 +62,7 @@ QueryBlock::QueryBlock(const Matrix& query, int64_t begin, int64_t count, Arithm
 void QueryBlock::scores(const Matrix& catalog, int64_t item, int64_t count, float* out, int64_t ld,
                         Scratch& scratch) const {
   if (width_ == 0) {
-    std::fill(out, out + rows_ * ld, 0.0f);
+    for (int64_t r = 0; r < rows_; ++r) std::fill_n(out + r * ld, count, 0.0f);
     return;
   }
   if (arithmetic_ == Arithmetic::kBf16) {

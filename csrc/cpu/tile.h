@@ -7,7 +7,7 @@
 
 namespace alterrec {
 
-// A row-major matrix of float32 or bfloat16 with unit last stride; `stride` elements from row to row.
+// A row-major matrix of float32 or bfloat16 with unit last stride; `stride` >= `cols` elements from row to row.
 struct Matrix {
   const void* data;
   bool bf16;

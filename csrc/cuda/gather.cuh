@@ -26,12 +26,17 @@ inline int lanes_for(int64_t n, int least, int most) {
 __host__ __device__ inline int pitch_of(int width) { return (width + 7) / 8 * 8; }
 
 // The target for k = 0, then the positives; -1 for none, all of them in a row whose target is ignored.
-__device__ inline int64_t wanted_item(const SampledSoftmax& p, int64_t row, int k) {
+__device__ inline int64_t pos_item(const SampledSoftmax& p, int64_t row, int k) {
   const int64_t target = p.target[row];
   if (target == p.ignore_index || target < 0) return -1;
   if (k == 0) return target;
   const int64_t positive = p.positives[row * p.num_positives + k - 1];
   return positive < 0 ? -1 : positive;
+}
+
+// Whether the bias says that an item never is a negative.
+__device__ inline bool masked(const SampledSoftmax& p, int64_t id) {
+  return p.bias && id < p.items && p.bias[id] == -INFINITY;
 }
 
 // The id at place j of a row's negatives, as it stands there.
@@ -41,9 +46,9 @@ __device__ inline int64_t negative_at(const SampledSoftmax& p, int64_t row, int6
 }
 
 // d loss / d (q . e) of the negative at place j. Its logit is -inf where it is none for this row.
-__device__ inline float slope_of(const Slopes& x, int64_t count, int64_t row, int64_t j) {
+__device__ inline float dlogit_of(const DLogits& x, int64_t count, int64_t row, int64_t j) {
   const float weight = x.weights[row];
-  return weight == 0.0f ? 0.0f : weight * expf(x.logits[row * count + j] - x.log_partition[row]);
+  return weight == 0.0f ? 0.0f : weight * expf(x.logits[row * count + j] - x.lse[row]);
 }
 
 // A matrix whose rows are read in pieces of 16 bytes; what lies beyond its width reads as zero.

@@ -1,8 +1,8 @@
 // sampled_softmax on the GPU: raw pointers and a stream, so that neither torch nor its CUDA headers are needed.
 //
-// A pass never holds the B x n x d gather. Forward keeps the logits of negatives (B, n) and of the wanted items, which
-// are the target and the positives, (B, 1 + P); backward turns them into slopes, d loss / d (q . e), and sums rows of
-// the catalog (for the queries) and queries (for the catalog) under them. All sums are in float32.
+// A pass never holds the B x n x d gather. Forward saves the logits of negatives (B, n) and of target and positives
+// (B, 1 + P); backward turns them into dlogits, d loss / d (q . e), and sums rows of the catalog (for the queries) and
+// queries (for the catalog) under them. All sums are in float32.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ enum class Kind { kFloat, kRounded, kBFloat16 };  // kRounded: float32 storage, 
 // The problem; see LossProblem of the CPU engine. Ids below 0 are none; one beyond the catalog makes its row's loss
 // NaN.
 struct SampledSoftmax {
-  const float* query;   // (B, d) dense, already rounded where the products are of bfloat16
+  const float* query;   // (B, d) dense, rounded where the products are of bfloat16, zero in ignored rows
   const void* catalog;  // (V, d), rows `stride` elements apart
   int64_t stride;
   Kind kind;
@@ -29,7 +29,7 @@ struct SampledSoftmax {
   const void* negatives;     // (B, n), or (n,) where `shared`
   bool wide, shared;         // wide: int64 negatives, else int32
   int64_t count;             // n
-  const float* bias;         // (V,) or null
+  const float* bias;         // (V,) or null; -inf: the item is no negative
   const float* log_q;        // (V,) or null
   float positive_weight, temperature;
   int64_t ignore_index;
@@ -38,31 +38,31 @@ struct SampledSoftmax {
 constexpr int64_t kMostWidth = 8192;        // what shared memory holds of a query
 constexpr uint64_t kNoFault = ~uint64_t{};  // a fault is row << 32 | the bits of a score that is not finite
 
-// losses, log_partition (B,). logits (B, n) and wanted (B, 1 + P) may be null where there is no backward pass; fault,
+// losses, lse (B,). logits (B, n) and pos_logits (B, 1 + P) may be null where there is no backward pass; fault,
 // one word that holds kNoFault and gets the least fault, where nothing is checked.
-void forward(const SampledSoftmax& p, float* logits, float* wanted, float* losses, float* log_partition,
-             uint64_t* fault, cudaStream_t stream);
+void forward(const SampledSoftmax& p, float* logits, float* pos_logits, float* losses, float* lse, uint64_t* fault,
+             cudaStream_t stream);
 
-// What the backward pass knows of forward, and what slopes() makes of it.
-struct Slopes {
-  const float *logits, *wanted, *log_partition, *grad_losses;
-  float* weights;  // (B,): a negative's slope is weight * exp(logit - log_partition)
-  float* pulls;    // (B, 1 + P): the slopes of the wanted items
+// What the backward pass knows of forward, and what dlogits() makes of it.
+struct DLogits {
+  const float *logits, *pos_logits, *lse, *grad_losses;
+  float* weights;      // (B,): a negative's dlogit is weight * exp(logit - lse)
+  float* pos_dlogits;  // (B, 1 + P), those of target and positives
 };
-void slopes(const SampledSoftmax& p, const Slopes& x, cudaStream_t stream);
+void dlogits(const SampledSoftmax& p, const DLogits& x, cudaStream_t stream);
 
 // out (B, d): sums of catalog rows, in a fixed order.
-void query_gradient(const SampledSoftmax& p, const Slopes& x, float* out, cudaStream_t stream);
+void query_gradient(const SampledSoftmax& p, const DLogits& x, float* out, cudaStream_t stream);
 
-// Of shared negatives: rows (n, d), sums of queries, and totals (n,), sums of slopes; for each place of the list, in a
+// Of shared negatives: rows (n, d), sums of queries, and totals (n,), sums of dlogits; for each place of the list, in a
 // fixed order. segment_gradients() puts those of one item together.
-void shared_gradient(const SampledSoftmax& p, const Slopes& x, float* rows, float* totals, cudaStream_t stream);
+void shared_gradient(const SampledSoftmax& p, const DLogits& x, float* rows, float* totals, cudaStream_t stream);
 
 // Adds into catalog (V, d) and bias (V,), either may be null, by atomics: in no fixed order. Not for shared negatives.
-void scatter_gradients(const SampledSoftmax& p, const Slopes& x, float* catalog, float* bias, cudaStream_t stream);
+void scatter_gradients(const SampledSoftmax& p, const DLogits& x, float* catalog, float* bias, cudaStream_t stream);
 
-// Everything that pulls at a row of the catalog's gradient, sorted by that row: entries 0 .. B (1 + P) - 1 are the
-// wanted items, then come the negatives as they are stored.
+// All that adds to the catalog's gradient, sorted by its row there: entries 0 .. B (1 + P) - 1 are targets and
+// positives, then come the negatives as they are stored.
 struct Sorted {
   const int32_t* rows;   // (count,), ascending; from `limit` on there is no row
   const int64_t* order;  // (count,), entries
@@ -81,7 +81,7 @@ struct RowGradients {
   bool bf16;
   float* bias;
 };
-void segment_gradients(const SampledSoftmax& p, const Slopes& x, const float* shared_rows, const float* shared_totals,
+void segment_gradients(const SampledSoftmax& p, const DLogits& x, const float* shared_rows, const float* shared_totals,
                        const Sorted& sorted, float* scratch, const RowGradients& out, cudaStream_t stream);
 
 }  // namespace alterrec::cuda

@@ -1,4 +1,4 @@
-// Backward: slopes from what forward kept, then sums of rows under them. The catalog's gradient has two ways: by
+// Backward: dlogits from what forward saved, then sums of rows under them. The catalog's gradient has two ways: by
 // atomics, or by entries sorted by item, whose sums have one order and need no float32 copy of a bfloat16 gradient.
 #include <type_traits>
 
@@ -11,29 +11,29 @@ constexpr int kSharedSums = 4;  // sums that use a row while it is in registers
 
 __device__ float sigmoid(float x) { return x >= 0.0f ? 1.0f / (1.0f + expf(-x)) : expf(x) / (1.0f + expf(x)); }
 
-__global__ void __launch_bounds__(kThreads) slopes_kernel(SampledSoftmax p, Slopes x) {
+__global__ void __launch_bounds__(kThreads) dlogits_kernel(SampledSoftmax p, DLogits x) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= p.rows) return;
   const int width = 1 + p.num_positives;
-  const float z = x.log_partition[row], grad = x.grad_losses[row] / p.temperature;
+  const float z = x.lse[row], grad = x.grad_losses[row] / p.temperature;
   float weight = 0.0f;
   for (int k = 0; k < width; ++k) {
     float g = 0.0f;
-    if (z != -INFINITY && wanted_item(p, row, k) >= 0) {
-      g = (k == 0 ? 1.0f : p.positive_weight) * sigmoid(z - x.wanted[row * width + k]);
+    if (z != -INFINITY && pos_item(p, row, k) >= 0) {
+      g = (k == 0 ? 1.0f : p.positive_weight) * sigmoid(z - x.pos_logits[row * width + k]);
     }
     weight += g;
-    x.pulls[row * width + k] = -g * grad;
+    x.pos_dlogits[row * width + k] = -g * grad;
   }
   x.weights[row] = weight * grad;
 }
 
-// What a block of sums_kernel sums: for each session the rows of its negatives and wanted items ...
+// What a block of sums_kernel sums: for each session the rows of its negatives, target and positives ...
 template <Kind kind, int kSums>
 struct OfSessions {
   static constexpr int kCount = kSums;
   SampledSoftmax p;
-  Slopes x;
+  DLogits x;
   Rows<kind> rows;
 
   __device__ int64_t sums() const { return p.rows; }
@@ -42,41 +42,41 @@ struct OfSessions {
     const int64_t id = negative_at(p, first, j);
     return id < p.items ? id : -1;
   }
-  __device__ float slope(int64_t row, int64_t j) const { return slope_of(x, p.count, row, j); }
+  __device__ float dlogit(int64_t row, int64_t j) const { return dlogit_of(x, p.count, row, j); }
   __device__ int extras() const { return 1 + p.num_positives; }
   __device__ int64_t extra(int64_t row, int k) const {
-    const int64_t id = wanted_item(p, row, k);
+    const int64_t id = pos_item(p, row, k);
     return id < p.items ? id : -1;
   }
-  __device__ float extra_slope(int64_t row, int k) const { return x.pulls[row * extras() + k]; }
+  __device__ float extra_dlogit(int64_t row, int k) const { return x.pos_dlogits[row * extras() + k]; }
 };
 
 // ... and for each shared negative the queries of all sessions.
 struct OfSharedNegatives {
   static constexpr int kCount = kSharedSums;
   SampledSoftmax p;
-  Slopes x;
+  DLogits x;
   Rows<Kind::kFloat> rows;
 
   __device__ int64_t sums() const { return p.count; }
   __device__ int64_t inputs() const { return p.rows; }
   __device__ int64_t input(int64_t, int64_t row) const { return row; }
-  __device__ float slope(int64_t j, int64_t row) const { return slope_of(x, p.count, row, j); }
+  __device__ float dlogit(int64_t j, int64_t row) const { return dlogit_of(x, p.count, row, j); }
   __device__ int extras() const { return 0; }
   __device__ int64_t extra(int64_t, int) const { return -1; }
-  __device__ float extra_slope(int64_t, int) const { return 0.0f; }
+  __device__ float extra_dlogit(int64_t, int) const { return 0.0f; }
 };
 
-// Sums s of slope(s, i) * row of input i, kCount sums a block with the same inputs. `lanes` threads hold a row's
-// pieces; groups of them share the inputs and are joined in the end. out (sums, d); totals, the sums of slopes, may be
+// Sums s of dlogit(s, i) * row of input i, kCount sums a block with the same inputs. `lanes` threads hold a row's
+// pieces; groups of them share the inputs and are joined in the end. out (sums, d); totals, the sums of dlogits, may be
 // null.
 template <class Of>
 __global__ void __launch_bounds__(kThreads, 2) sums_kernel(Of of, int lanes, float* out, float* totals) {
   constexpr int kSums = Of::kCount, kPiece = decltype(of.rows)::kPiece, kColumns = kPiece + 1;  // the last: the total
   DYNAMIC_SHARED(memory);
-  auto* inputs = reinterpret_cast<int64_t*>(memory);           // (kThreads,)
-  auto* slopes = reinterpret_cast<float*>(inputs + kThreads);  // (kSums, kThreads)
-  auto* parts = slopes + kSums * kThreads;                     // (kThreads, kColumns)
+  auto* inputs = reinterpret_cast<int64_t*>(memory);            // (kThreads,)
+  auto* dlogits = reinterpret_cast<float*>(inputs + kThreads);  // (kSums, kThreads)
+  auto* parts = dlogits + kSums * kThreads;                     // (kThreads, kColumns)
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kSums;
   const int group = threadIdx.x / lanes, groups = kThreads / lanes;
   for (int begin = 0; begin < of.rows.pieces(); begin += lanes) {
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, 2) sums_kernel(Of of, int lanes, flo
       inputs[threadIdx.x] = real ? of.input(first, mine) : -1;
 #pragma unroll
       for (int s = 0; s < kSums; ++s) {
-        slopes[s * kThreads + threadIdx.x] = real && first + s < of.sums() ? of.slope(first + s, mine) : 0.0f;
+        dlogits[s * kThreads + threadIdx.x] = real && first + s < of.sums() ? of.dlogit(first + s, mine) : 0.0f;
       }
       __syncthreads();  // the tile is there
 #pragma unroll 4
@@ -98,10 +98,10 @@ __global__ void __launch_bounds__(kThreads, 2) sums_kernel(Of of, int lanes, flo
         if (inside && inputs[i] >= 0) of.rows.load(inputs[i], piece, e);
 #pragma unroll
         for (int s = 0; s < kSums; ++s) {
-          const float slope = slopes[s * kThreads + i];
+          const float dlogit = dlogits[s * kThreads + i];
 #pragma unroll
-          for (int c = 0; c < kPiece; ++c) sum[s][c] += slope * e[c];
-          sum[s][kPiece] += slope;
+          for (int c = 0; c < kPiece; ++c) sum[s][c] += dlogit * e[c];
+          sum[s][kPiece] += dlogit;
         }
       }
       __syncthreads();
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, 2) sums_kernel(Of of, int lanes, flo
         float e[kPiece];
         of.rows.load(row, piece, e);
 #pragma unroll
-        for (int c = 0; c < kPiece; ++c) sum[s][c] += of.extra_slope(at, k) * e[c];
+        for (int c = 0; c < kPiece; ++c) sum[s][c] += of.extra_dlogit(at, k) * e[c];
       }
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) parts[threadIdx.x * kColumns + c] = sum[s][c];
@@ -145,8 +145,8 @@ void start_sums(const Of& of, int64_t sums, float* out, float* totals, cudaStrea
          lanes_for(ceil_div(of.rows.width, kPiece), 1, kThreads), out, totals);
 }
 
-// One block adds all that a session pulls at; a warp adds an item's row.
-__global__ void __launch_bounds__(kThreads) scatter_kernel(SampledSoftmax p, Slopes x, float* catalog, float* bias) {
+// One block adds what one session adds to the gradients of its items; a warp adds an item's row.
+__global__ void __launch_bounds__(kThreads) scatter_kernel(SampledSoftmax p, DLogits x, float* catalog, float* bias) {
   DYNAMIC_SHARED(memory);
   auto* query = reinterpret_cast<float*>(memory);  // (d,)
   const int64_t row = blockIdx.x;
@@ -155,30 +155,30 @@ __global__ void __launch_bounds__(kThreads) scatter_kernel(SampledSoftmax p, Slo
   const int width = 1 + p.num_positives, lane = threadIdx.x % kWarp;
   for (int64_t entry = threadIdx.x / kWarp; entry < width + p.count; entry += kWarps) {
     const int64_t j = entry - width;
-    const int64_t id = j < 0 ? wanted_item(p, row, static_cast<int>(entry)) : negative_at(p, row, j);
+    const int64_t id = j < 0 ? pos_item(p, row, static_cast<int>(entry)) : negative_at(p, row, j);
     if (id < 0 || id >= p.items) continue;
-    const float slope = j < 0 ? x.pulls[row * width + entry] : slope_of(x, p.count, row, j);
-    if (slope == 0.0f) continue;
-    for (int c = lane; catalog && c < p.width; c += kWarp) atomicAdd(catalog + id * p.width + c, slope * query[c]);
-    if (bias && lane == 0) atomicAdd(bias + id, slope);
+    const float dlogit = j < 0 ? x.pos_dlogits[row * width + entry] : dlogit_of(x, p.count, row, j);
+    if (dlogit == 0.0f) continue;
+    for (int c = lane; catalog && c < p.width; c += kWarp) atomicAdd(catalog + id * p.width + c, dlogit * query[c]);
+    if (bias && lane == 0) atomicAdd(bias + id, dlogit);
   }
 }
 
-// What an entry adds to its row: slope * source (d,), and `amount` to the bias.
+// What an entry adds to its row: dlogit * source (d,), and `amount` to the bias.
 struct Entry {
   const float* source;
-  float slope, amount;
+  float dlogit, amount;
 };
 
-__device__ Entry entry_at(const SampledSoftmax& p, const Slopes& x, const float* shared_rows,
+__device__ Entry entry_at(const SampledSoftmax& p, const DLogits& x, const float* shared_rows,
                           const float* shared_totals, int64_t at) {
   const int width = 1 + p.num_positives;
-  if (at < p.rows * width) return {p.query + at / width * p.width, x.pulls[at], x.pulls[at]};
+  if (at < p.rows * width) return {p.query + at / width * p.width, x.pos_dlogits[at], x.pos_dlogits[at]};
   at -= p.rows * width;
   if (shared_rows) return {shared_rows + at * p.width, 1.0f, shared_totals[at]};
   const int64_t row = at / p.count;
-  const float slope = slope_of(x, p.count, row, at % p.count);
-  return {p.query + row * p.width, slope, slope};
+  const float dlogit = dlogit_of(x, p.count, row, at % p.count);
+  return {p.query + row * p.width, dlogit, dlogit};
 }
 
 // Four columns of a row's sum, and once a row its bias, to where the row ends in the gradient ...
@@ -204,7 +204,7 @@ __device__ void write_part(float* part, int width, int column, const float (&sum
 // Each group of `lanes` threads sums a run of kRun entries, row by row. A row that lies within the run is written; of
 // one that began in an earlier run the sum is left in `heads`, of one that goes on in later runs in `tails`.
 __global__ void __launch_bounds__(kThreads)
-    segment_kernel(SampledSoftmax p, Slopes x, const float* shared_rows, const float* shared_totals, Sorted sorted,
+    segment_kernel(SampledSoftmax p, DLogits x, const float* shared_rows, const float* shared_totals, Sorted sorted,
                    int lanes, float* heads, float* tails, RowGradients out) {
   DYNAMIC_SHARED(memory);
   const int groups = kThreads / lanes, group = threadIdx.x / lanes, width = p.width;
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kThreads)
       float source[4];
       dense_rows(entries[i].source, width).load(0, column / 4, source);
 #pragma unroll
-      for (int c = 0; c < 4; ++c) sum[c] += entries[i].slope * source[c];
+      for (int c = 0; c < 4; ++c) sum[c] += entries[i].dlogit * source[c];
       amount += entries[i].amount;
       if ((i + 1 < kRun ? rows[i + 1] : after) == rows[i] && i + 1 < kRun) continue;
       if (head) {
@@ -271,11 +271,11 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void slopes(const SampledSoftmax& p, const Slopes& x, cudaStream_t stream) {
-  launch(slopes_kernel, ceil_div(p.rows, kThreads), kThreads, 0, stream, p, x);
+void dlogits(const SampledSoftmax& p, const DLogits& x, cudaStream_t stream) {
+  launch(dlogits_kernel, ceil_div(p.rows, kThreads), kThreads, 0, stream, p, x);
 }
 
-void query_gradient(const SampledSoftmax& p, const Slopes& x, float* out, cudaStream_t stream) {
+void query_gradient(const SampledSoftmax& p, const DLogits& x, float* out, cudaStream_t stream) {
   with_kind(p.kind, [&](auto kind) {
     constexpr Kind kKind = decltype(kind)::value;
     if (p.shared) {
@@ -286,15 +286,15 @@ void query_gradient(const SampledSoftmax& p, const Slopes& x, float* out, cudaSt
   });
 }
 
-void shared_gradient(const SampledSoftmax& p, const Slopes& x, float* rows, float* totals, cudaStream_t stream) {
+void shared_gradient(const SampledSoftmax& p, const DLogits& x, float* rows, float* totals, cudaStream_t stream) {
   start_sums(OfSharedNegatives{p, x, dense_rows(p.query, p.width)}, p.count, rows, totals, stream);
 }
 
-void scatter_gradients(const SampledSoftmax& p, const Slopes& x, float* catalog, float* bias, cudaStream_t stream) {
+void scatter_gradients(const SampledSoftmax& p, const DLogits& x, float* catalog, float* bias, cudaStream_t stream) {
   launch(scatter_kernel, p.rows, kThreads, sizeof(float) * p.width, stream, p, x, catalog, bias);
 }
 
-void segment_gradients(const SampledSoftmax& p, const Slopes& x, const float* shared_rows, const float* shared_totals,
+void segment_gradients(const SampledSoftmax& p, const DLogits& x, const float* shared_rows, const float* shared_totals,
                        const Sorted& sorted, float* scratch, const RowGradients& out, cudaStream_t stream) {
   const int64_t runs = ceil_div(sorted.count, kRun);
   const int lanes = lanes_for(ceil_div(p.width, 4), kWarp, kThreads), groups = kThreads / lanes;

@@ -77,11 +77,11 @@ struct Partition {
 };
 
 struct ForwardOutputs {
-  float *logits, *wanted, *losses, *log_partition;
+  float *logits, *pos_logits, *losses, *lse;
   uint64_t* fault;
 };
 
-// The loss of one row, by one warp: softplus(Z - y) summed over its wanted items.
+// The loss of one row, by one warp: softplus(Z - y) summed over its target and positives.
 template <Kind kind>
 __device__ void finish_row(const SampledSoftmax& p, const Rows<kind>& catalog, int64_t row, const float* query,
                            const Partition& partition, const ForwardOutputs& out) {
@@ -94,7 +94,7 @@ __device__ void finish_row(const SampledSoftmax& p, const Rows<kind>& catalog, i
     float dot[1][kItems];
 #pragma unroll
     for (int r = 0; r < kItems; ++r) {
-      ids[r] = first + r < width ? wanted_item(p, row, first + r) : -1;
+      ids[r] = first + r < width ? pos_item(p, row, first + r) : -1;
       known[r] = ids[r] < p.items ? ids[r] : -1;
     }
     dots<1>(catalog, known, query, 0, lane, kWarp, dot);
@@ -102,7 +102,7 @@ __device__ void finish_row(const SampledSoftmax& p, const Rows<kind>& catalog, i
     for (int r = 0; r < kItems; ++r) {
       if (ids[r] < 0 || lane != 0) continue;
       const float y = logit(p, row, ids[r], dot[0][r], out.fault);
-      if (out.wanted) out.wanted[row * width + first + r] = y;
+      if (out.pos_logits) out.pos_logits[row * width + first + r] = y;
       const float x = z - y, softplus = fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x)));
       // fmaxf drops NaN, so that what is not a number is passed on by itself.
       const float one = isnan(x) ? x : softplus;
@@ -111,7 +111,7 @@ __device__ void finish_row(const SampledSoftmax& p, const Rows<kind>& catalog, i
   }
   if (lane != 0) return;
   out.losses[row] = loss;
-  out.log_partition[row] = z;
+  out.lse[row] = z;
 }
 
 // One block serves kSessions sessions, which have one list of negatives where there are several.
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads)
 
   int64_t target[kSessions];
 #pragma unroll
-  for (int s = 0; s < kSessions; ++s) target[s] = first_row + s < p.rows ? wanted_item(p, first_row + s, 0) : -1;
+  for (int s = 0; s < kSessions; ++s) target[s] = first_row + s < p.rows ? pos_item(p, first_row + s, 0) : -1;
   const int group = threadIdx.x / lanes, lane = threadIdx.x % lanes, groups = kThreads / lanes;
   Partition partition[kSessions];
   for (int64_t begin = 0; begin < p.count; begin += groups * kItems) {
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int r = 0; r < kItems; ++r) {
         const int64_t j = begin + r * groups + group;
         if (lane != 0 || row >= p.rows || j >= p.count) continue;
-        const bool negative = ids[r] >= 0 && target[s] >= 0 && ids[r] != target[s];
+        const bool negative = ids[r] >= 0 && target[s] >= 0 && ids[r] != target[s] && !masked(p, ids[r]);
         const float y = negative ? logit(p, row, ids[r], dot[s][r], out.fault) : kLowest;
         if (negative) partition[s].add({isnan(y) ? kLowest : y, isnan(y) ? NAN : 1.0f});
         if (out.logits) out.logits[row * p.count + j] = y;
@@ -188,9 +188,9 @@ void start(const SampledSoftmax& p, const ForwardOutputs& out, cudaStream_t stre
 
 }  // namespace
 
-void forward(const SampledSoftmax& p, float* logits, float* wanted, float* losses, float* log_partition,
-             uint64_t* fault, cudaStream_t stream) {
-  const ForwardOutputs out{logits, wanted, losses, log_partition, fault};
+void forward(const SampledSoftmax& p, float* logits, float* pos_logits, float* losses, float* lse, uint64_t* fault,
+             cudaStream_t stream) {
+  const ForwardOutputs out{logits, pos_logits, losses, lse, fault};
   with_kind(p.kind, [&](auto kind) {
     if (p.shared && p.width <= kSharedWidth) {
       start<decltype(kind)::value, kSharedSessions>(p, out, stream);

@@ -1,5 +1,5 @@
-// binding_cuda.cpp for CPU tensors, with the kernels that run on the CPU: what tests/codegen/test_cuda_on_cpu.py loads in
-// place of the CPU engine's sampled_softmax.
+// binding_cuda.cpp for CPU tensors, with the kernels that run on the CPU: what tests/codegen/test_cuda_on_cpu.py loads
+// in place of the CPU engine's sampled_softmax.
 #include <ATen/ATen.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>

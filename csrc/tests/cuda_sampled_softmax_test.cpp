@@ -107,7 +107,7 @@ struct Case {
   }
   Case(const Case&) = delete;  // the problem points into it
 
-  int64_t wanted(int64_t b, int k) const {
+  int64_t pos_item(int64_t b, int k) const {
     if (target[b] < 0) return -1;
     return k == 0 ? target[b] : positives[b * shape.positives + k - 1];
   }
@@ -127,7 +127,7 @@ struct Outputs {
 Outputs plain(const Case& c) {
   const Shape& s = c.shape;
   Outputs out(s);
-  std::vector<double> y(s.items), slope(s.items);
+  std::vector<double> y(s.items), dlogit(s.items);
   for (int64_t b = 0; b < s.rows; ++b) {
     for (int64_t i = 0; i < s.items; ++i) {
       y[i] = c.bias[i];
@@ -142,17 +142,17 @@ Outputs plain(const Case& c) {
     double sum = 0, weight = 0;
     for (int64_t i = 0; i < s.items; ++i) sum += times[i] * std::exp(y[i]);
     if (c.target[b] < 0 || sum == 0) continue;
-    std::fill(slope.begin(), slope.end(), 0.0);
+    std::fill(dlogit.begin(), dlogit.end(), 0.0);
     for (int k = 0; k <= s.positives; ++k) {
-      const int64_t item = c.wanted(b, k);
+      const int64_t item = c.pos_item(b, k);
       if (item < 0) continue;
       const double beta = k == 0 ? 1 : kBeta, ratio = sum / std::exp(y[item]);
       out.losses[b] += beta * std::log1p(ratio);
       weight += beta * ratio / (1 + ratio);
-      slope[item] -= beta * ratio / (1 + ratio);
+      dlogit[item] -= beta * ratio / (1 + ratio);
     }
     for (int64_t i = 0; i < s.items; ++i) {
-      const double d = (slope[i] + weight * times[i] * std::exp(y[i]) / sum) * c.grad[b] / kTemperature;
+      const double d = (dlogit[i] + weight * times[i] * std::exp(y[i]) / sum) * c.grad[b] / kTemperature;
       out.bias[i] += d;
       for (int k = 0; k < s.width; ++k) {
         out.query[b * s.width + k] += d * c.catalog[i * s.stride + k];
@@ -163,9 +163,9 @@ Outputs plain(const Case& c) {
   return out;
 }
 
-void expect_near(const std::vector<float>& got, const std::vector<double>& wanted, double allowed) {
-  for (size_t i = 0; i < wanted.size(); ++i) {
-    EXPECT(std::abs(got[i] - wanted[i]) <= allowed * (1 + std::abs(wanted[i])));
+void expect_near(const std::vector<float>& got, const std::vector<double>& expected, double allowed) {
+  for (size_t i = 0; i < expected.size(); ++i) {
+    EXPECT(std::abs(got[i] - expected[i]) <= allowed * (1 + std::abs(expected[i])));
   }
 }
 
@@ -178,7 +178,7 @@ struct Entries {
     const Shape& s = c.shape;
     std::vector<int64_t> keys;
     for (int64_t b = 0; b < s.rows; ++b) {
-      for (int k = 0; k <= s.positives; ++k) keys.push_back(c.wanted(b, k));
+      for (int k = 0; k <= s.positives; ++k) keys.push_back(c.pos_item(b, k));
     }
     keys.insert(keys.end(), c.negatives.begin(), c.negatives.end());
     for (int64_t& key : keys) key = key < 0 ? s.items : key;
@@ -194,17 +194,18 @@ void check(Case& c) {
   const Outputs truth = plain(c);
   c.unround();
   const int64_t width = 1 + s.positives;
-  std::vector<float> logits(s.rows * s.count), wanted(s.rows * width), losses(s.rows), partition(s.rows);
+  std::vector<float> logits(s.rows * s.count), pos_logits(s.rows * width), losses(s.rows), partition(s.rows);
   uint64_t fault = kNoFault;
   forward(c.problem, nullptr, nullptr, losses.data(), partition.data(), nullptr, nullptr);
   expect_near(losses, truth.losses, 1e-4);
-  forward(c.problem, logits.data(), wanted.data(), losses.data(), partition.data(), &fault, nullptr);
+  forward(c.problem, logits.data(), pos_logits.data(), losses.data(), partition.data(), &fault, nullptr);
   expect_near(losses, truth.losses, 1e-4);
   EXPECT(fault == kNoFault);
 
-  std::vector<float> weights(s.rows), pulls(s.rows * width), query(s.rows * s.width);
-  const Slopes x{logits.data(), wanted.data(), partition.data(), c.grad.data(), weights.data(), pulls.data()};
-  slopes(c.problem, x, nullptr);
+  std::vector<float> weights(s.rows), pos_dlogits(s.rows * width), query(s.rows * s.width);
+  const DLogits x{logits.data(), pos_logits.data(), partition.data(),
+                  c.grad.data(), weights.data(),    pos_dlogits.data()};
+  dlogits(c.problem, x, nullptr);
   query_gradient(c.problem, x, query.data(), nullptr);
   expect_near(query, truth.query, 1e-4);
 

@@ -4,14 +4,15 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 #include <random>
 #include <vector>
 
+#include "cpu/dense_loss.h"
 #include "cpu/gathered_loss.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "cpu/shared_negatives.h"
-#include "cpu/streamed_loss.h"
 
 namespace {
 
@@ -55,6 +56,13 @@ struct Case {
     draw(positives, rows * kPositives);
     target[0] = -100;
     positives[kPositives] = -1;
+    const auto is_positive = [&](int64_t item) {
+      return std::count(target.begin(), target.end(), item) + std::count(positives.begin(), positives.end(), item) > 0;
+    };
+    for (int64_t i = 5; i < items; i += 13) {
+      if (!is_positive(i)) bias[i] = -std::numeric_limits<float>::infinity();
+    }
+    std::fill_n(query.begin(), width, 0.0f);  // the target of row 0 is ignored
     for (int& count : counts) count = generator() % 3 == 0;
     std::fill(counts.begin() + items * (rows - 1), counts.end(), 0);  // a row without negatives
     catalog16.resize(catalog.size());
@@ -64,7 +72,7 @@ struct Case {
                {rows_of_items, bf16, items, width, width},
                bf16,
                target.data(),
-               positives.data(),
+               {nullptr, positives.data()},
                kPositives,
                bias.data(),
                nullptr,
@@ -78,16 +86,16 @@ struct Case {
 };
 
 struct Outputs {
-  std::vector<float> losses, log_partition, query, catalog, bias;
+  std::vector<float> losses, lse, query, catalog, bias;
 
   explicit Outputs(const Case& c)
-      : losses(c.rows), log_partition(c.rows), query(c.rows * c.width), catalog(c.items * c.width), bias(c.items) {}
+      : losses(c.rows), lse(c.rows), query(c.rows * c.width), catalog(c.items * c.width), bias(c.items) {}
   Gradients gradients() { return {query.data(), catalog.data(), bias.data(), false, false}; }
 };
 
 void compare(const Case& c, const Outputs& out) {
   std::vector<double> losses(c.rows), query(c.rows * c.width), catalog(c.items * c.width), bias(c.items);
-  std::vector<double> y(c.items), slope(c.items);
+  std::vector<double> y(c.items), dlogit(c.items);
   for (int64_t b = 0; b < c.rows; ++b) {
     double sum = 0;
     for (int64_t i = 0; i < c.items; ++i) {
@@ -97,7 +105,7 @@ void compare(const Case& c, const Outputs& out) {
       if (i != c.target[b]) sum += c.counts[b * c.items + i] * std::exp(y[i]);
     }
     if (c.target[b] < 0 || sum == 0) continue;
-    std::fill(slope.begin(), slope.end(), 0.0);
+    std::fill(dlogit.begin(), dlogit.end(), 0.0);
     double weight = 0;
     for (int64_t p = 0; p <= kPositives; ++p) {
       const int64_t item = p == 0 ? c.target[b] : c.positives[b * kPositives + p - 1];
@@ -105,11 +113,11 @@ void compare(const Case& c, const Outputs& out) {
       const double beta = p == 0 ? 1 : kBeta, ratio = sum / std::exp(y[item]);
       losses[b] += beta * std::log1p(ratio);
       weight += beta * ratio / (1 + ratio);
-      slope[item] -= beta * ratio / (1 + ratio);
+      dlogit[item] -= beta * ratio / (1 + ratio);
     }
     for (int64_t i = 0; i < c.items; ++i) {
-      if (i != c.target[b]) slope[i] += weight * c.counts[b * c.items + i] * std::exp(y[i]) / sum;
-      const double d = slope[i] * c.grad[b] / kTemperature;
+      if (i != c.target[b]) dlogit[i] += weight * c.counts[b * c.items + i] * std::exp(y[i]) / sum;
+      const double d = dlogit[i] * c.grad[b] / kTemperature;
       bias[i] += d;
       for (int64_t k = 0; k < c.width; ++k) {
         query[b * c.width + k] += d * c.catalog[i * c.width + k];
@@ -118,8 +126,9 @@ void compare(const Case& c, const Outputs& out) {
     }
   }
   const double allowed = c.bf16 ? 2e-2 : 1e-4;
-  const auto near = [&](const std::vector<float>& got, const std::vector<double>& wanted) {
-    for (size_t i = 0; i < got.size(); ++i) EXPECT(std::abs(got[i] - wanted[i]) <= allowed * (1 + std::abs(wanted[i])));
+  const auto near = [&](const std::vector<float>& got, const std::vector<double>& expected) {
+    for (size_t i = 0; i < got.size(); ++i)
+      EXPECT(std::abs(got[i] - expected[i]) <= allowed * (1 + std::abs(expected[i])));
   };
   near(out.losses, losses);
   near(out.query, query);
@@ -127,20 +136,18 @@ void compare(const Case& c, const Outputs& out) {
   near(out.bias, bias);
 }
 
-void run_streamed(const Case& c, const Columns& columns, const Members& members, int64_t keep, bool by_item) {
+void run_dense(const Case& c, const Columns& columns, const Members& members, int64_t keep, bool by_item) {
   Outputs out(c);
-  StreamedLoss loss(c.problem, columns, members);
-  std::vector<uint8_t> kept(std::min(keep, c.rows * ((c.items + 511) / 512) * 513 * 4));
-  const auto size = static_cast<int64_t>(kept.size());
-  loss.forward(kept.data(), size, out.losses.data(), out.log_partition.data());
-  loss.backward(c.grad.data(), out.log_partition.data(), kept.data(), size, out.gradients(), by_item);
+  DenseLoss loss(c.problem, columns, members);
+  std::vector<uint8_t> saved(std::min(keep, c.rows * ((c.items + 511) / 512) * 513 * 4));
+  const auto size = static_cast<int64_t>(saved.size());
+  loss.forward(saved.data(), size, out.losses.data(), out.lse.data());
+  loss.backward(c.grad.data(), out.lse.data(), saved.data(), size, out.gradients(), by_item);
   compare(c, out);
 }
 
 void check(const Case& c, int64_t keep) {
-  std::vector<float> shift(c.items);
-  for (int64_t i = 0; i < c.items; ++i) shift[i] = c.bias[i] / static_cast<float>(kTemperature);
-  const Columns all{c.items, nullptr, shift.data()};
+  const ItemColumns all(c.problem);
 
   const int64_t words = (c.items + 63) / 64;
   std::vector<uint64_t> bits(c.rows * words);
@@ -157,33 +164,31 @@ void check(const Case& c, int64_t keep) {
   as_bits.form = Members::Form::kBits;
   as_bits.bits = reinterpret_cast<const uint8_t*>(bits.data());
   as_bits.bits_stride = words * 8;
-  run_streamed(c, all, as_bits, keep, false);
+  run_dense(c, all.columns, as_bits, keep, false);
   Members as_ids;
   as_ids.form = Members::Form::kIds;
   as_ids.ids = ids.data();
   as_ids.ids_width = c.items;
-  run_streamed(c, all, as_ids, keep, false);
+  run_dense(c, all.columns, as_ids, keep, false);
 
   Negatives negatives;
-  negatives.narrow = ids.data();
+  negatives.ids.narrow = ids.data();
   negatives.count = c.items;
   GatheredLoss gathered(c.problem, negatives);
-  std::vector<uint8_t> kept(gathered.kept_bytes());
+  std::vector<uint8_t> saved(gathered.saved_bytes());
   Outputs out(c);
-  gathered.forward(kept.data(), out.losses.data(), out.log_partition.data());
-  gathered.backward(c.grad.data(), out.log_partition.data(), kept.data(), nullptr, out.gradients());
+  gathered.forward(saved.data(), out.losses.data(), out.lse.data());
+  gathered.backward(c.grad.data(), out.lse.data(), saved.data(), nullptr, out.gradients());
   compare(c, out);
   Outputs sparse(c);
   const std::vector<int64_t> touched = gathered.touched();
-  gathered.backward(c.grad.data(), out.log_partition.data(), kept.data(), &touched, sparse.gradients());
+  gathered.backward(c.grad.data(), out.lse.data(), saved.data(), &touched, sparse.gradients());
   for (size_t i = 0; i < touched.size(); ++i) EXPECT(sparse.bias[i] == out.bias[touched[i]]);
 }
 
 void check_all_and_shared(Case& c, int64_t keep) {
   std::fill(c.counts.begin(), c.counts.end(), 1);
-  std::vector<float> shift(c.items);
-  for (int64_t i = 0; i < c.items; ++i) shift[i] = c.bias[i] / static_cast<float>(kTemperature);
-  run_streamed(c, {c.items, nullptr, shift.data()}, {}, keep, false);
+  run_dense(c, ItemColumns(c.problem).columns, {}, keep, false);
 
   std::vector<int64_t> drawn;
   std::fill(c.counts.begin(), c.counts.end(), 0);
@@ -193,10 +198,10 @@ void check_all_and_shared(Case& c, int64_t keep) {
   }
   drawn.push_back(-1);
   Negatives negatives;
-  negatives.wide = drawn.data();
+  negatives.ids.wide = drawn.data();
   negatives.count = static_cast<int64_t>(drawn.size());
   const SharedNegatives shared(c.problem, negatives);
-  run_streamed(c, shared.columns(), shared.members(), keep, true);
+  run_dense(c, shared.columns(), shared.members(), keep, true);
 }
 
 }  // namespace

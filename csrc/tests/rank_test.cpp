@@ -1,5 +1,6 @@
 // The ranking engine against a full sort, on integers, where every product is exact; what the sanitizers run.
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
@@ -8,7 +9,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
-#include "cpu/ranks.h"
+#include "cpu/rank_slice.h"
 
 namespace {
 
@@ -43,43 +44,46 @@ void check(const Shape& shape, int64_t start, int64_t stop, int64_t top, int64_t
            bool with_bias) {
   const auto [rows, items, width] = shape;
   const std::vector<float> query = integers(rows * width, 1), catalog = integers(items * width, 2);
-  const std::vector<float> bias = integers(items, 3);
+  std::vector<float> bias = integers(items, 3);
+  for (int64_t item = 3; item < items; item += 11) bias[item] = -std::numeric_limits<float>::infinity();
   const std::vector<uint16_t> query16 = narrow(query), catalog16 = narrow(catalog);
   const int64_t words = (items + kWord - 1) / kWord;
   std::vector<uint64_t> bits(rows * words, ~uint64_t{0});
-  RankJob job{};
-  job.query =
+  RankProblem problem{};
+  problem.query =
       stored_bf16 ? Matrix{query16.data(), true, rows, width, width} : Matrix{query.data(), false, rows, width, width};
-  job.catalog = stored_bf16 ? Matrix{catalog16.data(), true, items, width, width}
-                            : Matrix{catalog.data(), false, items, width, width};
-  job.arithmetic = choose_arithmetic(bf16);
-  job.bias = with_bias ? bias.data() : nullptr;
-  job.first_item = first;
-  job.start = start;
-  job.stop = stop;
-  job.top = top;
-  job.check = true;
-  job.bits = top % 2 == 0 ? bits.data() : nullptr;  // else the engine's own scratch
+  problem.catalog = stored_bf16 ? Matrix{catalog16.data(), true, items, width, width}
+                                : Matrix{catalog.data(), false, items, width, width};
+  problem.arithmetic = choose_arithmetic(bf16);
+  problem.bias = with_bias ? bias.data() : nullptr;
+  problem.first_item = first;
+  problem.ranked = count_ranked(problem.bias, first, items);
+  problem.start = start = std::min(start, problem.ranked);
+  problem.stop = stop = std::min(stop, problem.ranked);
+  problem.top = top = std::min(top, problem.ranked);
+  problem.check = true;
+  problem.bits = top % 2 == 0 ? bits.data() : nullptr;  // else the engine's own scratch
   std::vector<int> received(rows, 0);
-  const NotFinite bad = rank(job, [&](int64_t row, uint64_t* found, const Settled& settled) {
+  const NotFinite bad = rank(problem, [&](int64_t row, uint64_t* members, const RowRanks& found) {
     ++received[row];
     std::vector<uint64_t> keys;
     for (int64_t item = first; item < items; ++item) {
       float score = with_bias ? bias[item] : 0.0f;
+      if (std::isinf(score)) continue;
       for (int64_t i = 0; i < width; ++i) score += query[row * width + i] * catalog[item * width + i];
       keys.push_back(make_key(score, static_cast<int32_t>(item)));
     }
     std::sort(keys.begin(), keys.end(), std::greater<>());
-    EXPECT(std::equal(settled.best.begin(), settled.best.end(), keys.begin(), keys.begin() + top));
+    if (problem.ranked > 0) EXPECT(std::equal(found.best.begin(), found.best.end(), keys.begin(), keys.begin() + top));
     if (start == stop) return;
-    EXPECT(settled.first.score == from_key(keys[start]).score && settled.first.id == from_key(keys[start]).id);
-    EXPECT(settled.last.score == from_key(keys[stop - 1]).score && settled.last.id == from_key(keys[stop - 1]).id);
+    EXPECT(found.first.score == from_key(keys[start]).score && found.first.id == from_key(keys[start]).id);
+    EXPECT(found.last.score == from_key(keys[stop - 1]).score && found.last.id == from_key(keys[stop - 1]).id);
     std::vector<uint64_t> expected(words, 0);
     for (int64_t r = start; r < stop; ++r) {
       const int32_t item = from_key(keys[r]).id;
       expected[item / kWord] |= uint64_t{1} << (item % kWord);
     }
-    EXPECT(std::equal(expected.begin(), expected.end(), found));
+    EXPECT(std::equal(expected.begin(), expected.end(), members));
   });
   EXPECT(bad.row < 0);
   EXPECT(std::all_of(received.begin(), received.end(), [](int times) { return times == 1; }));
@@ -88,17 +92,18 @@ void check(const Shape& shape, int64_t start, int64_t stop, int64_t top, int64_t
 void check_not_finite(int64_t items) {
   std::vector<float> query = integers(3 * 4, 1), catalog = integers(items * 4, 2);
   query[4] = std::numeric_limits<float>::quiet_NaN();
-  RankJob job{};
-  job.query = {query.data(), false, 3, 4, 4};
-  job.catalog = {catalog.data(), false, items, 4, 4};
-  job.arithmetic = Arithmetic::kFp32;
-  job.stop = items / 2;
-  job.check = true;
-  EXPECT(rank(job, [](int64_t, uint64_t*, const Settled&) {}).row == 1);
+  RankProblem problem{};
+  problem.query = {query.data(), false, 3, 4, 4};
+  problem.catalog = {catalog.data(), false, items, 4, 4};
+  problem.arithmetic = Arithmetic::kFp32;
+  problem.ranked = items;
+  problem.stop = items / 2;
+  problem.check = true;
+  EXPECT(rank(problem, [](int64_t, uint64_t*, const RowRanks&) {}).row == 1);
   bool caught = false;
   query[4] = 1.0f;
   try {
-    rank(job, [](int64_t row, uint64_t*, const Settled&) {
+    rank(problem, [](int64_t row, uint64_t*, const RowRanks&) {
       if (row == 2) throw std::runtime_error("from the caller");
     });
   } catch (const std::runtime_error&) {
@@ -110,9 +115,10 @@ void check_not_finite(int64_t items) {
 }  // namespace
 
 int main() {
-  for (const Shape& shape : {Shape{3, 1, 1}, Shape{5, 700, 9}, Shape{130, 257, 3}, Shape{4, 9'000, 3}}) {
-    for (const Trouble trouble : {Trouble::kNone, Trouble::kMiss, Trouble::kOverflow}) {
-      set_trouble(trouble);
+  for (const Shape& shape :
+       {Shape{3, 1, 1}, Shape{5, 700, 9}, Shape{130, 257, 3}, Shape{4, 9'000, 3}, Shape{2, 8'500, 0}}) {
+    for (const Fallback fallback : {Fallback::kAsNeeded, Fallback::kMissed, Fallback::kOverflow}) {
+      force_fallback(fallback);
       for (const bool bf16 : {false, true}) {
         for (const int64_t first : {int64_t{0}, std::min<int64_t>(77, shape.items - 1)}) {
           const int64_t n = shape.items - first;
@@ -127,7 +133,7 @@ int main() {
       }
     }
   }
-  set_trouble(Trouble::kNone);
+  force_fallback(Fallback::kAsNeeded);
   check_not_finite(600);
   check_not_finite(9'000);
   std::printf("ranks: right with %s\n", isa_name(isa()));

@@ -70,14 +70,14 @@ def test_excluded_items_make_room_for_others(v: int) -> None:
     same(query, catalog, 10, exclude=uneven)
 
 
-@pytest.mark.parametrize("trouble", ["miss", "overflow"])
-def test_bad_luck_costs_time_alone(trouble: str) -> None:
+@pytest.mark.parametrize("fallback", ["missed", "overflow"])
+def test_a_missed_bracket_costs_time_alone(fallback: str) -> None:
     query, catalog = integers(30, 8, 1), integers(9_000, 8, 2)
-    _C.set_trouble(trouble)
+    _C.force_fallback(fallback)
     try:
         same(query, catalog, 20, exclude=torch.arange(30), first_item=3)
     finally:
-        _C.set_trouble("none")
+        _C.force_fallback("as needed")
 
 
 def test_is_an_op_that_compiles_into_one_graph() -> None:

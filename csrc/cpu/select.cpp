@@ -1,4 +1,4 @@
-#include "cpu/settle.h"
+#include "cpu/select.h"
 
 #include <algorithm>
 #include <array>
@@ -30,9 +30,9 @@ float from_ordered(uint32_t key) {
   return out;
 }
 
-// The item of the given rank among all scores, digit by digit of their ordered bits.
-Cut select_all(const float* scores, int64_t n, int32_t first, int64_t rank) {
-  uint32_t prefix = 0, known = 0;  // bits of the wanted key, and which of them are known
+// The item of the given rank among n scores of items from `first` on, digit by digit of their ordered bits.
+Item item_at_rank(const float* scores, int64_t n, int32_t first, int64_t rank) {
+  uint32_t prefix = 0, known = 0;  // bits of the item's key, and which of them are known
   for (const int shift : {21, 10, 0}) {
     const uint32_t digit = shift == 0 ? 0x3ffu : 0x7ffu;
     std::array<int64_t, 2048> counts{};
@@ -61,19 +61,19 @@ uint64_t make_key(float score, int32_t id) {
   return static_cast<uint64_t>(ordered(score)) << 32 | (0xffffffffu - static_cast<uint32_t>(id));
 }
 
-Cut from_key(uint64_t key) {
+Item from_key(uint64_t key) {
   return {from_ordered(static_cast<uint32_t>(key >> 32)),
           static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(key))};
 }
 
-void Settler::List::reserve(int64_t n) {
+void Selector::List::reserve(int64_t n) {
   scores.reserve(n + kGroup);
   ids.reserve(n + kGroup);
 }
 
-int64_t Settler::List::count_above(float low) const { return kernels().count(scores.get(), count, low); }
+int64_t Selector::List::count_above(float low) const { return kernels().count(scores.get(), count, low); }
 
-void Settler::gather(const Candidates* runs, int64_t count, float low, float high) {
+void Selector::gather(const Candidates* runs, int64_t count, float low, float high) {
   int64_t total = 0, above = 0;
   for (int64_t r = 0; r < count; ++r) total += runs[r].count;
   List& list = lists_[0];
@@ -85,7 +85,7 @@ void Settler::gather(const Candidates* runs, int64_t count, float low, float hig
   }
 }
 
-Cut Settler::select(int64_t rank) {
+Item Selector::item_at(int64_t rank) {
   // Scores inside a bracket are nearly evenly spread, so where the rank lies can be told from the limits; what is
   // kept around that place has a fraction of the size. The kept ones go to another list: after a wrong guess, the side
   // that holds the rank is taken from the same list again.
@@ -130,7 +130,7 @@ Cut Settler::select(int64_t rank) {
   return from_key(keys_[rank]);
 }
 
-void Settler::best(int64_t n, std::vector<uint64_t>& out) {
+void Selector::best(int64_t n, std::vector<uint64_t>& out) {
   const List& list = lists_[0];
   const auto key = [&](int64_t i) { return make_key(list.scores.get()[i], list.ids.get()[i]); };
   out.resize(n);
@@ -151,8 +151,8 @@ void Settler::best(int64_t n, std::vector<uint64_t>& out) {
   std::sort(out.begin(), out.end(), std::greater<>());
 }
 
-bool Settler::settle(const Ranks& ranks, Filter filter, const Limits& limits, const Candidates* runs, int64_t count,
-                     uint64_t* bits, Settled& out) {
+bool Selector::from_candidates(const Ranks& ranks, Filter filter, const Limits& limits, const Candidates* runs,
+                               int64_t count, uint64_t* bits, RowRanks& out) {
   int64_t marked = 0, above_start = 0;
   for (int64_t r = 0; r < count; ++r) {
     if (runs[r].overflow) return false;
@@ -181,13 +181,13 @@ bool Settler::settle(const Ranks& ranks, Filter filter, const Limits& limits, co
     above_mid += lists_[0].count_above(mid);
     const int64_t rank = ranks.start - above_start;
     if (rank < 0 || rank >= lists_[0].count) return false;
-    out.first = select(rank);
+    out.first = item_at(rank);
   }
   gather(runs, count, limits.stop_low, limits.stop_high);
   // All scores >= stop_mid are marked or >= mid; of them those below stop_high are in the list.
   const int64_t rank = ranks.stop - 1 - (marked + above_mid - lists_[0].count_above(limits.stop_mid));
   if (rank < 0 || rank >= lists_[0].count) return false;
-  out.last = select(rank);
+  out.last = item_at(rank);
   for (int64_t r = 0; r < count; ++r) {
     lists_[0].reserve(runs[r].count);
     int32_t* wrong = lists_[0].ids.get();
@@ -197,25 +197,26 @@ bool Settler::settle(const Ranks& ranks, Filter filter, const Limits& limits, co
   return true;
 }
 
-void Settler::settle_all(const Ranks& ranks, const float* scores, int32_t first, uint64_t* bits, Settled& out) {
+void Selector::from_scores(const Ranks& ranks, const float* scores, int64_t count, int32_t first, uint64_t* bits,
+                           RowRanks& out) {
   out.best.clear();
   if (ranks.top > 0) {
     const uint64_t last = [&] {
-      const Cut cut = select_all(scores, ranks.items, first, ranks.top - 1);
+      const Item cut = item_at_rank(scores, count, first, ranks.top - 1);
       return make_key(cut.score, cut.id);
     }();
-    for (int64_t i = 0; i < ranks.items; ++i) {
+    for (int64_t i = 0; i < count; ++i) {
       const uint64_t key = make_key(scores[i], first + static_cast<int32_t>(i));
       if (key >= last) out.best.push_back(key);
     }
     std::sort(out.best.begin(), out.best.end(), std::greater<>());
   }
   if (!ranks.members()) return;
-  out.first = select_all(scores, ranks.items, first, ranks.start);
-  out.last = select_all(scores, ranks.items, first, ranks.stop - 1);
+  out.first = item_at_rank(scores, count, first, ranks.start);
+  out.last = item_at_rank(scores, count, first, ranks.stop - 1);
   const uint64_t most = make_key(out.first.score, out.first.id), least = make_key(out.last.score, out.last.id);
-  std::fill(bits + first / kWord, bits + (first + ranks.items + kWord - 1) / kWord, uint64_t{0});
-  for (int64_t i = 0; i < ranks.items; ++i) {
+  std::fill(bits + first / kWord, bits + (first + count + kWord - 1) / kWord, uint64_t{0});
+  for (int64_t i = 0; i < count; ++i) {
     const int64_t item = first + i;
     const uint64_t key = make_key(scores[i], static_cast<int32_t>(item));
     bits[item / kWord] |= static_cast<uint64_t>(key >= least && key <= most) << (item % kWord);

@@ -1,4 +1,4 @@
-#include "cpu/bracket.h"
+#include "cpu/sample.h"
 
 #include <algorithm>
 #include <array>
@@ -9,12 +9,12 @@ namespace alterrec {
 namespace {
 
 constexpr float kNever = std::numeric_limits<float>::quiet_NaN();
-constexpr float kAlways = -std::numeric_limits<float>::infinity();
+constexpr float kAlways = std::numeric_limits<float>::lowest() * 0.99999994f;  // below every score but kMasked
 constexpr double kDeviations = 4.0;  // a boundary lies outside its bracket once in 16,000 times
 constexpr double kSlack = 3.0;       // and what a Poisson tail near the first and the last rank needs on top
-constexpr double kSettleCost = 2.5;  // cycles to keep and settle a candidate
+constexpr double kSelectCost = 2.5;  // cycles to store a candidate and select from it
 
-// Places in the sample between which the item of `rank` lies: that many of the sample are above it.
+// How many of the sample lie above the item of `rank`: at least `few`, probably `mid`, at most `many`.
 struct Places {
   double few, mid, many;
 };
@@ -26,20 +26,21 @@ Places places(int64_t rank, int64_t items, int64_t sampled) {
   return {mid - spread, mid, mid + spread};
 }
 
-// Candidates that the two-sided bracket of a rank, or all down to it, gather.
+// Candidates in the two-sided bracket around a rank ...
 double bracket_items(int64_t rank, const Ranks& ranks, int64_t sampled) {
   const Places p = places(rank, ranks.items, sampled);
   const double low = std::max(p.few, 0.0), high = std::min(p.many, static_cast<double>(sampled));
   return (high - low) * static_cast<double>(ranks.items) / static_cast<double>(sampled);
 }
 
+// ... and among the first `count` ranks, down to the lower end of the last one's bracket.
 double zone_items(int64_t count, const Ranks& ranks, int64_t sampled) {
   if (count == 0) return 0.0;
   const double high = std::min(places(count - 1, ranks.items, sampled).many, static_cast<double>(sampled));
   return high * static_cast<double>(ranks.items) / static_cast<double>(sampled);
 }
 
-// Order statistics of a sample through a histogram: how good the scores are that it gives decides the speed alone.
+// Order statistics of a sample through a histogram: how close its answers are decides nothing but the speed.
 class Histogram {
  public:
   Histogram(const float* x, int64_t n, int32_t* place) : n_(n) {
@@ -89,14 +90,15 @@ class Histogram {
 }  // namespace
 
 int64_t sample_size(const Ranks& ranks, double product_cost) {
-  // Sampling s items costs s products, and leaves 2 * kDeviations * sqrt(f (1 - f) / s) of the catalog to settle.
+  if (ranks.items == 0) return 0;
+  // Sampling s items costs s products and leaves 2 * kDeviations * sqrt(f (1 - f) / s) of the catalog as candidates.
   const double items = static_cast<double>(ranks.items);
   const auto spread = [&](int64_t rank) {
     const double share = static_cast<double>(rank) / items;
     return std::sqrt(share * (1.0 - share));
   };
   const double widest = std::max(spread(ranks.stop), std::max(spread(ranks.start), spread(ranks.top)));
-  const double best = std::pow(kDeviations * kSettleCost * items * widest / product_cost, 2.0 / 3.0);
+  const double best = std::pow(kDeviations * kSelectCost * items * widest / product_cost, 2.0 / 3.0);
   const auto least = std::clamp<int64_t>(ranks.items / 64, 256, 1024);  // for the zone of the first ranks
   return std::min(ranks.items, round_up(std::max(static_cast<int64_t>(best), least), kPanel));
 }
@@ -110,7 +112,7 @@ Plan make_plan(const Ranks& ranks, int64_t sampled) {
   return {filter, static_cast<int64_t>(stop + std::min(zone, apart))};
 }
 
-Limits bracket(const Ranks& ranks, const Plan& plan, const float* sample, int64_t sampled, int32_t* bins) {
+Limits estimate_limits(const Ranks& ranks, const Plan& plan, const float* sample, int64_t sampled, int32_t* bins) {
   Limits limits{kNever, kNever, kNever, kNever, kNever, kNever, kNever};
   const Histogram histogram(sample, sampled, bins);
   if (plan.filter != Filter::kSlice && ranks.top > 0) {

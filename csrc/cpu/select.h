@@ -1,34 +1,35 @@
-// Settling: from the candidates of a session to its exact ranks.
+// Selecting: from the candidates of a session to its exact ranks.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "cpu/bracket.h"
 #include "cpu/kernels.h"
+#include "cpu/sample.h"
 
 namespace alterrec {
 
 // The ranks of one session.
-struct Settled {
+struct RowRanks {
   std::vector<uint64_t> best;  // keys of ranks [0, top), best first
-  Cut first, last;             // the items at ranks start and stop - 1; unset for an empty slice
+  Item first, last;            // the items at ranks start and stop - 1; unset for an empty slice
 };
 
 // Orders items as ranks do: the larger key is the better item.
 uint64_t make_key(float score, int32_t id);
-Cut from_key(uint64_t key);
+Item from_key(uint64_t key);
 
-// Scratch that one thread settles its sessions in, one after the other.
-class Settler {
+// The scratch memory of one thread, which selects for its sessions one after the other.
+class Selector {
  public:
   // From the candidates of all runs of items, in ascending order; corrects the marks in `bits`. False where the limits
-  // did not hold or a buffer overflowed: then nothing is settled.
-  bool settle(const Ranks& ranks, Filter filter, const Limits& limits, const Candidates* runs, int64_t count,
-              uint64_t* bits, Settled& out);
+  // did not hold or a buffer overflowed: then nothing is found.
+  bool from_candidates(const Ranks& ranks, Filter filter, const Limits& limits, const Candidates* runs, int64_t count,
+                       uint64_t* bits, RowRanks& out);
 
-  // From all scores, of items [first, first + ranks.items); writes the words of `bits` from that of `first` on.
-  void settle_all(const Ranks& ranks, const float* scores, int32_t first, uint64_t* bits, Settled& out);
+  // From all scores, of items [first, first + count); writes the words of `bits` from that of `first` on.
+  void from_scores(const Ranks& ranks, const float* scores, int64_t count, int32_t first, uint64_t* bits,
+                   RowRanks& out);
 
  private:
   struct List {
@@ -42,8 +43,8 @@ class Settler {
 
   // Fills lists_[0] with the candidates in [low, high).
   void gather(const Candidates* runs, int64_t count, float low, float high);
-  // The item of the given rank in lists_[0], which it uses up.
-  Cut select(int64_t rank);
+  // The item of the given rank in lists_[0], whose contents are lost.
+  Item item_at(int64_t rank);
   // The best n of lists_[0], in order.
   void best(int64_t n, std::vector<uint64_t>& out);
 

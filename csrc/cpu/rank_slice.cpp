@@ -1,4 +1,4 @@
-#include "cpu/ranks.h"
+#include "cpu/rank_slice.h"
 
 #include <algorithm>
 #include <atomic>
@@ -17,27 +17,27 @@ namespace alterrec {
 namespace {
 
 // All sizes are the same for any number of threads, so that every product has the same shape and the same rounding.
-constexpr int64_t kBlockRows = 512;                // sessions streamed together: enough for products at full speed
-constexpr int64_t kSampleRows = 256;               // sessions of one task while sampling
-constexpr int64_t kStoredRows = 128;               // and while whole rows of scores are kept
-constexpr int64_t kSettleRows = 8;                 // and while settling
-constexpr int64_t kSmallCatalog = 8192;            // items up to which whole rows of scores are kept in cache
-constexpr int64_t kBufferBytes = 48 << 20;         // for candidates, of each thread
-constexpr int64_t kBeyond = kStreamTile + kGroup;  // room of a list beyond its capacity
-constexpr int64_t kPrefetch = 80;                  // candidates of one tile, more or less
-constexpr int64_t kBitsBytes = 16 << 20;           // for member bits that are not an output
-constexpr int64_t kStoredBytes = 32 << 20;         // for whole rows of scores
+constexpr int64_t kBlockRows = 512;              // sessions that scan together: enough for products at full speed
+constexpr int64_t kSampleRows = 256;             // sessions of one task while sampling
+constexpr int64_t kStoredRows = 128;             // and while whole rows of scores are kept
+constexpr int64_t kSelectRows = 8;               // and while selecting
+constexpr int64_t kSmallCatalog = 8192;          // items up to which whole rows of scores are kept in cache
+constexpr int64_t kBufferBytes = 48 << 20;       // for candidates, of each thread
+constexpr int64_t kBeyond = kScanTile + kGroup;  // room of a list beyond its capacity
+constexpr int64_t kPrefetch = 80;                // candidates of one tile, more or less
+constexpr int64_t kBitsBytes = 16 << 20;         // for member bits that are not an output
+constexpr int64_t kStoredBytes = 32 << 20;       // for whole rows of scores
 
 std::atomic<int64_t> total_rows{0}, total_missed{0}, total_overflow{0};
-std::atomic<int64_t> bracket_ns{0}, stream_ns{0}, settle_ns{0};
-std::atomic<Trouble> trouble{Trouble::kNone};
+std::atomic<int64_t> sample_ns{0}, scan_ns{0}, select_ns{0};
+std::atomic<Fallback> forced{Fallback::kAsNeeded};
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What the product of one session and one item costs, in cycles.
-double product_cost(const RankJob& job) {
-  const bool bf16 = job.arithmetic == Arithmetic::kBf16;
-  return static_cast<double>(job.query.cols) / (!bf16 ? 32.0 : isa() == Isa::kAmx ? 128.0 : 64.0);
+double product_cost(const RankProblem& problem) {
+  const bool bf16 = problem.arithmetic == Arithmetic::kBf16;
+  return static_cast<double>(problem.query.cols) / (!bf16 ? 32.0 : isa() == Isa::kAmx ? 128.0 : 64.0);
 }
 
 // Adds the wall-clock time since the last phase ended to `total`. A few calls for some hundred sessions cost nothing.
@@ -55,19 +55,19 @@ class Stopwatch {
 
 class Engine {
  public:
-  Engine(const RankJob& job, const Receive& receive)
-      : job_(job),
+  Engine(const RankProblem& problem, const Receive& receive)
+      : problem_(problem),
         receive_(receive),
-        items_(job.catalog.rows - job.first_item),
-        base_(job.first_item / kWord * kWord),
-        words_(ceil_div(job.catalog.rows, kWord)),
-        sampled_(sample_size({job.start, job.stop, job.top, items_}, product_cost(job))) {}
+        items_(problem.catalog.rows - problem.first_item),
+        base_(problem.first_item / kWord * kWord),
+        words_(ceil_div(problem.catalog.rows, kWord)),
+        sampled_(sample_size({problem.start, problem.stop, problem.top, problem.ranked}, product_cost(problem))) {}
 
   NotFinite run() {
-    const int64_t rows = job_.query.rows;
+    const int64_t rows = problem_.query.rows;
     total_rows += rows;
-    if (items_ == 0) {
-      for (int64_t row = 0; row < rows; ++row) receive_(row, nullptr, Settled{});
+    if (problem_.ranked == 0) {
+      for (int64_t row = 0; row < rows; ++row) receive_(row, nullptr, RowRanks{});
       return not_finite_;
     }
     const int64_t block = block_rows();
@@ -76,7 +76,7 @@ class Engine {
       if (items_ <= kSmallCatalog) {
         rank_stored(begin, count);
       } else {
-        rank_streamed(begin, count);
+        rank_scanned(begin, count);
       }
     }
     return not_finite_;
@@ -86,8 +86,8 @@ class Engine {
   // --- what is asked of each row ---
 
   Ranks ranks_of(int64_t row) const {
-    const int64_t extra = job_.extra == nullptr ? 0 : job_.extra[row + 1] - job_.extra[row];
-    return {job_.start, job_.stop, std::min(job_.top + extra, items_), items_};
+    const int64_t extra = problem_.extra == nullptr ? 0 : problem_.extra[row + 1] - problem_.extra[row];
+    return {problem_.start, problem_.stop, std::min(problem_.top + extra, problem_.ranked), problem_.ranked};
   }
 
   // The plan that serves every row: that of the most best ones asked for.
@@ -98,12 +98,13 @@ class Engine {
   }
 
   int64_t block_rows() const {
-    const int64_t rows = std::max<int64_t>(1, job_.query.rows);
+    const int64_t rows = std::max<int64_t>(1, problem_.query.rows);
     int64_t limit = kBlockRows;
     if (items_ > kSmallCatalog) {
       const int64_t expected = std::max<int64_t>(plan_of(0, rows).expected, 1);
       limit = std::min(limit, kBufferBytes / (expected * 5 / 4 * 8));
-      if (job_.start < job_.stop && job_.bits == nullptr) limit = std::min(limit, kBitsBytes / (words_ * 8));
+      if (problem_.start < problem_.stop && problem_.bits == nullptr)
+        limit = std::min(limit, kBitsBytes / (words_ * 8));
       limit = std::max<int64_t>(limit, 1);
     }
     return ceil_div(rows, ceil_div(rows, limit));  // blocks of about one size
@@ -111,8 +112,8 @@ class Engine {
 
   // The member bits of a row of the block from `begin` on.
   uint64_t* bits_of(int64_t begin, int64_t row) {
-    if (job_.start == job_.stop) return nullptr;
-    if (job_.bits != nullptr) return job_.bits + row * words_;
+    if (problem_.start == problem_.stop) return nullptr;
+    if (problem_.bits != nullptr) return problem_.bits + row * words_;
     return scratch_bits_.get() + (row - begin) * words_;
   }
 
@@ -141,43 +142,42 @@ class Engine {
     const auto pass = plan.filter == Filter::kTop     ? k.filter_top
                       : plan.filter == Filter::kSlice ? k.filter_slice
                                                       : k.filter_all;
-    for (int64_t done = 0; done < count; done += kStreamTile) {
-      const int64_t here = item + done, n = std::min(kStreamTile, count - done);
+    for (int64_t done = 0; done < count; done += kScanTile) {
+      const int64_t here = item + done, n = std::min(kScanTile, count - done);
       TileRow tile{scores + done, ceil_div(n, kWord),         ~uint64_t{0},
                    ~uint64_t{0},  static_cast<int32_t>(here), bits == nullptr ? nullptr : bits + here / kWord};
-      if (here < job_.first_item) tile.first <<= job_.first_item - here;
+      if (here < problem_.first_item) tile.first <<= problem_.first_item - here;
       if (n % kWord != 0) tile.last >>= kWord - n % kWord;
-      if (!pass(tile, limits, out) && job_.check) report(row, tile.scores, n);
+      if (!pass(tile, limits, out) && problem_.check) report(row, tile.scores, n);
     }
   }
 
   // Adds the bias, and makes what lies beside the ranked items harmless: columns [0, count) to [0, round_up(count)).
   void finish_scores(float* scores, int64_t item, int64_t count) const {
-    if (job_.bias != nullptr) kernels().add(scores, job_.bias + item, count);
-    for (int64_t i = item; i < job_.first_item; ++i) scores[i - item] = 0.0f;
+    if (problem_.bias != nullptr) kernels().add_bias(scores, problem_.bias + item, count);
+    for (int64_t i = item; i < problem_.first_item; ++i) scores[i - item] = 0.0f;
     std::fill(scores + count, scores + round_up(count, kWord), 0.0f);
   }
 
   // --- small catalogs: whole rows of scores in cache ---
 
   void rank_stored(int64_t begin, int64_t count) {
-    const int64_t end = job_.catalog.rows, width = round_up(end - base_, kWord);
+    const int64_t end = problem_.catalog.rows, width = round_up(end - base_, kWord);
     const int64_t rows = kStoredRows;
-    if (job_.start < job_.stop && job_.bits == nullptr) scratch_bits_.reserve(count * words_);
+    if (problem_.start < problem_.stop && problem_.bits == nullptr) scratch_bits_.reserve(count * words_);
     const Plan plan = plan_of(begin, count);
-    std::vector<int32_t> places(sampled_);
-    for (int64_t i = 0; i < sampled_; ++i) {
-      places[i] = static_cast<int32_t>(job_.first_item - base_ + i * items_ / sampled_);
-    }
+    std::vector<int64_t> places(sampled_);
+    for (int64_t i = 0; i < sampled_; ++i) places[i] = i * problem_.ranked / sampled_;
+    places = ranked_items(places);
     parallel_for(ceil_div(count, rows), [&](int64_t task) {
       const int64_t first = begin + task * rows, n = std::min(rows, begin + count - first);
       Buffer<float> scores, sample;
       Buffer<int32_t> bins;
       QueryBlock::Scratch scratch;
-      Settler settler;
-      Settled settled;
-      const QueryBlock queries(job_.query, first, n, job_.arithmetic);
-      queries.scores(job_.catalog, base_, end - base_, scores.reserve(n * width), width, scratch);
+      Selector selector;
+      RowRanks found;
+      const QueryBlock queries(problem_.query, first, n, problem_.arithmetic);
+      queries.scores(problem_.catalog, base_, end - base_, scores.reserve(n * width), width, scratch);
       sample.reserve(sampled_);
       bins.reserve(sampled_);
       Buffer<float> list_scores;
@@ -187,35 +187,35 @@ class Engine {
       for (int64_t row = first; row < first + n; ++row) {
         float* x = scores.get() + (row - first) * width;
         finish_scores(x, base_, end - base_);
-        for (int64_t i = 0; i < sampled_; ++i) sample.get()[i] = x[places[i]];
+        for (int64_t i = 0; i < sampled_; ++i) sample.get()[i] = x[places[i] - base_];
         const Ranks ranks = ranks_of(row);
-        const Limits limits = draw(ranks, plan, sample.get(), bins.get());
+        const Limits limits = limits_of(ranks, plan, sample.get(), bins.get());
         uint64_t* bits = bits_of(begin, row);
         clear_padding(bits);
         Candidates list{list_scores.get(), list_ids.get(), usable(items_), 0, 0, 0, false};
         filter(plan, limits, x, base_, end - base_, row, bits, list);
-        if (!settler.settle(ranks, plan.filter, limits, &list, 1, bits, settled)) {
-          count_trouble(list.overflow);
-          settler.settle_all(ranks, x + (job_.first_item - base_), static_cast<int32_t>(job_.first_item), bits,
-                             settled);
+        if (!selector.from_candidates(ranks, plan.filter, limits, &list, 1, bits, found)) {
+          count_fallback(list.overflow);
+          selector.from_scores(ranks, x + (problem_.first_item - base_), items_,
+                               static_cast<int32_t>(problem_.first_item), bits, found);
         }
-        receive_(row, bits, settled);
+        receive_(row, bits, found);
       }
     });
   }
 
   // --- large catalogs: tiles of scores in cache, limits from a sample ---
 
-  void rank_streamed(int64_t begin, int64_t count) {
+  void rank_scanned(int64_t begin, int64_t count) {
     Stopwatch stopwatch;
     const Plan plan = plan_of(begin, count);
-    if (job_.start < job_.stop && job_.bits == nullptr) scratch_bits_.reserve(count * words_);
-    const QueryBlock queries(job_.query, begin, count, job_.arithmetic);
+    if (problem_.start < problem_.stop && problem_.bits == nullptr) scratch_bits_.reserve(count * words_);
+    const QueryBlock queries(problem_.query, begin, count, problem_.arithmetic);
     const std::vector<Limits> limits = sample_limits(begin, count, plan);
-    stopwatch.end_of(bracket_ns);
+    stopwatch.end_of(sample_ns);
 
-    // Each worker has a list for every session, long enough for all: where in the catalog a session's candidates lie
-    // is the catalog's affair.
+    // Each worker has a list for every session, long enough for all of its candidates: they may lie in the tiles that
+    // one worker takes.
     const int64_t workers = num_threads(), capacity = usable(list_capacity(plan, count));
     std::vector<Buffer<float>> list_scores(workers);
     std::vector<Buffer<int32_t>> list_ids(workers);
@@ -231,16 +231,16 @@ class Engine {
 
     // Where there are few candidates, short tiles stay nearer to the core; long ones spread the cost of touching a
     // list.
-    const int64_t step = plan.filter == Filter::kTop ? kStreamTile / 2 : kStreamTile;
-    const int64_t tiles = ceil_div(job_.catalog.rows - base_, step);
+    const int64_t step = plan.filter == Filter::kTop ? kScanTile / 2 : kScanTile;
+    const int64_t tiles = ceil_div(problem_.catalog.rows - base_, step);
     std::atomic<int64_t> next{0};
     parallel_for(workers, [&](int64_t worker) {
       Buffer<float> scores;
       QueryBlock::Scratch scratch;
       scores.reserve(count * step);
       for (int64_t tile = next++; tile < tiles; tile = next++) {
-        const int64_t item = base_ + tile * step, n = std::min(step, job_.catalog.rows - item);
-        queries.scores(job_.catalog, item, n, scores.get(), step, scratch);
+        const int64_t item = base_ + tile * step, n = std::min(step, problem_.catalog.rows - item);
+        queries.scores(problem_.catalog, item, n, scores.get(), step, scratch);
         for (int64_t r = 0; r < count; ++r) {
           float* x = scores.get() + r * step;
           finish_scores(x, item, n);
@@ -249,25 +249,26 @@ class Engine {
         }
       }
     });
-    stopwatch.end_of(stream_ns);
+    stopwatch.end_of(scan_ns);
     if (not_finite_.row >= 0) return;
 
     std::vector<char> missed(count, 0);
-    parallel_for(ceil_div(count, kSettleRows), [&](int64_t task) {
-      Settler settler;
-      Settled settled;
-      for (int64_t r = task * kSettleRows; r < std::min(count, (task + 1) * kSettleRows); ++r) {
+    parallel_for(ceil_div(count, kSelectRows), [&](int64_t task) {
+      Selector selector;
+      RowRanks found;
+      for (int64_t r = task * kSelectRows; r < std::min(count, (task + 1) * kSelectRows); ++r) {
         uint64_t* bits = bits_of(begin, begin + r);
         clear_padding(bits);
-        const Candidates* own = &lists[r * workers];
-        // Whether the lists together are too long does not hang on who found what.
-        const bool overflow = std::any_of(own, own + workers, [](const Candidates& list) { return list.overflow; }) ||
-                              total_count(own, workers) > capacity;
-        if (!overflow && settler.settle(ranks_of(begin + r), plan.filter, limits[r], own, workers, bits, settled)) {
-          receive_(begin + r, bits, settled);
+        const Candidates* runs = &lists[r * workers];
+        // Counted over all workers, so that it does not depend on which worker took which tile.
+        const bool overflow = std::any_of(runs, runs + workers, [](const Candidates& list) { return list.overflow; }) ||
+                              total_count(runs, workers) > capacity;
+        if (!overflow &&
+            selector.from_candidates(ranks_of(begin + r), plan.filter, limits[r], runs, workers, bits, found)) {
+          receive_(begin + r, bits, found);
         } else {
           missed[r] = 1;
-          count_trouble(overflow);
+          count_fallback(overflow);
         }
       }
     });
@@ -275,62 +276,63 @@ class Engine {
     for (int64_t r = 0; r < count; ++r) {
       if (missed[r]) again.push_back(begin + r);
     }
-    rank_again(begin, again);
-    stopwatch.end_of(settle_ns);
+    fallback(begin, again);
+    stopwatch.end_of(select_ns);
   }
 
-  // Rows whose limits did not hold: all their scores are kept, and settled without limits.
-  void rank_again(int64_t begin, const std::vector<int64_t>& rows) {
-    const int64_t end = job_.catalog.rows, width = round_up(end - base_, kStreamTile), tiles = width / kStreamTile;
+  // Rows with a bracket that missed or a list that overflowed: all their scores are stored and selected from.
+  void fallback(int64_t begin, const std::vector<int64_t>& rows) {
+    const int64_t end = problem_.catalog.rows, width = round_up(end - base_, kScanTile), tiles = width / kScanTile;
     const int64_t group = std::clamp<int64_t>(kStoredBytes / (4 * width), 1, kBlockRows);
-    const int64_t total = static_cast<int64_t>(rows.size()), size = job_.query.bf16 ? 2 : 4;
+    const int64_t total = static_cast<int64_t>(rows.size()), size = problem_.query.bf16 ? 2 : 4;
     Buffer<float> scores;
     Buffer<char> gathered;
     for (int64_t done = 0; done < total; done += group) {
-      const int64_t n = std::min(group, total - done), bytes = job_.query.cols * size;
+      const int64_t n = std::min(group, total - done), bytes = problem_.query.cols * size;
       gathered.reserve(n * bytes);
       for (int64_t r = 0; r < n; ++r) {
-        const char* row = static_cast<const char*>(job_.query.data) + rows[done + r] * job_.query.stride * size;
+        const char* row = static_cast<const char*>(problem_.query.data) + rows[done + r] * problem_.query.stride * size;
         std::memcpy(gathered.get() + r * bytes, row, bytes);
       }
-      const Matrix query{gathered.get(), job_.query.bf16, n, job_.query.cols, job_.query.cols};
-      const QueryBlock queries(query, 0, n, job_.arithmetic);
+      const Matrix query{gathered.get(), problem_.query.bf16, n, problem_.query.cols, problem_.query.cols};
+      const QueryBlock queries(query, 0, n, problem_.arithmetic);
       scores.reserve(n * width);
       parallel_for(tiles, [&](int64_t tile) {
         QueryBlock::Scratch scratch;
-        const int64_t item = base_ + tile * kStreamTile;
-        queries.scores(job_.catalog, item, std::min(kStreamTile, end - item), scores.get() + tile * kStreamTile, width,
+        const int64_t item = base_ + tile * kScanTile;
+        queries.scores(problem_.catalog, item, std::min(kScanTile, end - item), scores.get() + tile * kScanTile, width,
                        scratch);
       });
       parallel_for(n, [&](int64_t r) {
-        Settler settler;
-        Settled settled;
+        Selector selector;
+        RowRanks found;
         float* x = scores.get() + r * width;
         const int64_t row = rows[done + r];
         finish_scores(x, base_, end - base_);
-        settler.settle_all(ranks_of(row), x + (job_.first_item - base_), static_cast<int32_t>(job_.first_item),
-                           bits_of(begin, row), settled);
-        receive_(row, bits_of(begin, row), settled);
+        selector.from_scores(ranks_of(row), x + (problem_.first_item - base_), items_,
+                             static_cast<int32_t>(problem_.first_item), bits_of(begin, row), found);
+        receive_(row, bits_of(begin, row), found);
       });
     }
   }
 
   std::vector<Limits> sample_limits(int64_t begin, int64_t count, const Plan& plan) {
     std::vector<int64_t> items(sampled_);
-    uint64_t state = 0x9e3779b97f4a7c15u;  // one random item from each of `sampled_` runs of the catalog
+    uint64_t state = 0x9e3779b97f4a7c15u;  // one random item from each of `sampled_` runs of the ranked ones
     for (int64_t i = 0; i < sampled_; ++i) {
-      const int64_t low = job_.first_item + items_ * i / sampled_, high = job_.first_item + items_ * (i + 1) / sampled_;
+      const int64_t low = problem_.ranked * i / sampled_, high = problem_.ranked * (i + 1) / sampled_;
       state = state * 6364136223846793005u + 1442695040888963407u;
       items[i] = low + static_cast<int64_t>((state >> 33) % static_cast<uint64_t>(std::max<int64_t>(1, high - low)));
     }
-    const int64_t size = job_.catalog.bf16 ? 2 : 4, bytes = job_.catalog.cols * size;
+    items = ranked_items(items);
+    const int64_t size = problem_.catalog.bf16 ? 2 : 4, bytes = problem_.catalog.cols * size;
     Buffer<char> gathered;
     gathered.reserve(sampled_ * bytes);
     for (int64_t i = 0; i < sampled_; ++i) {
       std::memcpy(gathered.get() + i * bytes,
-                  static_cast<const char*>(job_.catalog.data) + items[i] * job_.catalog.stride * size, bytes);
+                  static_cast<const char*>(problem_.catalog.data) + items[i] * problem_.catalog.stride * size, bytes);
     }
-    const Matrix sample{gathered.get(), job_.catalog.bf16, sampled_, job_.catalog.cols, job_.catalog.cols};
+    const Matrix sample{gathered.get(), problem_.catalog.bf16, sampled_, problem_.catalog.cols, problem_.catalog.cols};
 
     std::vector<Limits> limits(count);
     const int64_t rows = kSampleRows;
@@ -340,25 +342,39 @@ class Engine {
       Buffer<float> scores;
       Buffer<int32_t> bins;
       QueryBlock::Scratch scratch;
-      const QueryBlock queries(job_.query, begin + first, n, job_.arithmetic);
+      const QueryBlock queries(problem_.query, begin + first, n, problem_.arithmetic);
       queries.scores(sample, 0, sampled_, scores.reserve(n * width), width, scratch);
       bins.reserve(sampled_);
       for (int64_t r = 0; r < n; ++r) {
         float* x = scores.get() + r * width;
-        if (job_.bias != nullptr) {
-          for (int64_t i = 0; i < sampled_; ++i) x[i] += job_.bias[items[i]];
+        if (problem_.bias != nullptr) {
+          for (int64_t i = 0; i < sampled_; ++i) x[i] += problem_.bias[items[i]];
         }
-        limits[first + r] = draw(ranks_of(begin + first + r), plan, x, bins.get());
+        limits[first + r] = limits_of(ranks_of(begin + first + r), plan, x, bins.get());
       }
     });
     return limits;
   }
 
-  // --- luck ---
+  // The items at these places among the ranked ones; both ascend.
+  std::vector<int64_t> ranked_items(std::vector<int64_t> places) const {
+    int64_t item = problem_.first_item, seen = 0;  // `seen` ranked items lie before `item`
+    for (int64_t& place : places) {
+      if (problem_.ranked == items_) {
+        place += problem_.first_item;
+        continue;
+      }
+      for (; seen < place || problem_.bias[item] < kMasked; ++item) seen += !(problem_.bias[item] < kMasked);
+      place = item;
+    }
+    return places;
+  }
 
-  Limits draw(const Ranks& ranks, const Plan& plan, const float* sample, int32_t* bins) const {
-    Limits limits = bracket(ranks, plan, sample, sampled_, bins);
-    if (trouble == Trouble::kMiss) {
+  // --- limits, candidates, and when the fallback is taken ---
+
+  Limits limits_of(const Ranks& ranks, const Plan& plan, const float* sample, int32_t* bins) const {
+    Limits limits = estimate_limits(ranks, plan, sample, sampled_, bins);
+    if (forced == Fallback::kMissed) {
       const float never = std::numeric_limits<float>::quiet_NaN();
       limits = {never, never, never, never, never, never, never};
     }
@@ -379,15 +395,15 @@ class Engine {
   }
 
   static int64_t list_capacity(const Plan& plan, int64_t rows) {
-    const int64_t wanted = plan.expected * 3 / 2 + 1024, affordable = kBufferBytes / (rows * 8);
-    return std::max<int64_t>(std::min(wanted, affordable - kBeyond), 1);
+    const int64_t ample = plan.expected * 3 / 2 + 1024, affordable = kBufferBytes / (rows * 8);
+    return std::max<int64_t>(std::min(ample, affordable - kBeyond), 1);
   }
 
-  static int64_t usable(int64_t capacity) { return trouble == Trouble::kOverflow ? -1 : capacity; }
+  static int64_t usable(int64_t capacity) { return forced == Fallback::kOverflow ? -1 : capacity; }
 
-  static void count_trouble(bool overflow) { ++(overflow ? total_overflow : total_missed); }
+  static void count_fallback(bool overflow) { ++(overflow ? total_overflow : total_missed); }
 
-  const RankJob& job_;
+  const RankProblem& problem_;
   const Receive& receive_;
   const int64_t items_, base_, words_, sampled_;
   Buffer<uint64_t> scratch_bits_;
@@ -397,10 +413,15 @@ class Engine {
 
 }  // namespace
 
-NotFinite rank(const RankJob& job, const Receive& receive) { return Engine(job, receive).run(); }
+int64_t count_ranked(const float* bias, int64_t first_item, int64_t items) {
+  if (bias == nullptr) return items - first_item;
+  return std::count_if(bias + first_item, bias + items, [](float x) { return !(x < kMasked); });
+}
 
-Counters counters() { return {total_rows, total_missed, total_overflow, bracket_ns, stream_ns, settle_ns}; }
+NotFinite rank(const RankProblem& problem, const Receive& receive) { return Engine(problem, receive).run(); }
 
-void set_trouble(Trouble value) { trouble = value; }
+Counters counters() { return {total_rows, total_missed, total_overflow, sample_ns, scan_ns, select_ns}; }
+
+void force_fallback(Fallback fallback) { forced = fallback; }
 
 }  // namespace alterrec
