@@ -5,7 +5,7 @@ PIP = .venv/bin/pip --disable-pip-version-check install --quiet --constraint .ci
 PIP_REPLAY = .venv-replay/bin/pip --disable-pip-version-check install --quiet --constraint .ci/constraints-replay.txt
 PIP_RECOMMENDERS = .venv-recommenders/bin/pip --disable-pip-version-check install --quiet --constraint .ci/constraints-recommenders.txt
 
-.PHONY: bench demo test test-integrations integrations lint sanitize gpu-proof results clean
+.PHONY: bench demo test test-integrations integrations lint sanitize sanitize-python gpu-proof results clean
 
 # A demo that was broken off goes on, and one that is done is shown again.
 demo: .venv/ready
@@ -24,9 +24,13 @@ lint: .venv/ready
 	.venv/bin/mypy
 	.venv/bin/clang-format --dry-run -Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-# The kernels' own test binary under AddressSanitizer, UBSan and ThreadSanitizer; needs a C++ compiler and no torch.
-sanitize:
+# The kernels' own test binary under AddressSanitizer, UBSan and ThreadSanitizer, which needs no torch, and the tests of
+# the ops on an extension with AddressSanitizer.
+sanitize: sanitize-python
 	csrc/tests/sanitize.sh
+
+sanitize-python: .venv/ready
+	csrc/tests/sanitize_python.sh
 
 # What can be proven of the GPU code without a GPU: docs/gpu.md. Needs the headers of the CUDA toolkit, in CUDA_HOME or
 # /usr/local/cuda. -rP shows the tables that the tests have asserted.

@@ -2,6 +2,7 @@
 
 ALTERREC_FAST_NO_EXT=1 leaves compiled code out; every op then runs on Triton or its PyTorch reference.
 ALTERREC_FAST_NO_CUDA=1 leaves out what needs nvcc, which is found through CUDA_HOME or PATH.
+ALTERREC_FAST_SANITIZE=1 builds with AddressSanitizer, for csrc/tests/sanitize_python.sh alone.
 """
 
 import os
@@ -81,13 +82,17 @@ def compiled() -> dict[str, object]:
 
     flags = ["-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
     flags.append("-Wno-maybe-uninitialized")  # GCC bug 105593: wrong within its own AVX-512 headers
+    link = ["-fopenmp", "-s"]
+    if os.environ.get("ALTERREC_FAST_SANITIZE") == "1":
+        sanitize = ["-fsanitize=address", "-fno-omit-frame-pointer", "-g", "-DALTERREC_FAST_SANITIZED"]
+        flags, link = [*flags, "-O1", *sanitize], ["-fopenmp", "-fsanitize=address"]
     extension = CppExtension(
         "alterrec_fast._C",
         [source for source in files("*.cpp") + files("cpu/*.cpp") if source != CUDA_BINDING],
         depends=files("**/*.h") + files("cuda/*"),
         include_dirs=[str(CSRC)],
         extra_compile_args={"cxx": flags},
-        extra_link_args=["-fopenmp", "-s"],
+        extra_link_args=link,
     )
     command: type[build_ext] = Build
     return {"ext_modules": [extension], "cmdclass": {"build_ext": command}}

@@ -117,7 +117,7 @@ struct Slice {
   }
   Slice(const Slice&) = delete;
 
-  // Raises ValueError where ids do not ascend from first_item on, with -1 behind them.
+  // Raises ValueError where an id is not in [first_item, items), or ids do not ascend with -1 behind them.
   void check_order(int64_t first_item, int64_t items) const {
     if (members.form != Members::Form::kIds) return;
     for (int64_t row = 0; row < tensor.size(0); ++row) {
@@ -126,8 +126,9 @@ struct Slice {
       for (int64_t i = 0; i < members.ids_width; ++i) {
         const int64_t id = row_ids[i];
         const bool none = id == -1;
-        TORCH_CHECK_VALUE(none || (id > last && id < items), "neg.ids: row ", row, " holds ", id, " at place ", i,
-                          ", expected ids of the catalog that ascend and end in -1");
+        check_id("neg.ids", row, id, -1, first_item, items);
+        TORCH_CHECK_VALUE(none || id > last, "neg.ids: row ", row, " holds ", id, " at place ", i,
+                          ", expected ids that ascend, with -1 behind them");
         last = none ? items : id;
       }
     }

@@ -109,7 +109,7 @@ void write_ids(const uint64_t* bits, int64_t words, int32_t* out, int64_t size) 
   std::fill(out, end, -1);
 }
 
-// Ranks count the items whose bias is not -inf; a rank beyond them stays empty: no bit, an id of -1.
+// Ranks count the items whose bias is not -inf; a rank beyond them stays empty: no bit, an id of -1, a score of -inf.
 std::tuple<Tensor, Tensor, Tensor> rank_slice(const Tensor& query, const Tensor& catalog, int64_t start, int64_t stop,
                                               int64_t top, const Tensor& exclude_values, const Tensor& exclude_offsets,
                                               const std::optional<Tensor>& bias, int64_t first_item,
@@ -141,8 +141,8 @@ std::tuple<Tensor, Tensor, Tensor> rank_slice(const Tensor& query, const Tensor&
     int64_t* next = std::transform(found.best.begin(), found.best.end(), best_items + row * top,
                                    [](uint64_t key) { return int64_t{from_key(key).id}; });
     std::fill(next, best_items + (row + 1) * top, int64_t{-1});
-    limits[2 * row] = empty ? kInfinity : found.first.score;
-    limits[2 * row + 1] = empty ? -kInfinity : found.last.score;
+    limits[2 * row] = size == 0 ? kInfinity : empty ? -kInfinity : found.first.score;
+    limits[2 * row + 1] = stop > problem.stop || empty ? -kInfinity : found.last.score;
     if (bits == nullptr) return;
     clear_bits(bits, exclude.begin() + exclude.bounds()[row], exclude.begin() + exclude.bounds()[row + 1], items);
     if (ids != nullptr) write_ids(bits, words, ids + row * size, size);

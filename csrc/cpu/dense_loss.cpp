@@ -215,7 +215,8 @@ void DenseLoss::forward_tile(const Tile& tile, const Saved& saved, float* top, f
       const float largest = kernel.row_max(y, mask, words, &finite);
       if (!finite && !positives_.ignored(row)) {
         for (int64_t c = std::max<int64_t>(0, problem_.first_item - tile.begin); c < tile.count; ++c) {
-          if (std::isfinite(y[c])) continue;
+          const bool masked = columns_.masked && columns_.masked[(tile.begin + c) / 64] >> (tile.begin + c) % 64 & 1;
+          if (std::isfinite(y[c]) || masked) continue;
           fault.note(row, tile.begin + c, y[c]);
           // Where nothing is checked, such a negative shall show in the loss.
           if (mask[c / 64] >> c % 64 & 1) sum[row] = std::numeric_limits<float>::quiet_NaN();

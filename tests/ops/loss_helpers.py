@@ -1,7 +1,11 @@
-"""What the tests of both losses share: one call with all its gradients, and errors against float64."""
+"""What the tests of the ops share: one call with all its gradients, errors against float64, runs with one instruction
+set."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -44,3 +48,20 @@ def assert_no_worse(
 def widened(options: dict[str, Any]) -> dict[str, Any]:
     """The options of a call in float64."""
     return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()}
+
+
+INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")  # each has all that come before it
+
+
+def run_with_isa(isa: str, *arguments: str) -> None:
+    """Runs tests in a process of its own that may use no more than this instruction set; skips where it has less."""
+    from alterrec_fast import _C
+
+    if INSTRUCTION_SETS.index(_C.isa()) < INSTRUCTION_SETS.index(isa):
+        pytest.skip(f"{isa}: no more than {_C.isa()} is available")
+    environment = os.environ | {"ALTERREC_FAST_ISA": isa}
+    program = f"from alterrec_fast import _C; assert _C.isa() == {isa!r}, _C.isa()"
+    pytest_command = ["-m", "pytest", "-x", "-p", "no:cacheprovider", *arguments]
+    for command in (["-c", program], pytest_command):
+        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr

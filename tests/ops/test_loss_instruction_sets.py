@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.ops.loss_helpers import needs_native
+from tests.ops.loss_helpers import INSTRUCTION_SETS, needs_native, run_with_isa
+
+HERE = Path(__file__).parent
 
 
 @needs_native
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16", "amx"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_losses_match_the_reference(isa: str) -> None:
-    here = Path(__file__).parent
-    tests = [
-        str(here / f"{name}::test_matches_the_reference")
-        for name in ("test_slice_cross_entropy.py", "test_sampled_softmax.py")
-    ]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "-k", "255", *tests]  # one shape
-    done = subprocess.run(
-        command, env=os.environ | {"ALTERREC_FAST_ISA": isa}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    names = ("test_slice_cross_entropy.py", "test_sampled_softmax.py")
+    run_with_isa(isa, "-k", "255", *(f"{HERE / name}::test_matches_the_reference" for name in names))  # one shape

@@ -19,24 +19,22 @@ from tests.ops.loss_helpers import needs_native
 CASES = int(os.environ.get("ALTERREC_FAST_LAYOUT_CASES", "60"))
 
 
-def at_the_end(sizes: tuple[int, ...], draw: Any, low: int, high: int, dtype: torch.dtype) -> Tensor:
+def at_the_end(sizes: tuple[int, ...], draw: random.Random, low: int, high: int, dtype: torch.dtype) -> Tensor:
     """Random integers of [low, high) under random strides and a random offset, in storage that ends with them."""
     dense = [1] * len(sizes)
     for i in reversed(range(len(sizes) - 1)):
         dense[i] = dense[i + 1] * max(1, sizes[i + 1])
-    strides = [
-        draw.choice([dense[i], dense[i], dense[i] + draw.randrange(4), draw.randrange(4), 0]) for i in range(len(sizes))
-    ]
+    strides = [draw.choice([n, n, n + draw.randrange(4), draw.randrange(4), 0]) for n in dense]
     if len(sizes) == 2 and draw.random() < 0.2:
         strides = [1, max(1, sizes[0])]  # a transpose
     offset = draw.randrange(6)
-    last = sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True)) + 1 if all(sizes) else 0
+    used = sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True)) + 1 if all(sizes) else 0
     generator = torch.Generator().manual_seed(draw.randrange(2**31))
-    storage = torch.randint(low, high, (offset + last,), generator=generator).to(dtype)
+    storage = torch.randint(low, high, (offset + used,), generator=generator).to(dtype)
     return storage.as_strided(sizes, strides, offset)
 
 
-def arguments_of(draw: Any) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+def arguments_of(draw: random.Random) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
     b, d, v = draw.choice([0, 1, 2, 7]), draw.choice([0, 1, 3, 16, 37]), draw.choice([1, 2, 70, 600, 8_300])
     floats = [torch.float32, torch.float32, torch.bfloat16]
     query = at_the_end((b, d), draw, -2, 3, draw.choice(floats))
@@ -52,7 +50,7 @@ def arguments_of(draw: Any) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
             "exclude": draw.choice([None, at_the_end((b, 3), draw, -1, v, draw.choice(integer))]),
             "target": at_the_end((b,), draw, 0, v, draw.choice(integer)),
             "positives": draw.choice([None, at_the_end((b, 3), draw, -1, v, draw.choice(integer))]),
-            "negatives": at_the_end(draw.choice([(n,), (b, n)]), draw, -1, v, draw.choice(integer)),
+            "neg": at_the_end(draw.choice([(n,), (b, n)]), draw, -1, v, draw.choice(integer)),
             "grad": at_the_end((b,), draw, -2, 3, torch.float32),
         },
     )
@@ -81,16 +79,12 @@ def results(query: Tensor, catalog: Tensor, more: dict[str, Any], sparse: bool, 
     options: dict[str, Any] = {"bias": inputs[2] if bias is not None else None, "positives": positives}
     options |= {"temperature": 0.5, "reduction": "none", "backend": "native"}
     for neg in (*slices, None):
-        losses = af.slice_cross_entropy(inputs[0], inputs[1], target, neg, **SAVED(saved), **options)
+        losses = af.slice_cross_entropy(inputs[0], inputs[1], target, neg, max_saved_bytes=saved, **options)
         out += with_gradients(losses, inputs, grad)
     losses = af.sampled_softmax(
-        inputs[0], inputs[1], target, more["negatives"], log_q=more["log_q"], sparse_grad=sparse, **options
+        inputs[0], inputs[1], target, more["neg"], log_q=more["log_q"], sparse_grad=sparse, **options
     )
     return out + with_gradients(losses, inputs, grad)
-
-
-def SAVED(size: int) -> dict[str, int]:
-    return {"keep_bytes": size}
 
 
 @needs_native

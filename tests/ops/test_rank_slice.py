@@ -1,11 +1,7 @@
-"""rank_slice on the native engine: the identical sets that the reference returns, whatever luck and hardware."""
+"""rank_slice on the native engine: the identical sets that the reference returns, whatever brackets miss."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,12 +13,13 @@ from torch import Tensor
 import alterrec_fast as af
 from alterrec_fast.ops import library
 from alterrec_fast.ops.slices import exclude_lists
+from tests.ops.loss_helpers import INSTRUCTION_SETS, run_with_isa
 
 pytestmark = pytest.mark.skipif(bool(library.NO_EXTENSION), reason="the extension is not built")
 if not library.NO_EXTENSION:
     from alterrec_fast import _C
 
-SMALL = 8192  # catalogs up to this size keep whole rows of scores, larger ones are streamed
+SMALL = 8192  # catalogs up to this size keep whole rows of scores, larger ones are scanned in tiles
 
 
 def integers(rows: int, width: int, seed: int, most: int = 3) -> Tensor:
@@ -79,7 +76,7 @@ RANGES = [
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("start", "stop", "top"), RANGES)
-def test_streamed_catalogs_equal_the_reference(start: int, stop: int, top: int, precision: str) -> None:
+def test_scanned_catalogs_equal_the_reference(start: int, stop: int, top: int, precision: str) -> None:
     query, bias = integers(9, 33, 1), integers(1, 9_001, 2)[0]
     catalog = integers(9_001, 33, 3)
     same(query, catalog, start, stop, top, precision=precision)
@@ -282,32 +279,6 @@ def test_masked_items_may_score_minus_infinity_unchecked() -> None:
     same(query[:, :4], catalog[:700, :4], 20, 300, 5, bias=bias[:700], check=False)
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16", "amx"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_every_instruction_set(isa: str) -> None:
-    """In a process of its own, which the variable is read in once."""
-    tests = ("streamed_catalogs", "missed_bracket", "strides", "form_of_exclude")
-    here = Path(__file__)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        str(here),
-        "-k",
-        " or ".join(tests),
-    ]
-    environment = os.environ | {"ALTERREC_FAST_ISA": isa}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    unknown = subprocess.run(
-        [sys.executable, "-c", "from alterrec_fast import _C; print(_C.isa())"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    order = ["scalar", "avx2", "avx512", "avx512_bf16", "amx"]
-    assert order.index(unknown.stdout.strip()) <= order.index(isa)
+    run_with_isa(isa, __file__, "-k", "scanned_catalogs or missed_bracket or strides or form_of_exclude")
