@@ -4,7 +4,6 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <mutex>
 #include <numeric>
@@ -292,7 +291,7 @@ class Engine {
       gathered.reserve(n * bytes);
       for (int64_t r = 0; r < n; ++r) {
         const char* row = static_cast<const char*>(problem_.query.data) + rows[done + r] * problem_.query.stride * size;
-        std::memcpy(gathered.get() + r * bytes, row, bytes);
+        std::copy_n(row, bytes, gathered.get() + r * bytes);
       }
       const Matrix query{gathered.get(), problem_.query.bf16, n, problem_.query.cols, problem_.query.cols};
       const QueryBlock queries(query, 0, n, problem_.arithmetic);
@@ -329,8 +328,8 @@ class Engine {
     Buffer<char> gathered;
     gathered.reserve(sampled_ * bytes);
     for (int64_t i = 0; i < sampled_; ++i) {
-      std::memcpy(gathered.get() + i * bytes,
-                  static_cast<const char*>(problem_.catalog.data) + items[i] * problem_.catalog.stride * size, bytes);
+      const char* row = static_cast<const char*>(problem_.catalog.data) + items[i] * problem_.catalog.stride * size;
+      std::copy_n(row, bytes, gathered.get() + i * bytes);
     }
     const Matrix sample{gathered.get(), problem_.catalog.bf16, sampled_, problem_.catalog.cols, problem_.catalog.cols};
 
