@@ -133,7 +133,8 @@ class Launch:
     @property
     def steps(self) -> int:
         """In which the width is summed."""
-        return int(triton.cdiv(self.options.get("D", 1), self.options.get("BLOCK_D", 1)))
+        form = self.options.get("FORM")
+        return 1 if form is None else int(triton.cdiv(form.D, form.BLOCK_D))
 
 
 @contextmanager
@@ -317,7 +318,7 @@ def loss_case(
 
     def run() -> None:
         from alterrec_fast.kernels import sampled_softmax, slice_cross_entropy
-        from alterrec_fast.kernels.losses import Problem, Slopes
+        from alterrec_fast.kernels.losses import Dlogits, Problem
 
         def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
@@ -331,14 +332,14 @@ def loss_case(
             own = form == "own"
             negatives = meta(*((B, 2048) if own else (2048,)), dtype=torch.int64)
             kept = meta(B, 2048) if own else None
-            _, partition, logits = sampled_softmax.sampled_softmax_fwd(forward, negatives, kept)
-            x = Slopes.of(backward, meta(B), partition, logits)
+            _, lse, logits = sampled_softmax.sampled_softmax_fwd(forward, negatives, kept)
+            x = Dlogits.of(backward, meta(B), lse, logits)
             sampled_softmax.sampled_softmax_bwd(backward, negatives, kept, x, False, wanted)
         else:
             bits = meta(B, bits_width(V), dtype=torch.uint8) if form == "bits" else None
             columns = slice_cross_entropy.Columns.of(forward, 1, bits)
-            _, partition, logits = slice_cross_entropy.slice_cross_entropy_fwd(forward, columns)
-            x = Slopes.of(backward, meta(B), partition, logits)
+            _, lse, logits = slice_cross_entropy.slice_cross_entropy_fwd(forward, columns)
+            x = Dlogits.of(backward, meta(B), lse, logits)
             slice_cross_entropy.slice_cross_entropy_bwd(backward, columns, x, wanted)
 
     op = "sampled_softmax" if form in ("own", "shared") else "slice_cross_entropy"

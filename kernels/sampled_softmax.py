@@ -1,26 +1,25 @@
 """Sampled softmax: negatives gathered block by block, never all of them; for machines without the CUDA extension.
 
 Negatives that all sessions share are the columns of a dense problem over them alone (slice_cross_entropy.py). Those
-of each session have their logits kept from forward to backward. The catalog's gradient is a sum over entries, the
-negatives and the wanted items, sorted by item: no atomics, and one order for every sum.
+of each session have their logits saved from forward to backward. The catalog's gradient is a sum over entries, the
+negatives, targets and positives, sorted by item: no atomics, and one order for every sum.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .losses import Problem, Slopes, losses_fwd, query_bwd, report, shift_of, widened
-from .slice_cross_entropy import Columns, dense_bwd, slice_cross_entropy_fwd
+from . import shapes, tiles
+from .columns import Columns
+from .losses import Dlogits, Problem, gathered_dots, losses_fwd, query_bwd, report, shift_of, widened
+from .slice_cross_entropy import dense_bwd, slice_cross_entropy_fwd
 from .tiles import launch
-
-BLOCK_N = 64  # negatives at a time
-BLOCK_D = 64  # columns of their rows at a time
-RUN = 16  # entries whose items one program looks after
 
 
 @triton.jit(do_not_specialize=["B", "V", "N", "scale", "stride_qb", "stride_cv", "K"])
@@ -29,8 +28,8 @@ def _gather_kernel(
     Catalog,
     Bias,
     LogQ,
-    Wanted,
-    Negatives,
+    PosIds,
+    Neg,
     Logits,
     Tops,
     Sums,
@@ -42,39 +41,27 @@ def _gather_kernel(
     stride_qb,
     stride_cv,
     K,
-    HAS_BIAS: tl.constexpr,
-    HAS_LOG_Q: tl.constexpr,
     HAS_LOGITS: tl.constexpr,
-    CHECK: tl.constexpr,
-    D: tl.constexpr,
-    UNIT_Q: tl.constexpr,
-    UNIT_C: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    UPCAST: tl.constexpr,
+    TERMS: tl.constexpr,
+    FORM: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
     """One session's negatives: their logits, -inf where there is none, and the log-sum-exp over one split of them."""
     row = tl.program_id(0).to(tl.int64)
     split, splits = tl.program_id(1), tl.num_programs(1)
-    target = tl.load(Wanted + row * K + tl.arange(0, 1))
+    target = tl.load(PosIds + row * K + tl.arange(0, 1))
     top = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
     for block in range(split, tl.cdiv(N, BLOCK_N), splits):
         place = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        items = tl.load(Negatives + row * N + place, mask=place < N, other=-1).to(tl.int64)
+        items = tl.load(Neg + row * N + place, mask=place < N, other=-1).to(tl.int64)
         member = (items >= 0) & (items != target) & (target >= 0)
         known = member & (items < V)
-        e_rows = Catalog + items[:, None] * (stride_cv * UNIT_C)
-        dots = tl.zeros([BLOCK_N], tl.float32)
-        for begin in range(0, D, BLOCK_D):
-            offs_d = begin + tl.arange(0, BLOCK_D)
-            q = tl.load(Query + row * (stride_qb * UNIT_Q) + offs_d, mask=offs_d < D, other=0.0)
-            e = tl.load(e_rows + offs_d[None, :], mask=known[:, None] & (offs_d < D)[None, :], other=0.0)
-            dots += tl.sum(widened(e, PRODUCT) * widened(q, PRODUCT)[None, :], 1)
-        logits = dots * scale + shift_of(Bias, LogQ, items, known, scale, HAS_BIAS, HAS_LOG_Q)
-        if CHECK:
-            report(Bad, tl.zeros([BLOCK_N], tl.int64) + row, logits, known)
+        dots = gathered_dots(Query, Catalog, row, items, known, stride_qb, stride_cv, FORM)
+        shift, allowed = shift_of(Bias, LogQ, items, known, scale, TERMS)
+        logits = dots * scale + shift
+        if TERMS.CHECK:
+            report(Bad, tl.zeros([BLOCK_N], tl.int64) + row, logits, allowed)
         logits = tl.where(member, logits, float("-inf"))
         if HAS_LOGITS:
             tl.store(Logits + row * N + place, logits, mask=place < N)
@@ -90,106 +77,104 @@ def _gather_kernel(
 @triton.jit(do_not_specialize=["B", "V", "N", "stride_cv"])
 def _gather_query_grad_kernel(
     Catalog,
-    Negatives,
+    Neg,
     Logits,
     Weights,
-    LogPartition,
-    Parts,
+    Lse,
+    Partial,
     B,
     V,
     N,
     stride_cv,
-    D: tl.constexpr,
-    UNIT_C: tl.constexpr,
-    PRODUCT: tl.constexpr,
+    FORM: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
     """BLOCK_D columns of a session's gradient, over one split of its negatives."""
     row = tl.program_id(0).to(tl.int64)
     split, splits = tl.program_id(1), tl.num_programs(1)
-    offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    weight, partition = tl.load(Weights + row), tl.load(LogPartition + row)
-    grad = tl.zeros([BLOCK_D], tl.float32)
+    offs_d = tl.program_id(2) * FORM.BLOCK_D + tl.arange(0, FORM.BLOCK_D)
+    weight, lse = tl.load(Weights + row), tl.load(Lse + row)
+    grad = tl.zeros([FORM.BLOCK_D], tl.float32)
     for block in range(split, tl.cdiv(N, BLOCK_N), splits):
         place = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        items = tl.load(Negatives + row * N + place, mask=place < N, other=-1).to(tl.int64)
+        items = tl.load(Neg + row * N + place, mask=place < N, other=-1).to(tl.int64)
         logits = tl.load(Logits + row * N + place, mask=place < N, other=float("-inf"))
-        slopes = weight * tl.exp(logits - partition)
-        known = (items >= 0) & (items < V) & (slopes != 0.0)
-        e_rows = Catalog + items[:, None] * (stride_cv * UNIT_C)
-        e = tl.load(e_rows + offs_d[None, :], mask=known[:, None] & (offs_d < D)[None, :], other=0.0)
-        grad += tl.sum(widened(e, PRODUCT) * slopes[:, None], 0)
-    tl.store(Parts + (split * B + row) * D + offs_d, grad, mask=offs_d < D)
+        dlogits = weight * tl.exp(logits - lse)
+        known = (items >= 0) & (items < V) & (dlogits != 0.0)
+        e_rows = Catalog + items[:, None] * (stride_cv * FORM.UNIT_C)
+        e = tl.load(e_rows + offs_d[None, :], mask=known[:, None] & (offs_d < FORM.D)[None, :], other=0.0)
+        grad += tl.sum(widened(e, FORM.PRODUCT) * dlogits[:, None], 0)
+    tl.store(Partial + (split * B + row) * FORM.D + offs_d, grad, mask=offs_d < FORM.D)
 
 
-@triton.jit(do_not_specialize=["N", "entries", "wanted", "limit", "stride_qb", "K"])
+@triton.jit(do_not_specialize=["N", "entries", "pos_entries", "limit", "stride_qb", "K"])
 def _segment_kernel(
     Items,
     Order,
     Query,
-    Pulls,
+    PosDlogits,
     Logits,
     Weights,
-    LogPartition,
+    Lse,
     Columns,
     ColumnBias,
     Grad,
     GradBias,
     N,
     entries,
-    wanted,
+    pos_entries,
     limit,
     stride_qb,
     K,
     SHARED: tl.constexpr,
     HAS_GRAD: tl.constexpr,
     HAS_GRAD_BIAS: tl.constexpr,
-    D: tl.constexpr,
-    UNIT_Q: tl.constexpr,
-    PRODUCT: tl.constexpr,
+    FORM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     RUN: tl.constexpr,
 ):
     """BLOCK_D columns of the gradients of the items whose first entry lies among RUN entries.
 
-    Entry i < wanted is wanted item i of B x K; those behind are negatives: i of B x N, which pulls with its session's
-    query, or with SHARED i of N, whose sum over all sessions is a row of Columns.
+    Entry i < pos_entries is i of PosIds, B x K; those behind are negatives: i of B x N, whose dlogit multiplies its
+    session's query, or with SHARED i of N, whose sum over all sessions is a row of Columns. A query whose dlogit is 0
+    is not read: where the target is ignored it may be NaN.
     """
     start = tl.program_id(0).to(tl.int64) * RUN
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_d = offs_d < D
+    in_d = offs_d < FORM.D
     for place in range(start, tl.minimum(start + RUN, entries)):
         item = tl.load(Items + place)
         before = tl.load(Items + tl.maximum(place - 1, 0))
         if ((place == 0) | (item != before)) & (item < limit):
             grad = tl.zeros([BLOCK_D], tl.float32)
             bias = 0.0
-            at, here = place, item
-            while here == item:
+            at, current = place, item
+            while current == item:
                 entry = tl.load(Order + at)
-                if entry < wanted:
-                    slope = tl.load(Pulls + entry)
-                    bias += slope
+                if entry < pos_entries:
+                    dlogit = tl.load(PosDlogits + entry)
+                    bias += dlogit
                     if HAS_GRAD:
-                        q = tl.load(Query + (entry // K) * (stride_qb * UNIT_Q) + offs_d, mask=in_d, other=0.0)
-                        grad += slope * widened(q, PRODUCT)
+                        q_row = Query + (entry // K) * (stride_qb * FORM.UNIT_Q)
+                        q = tl.load(q_row + offs_d, mask=offs_d < tl.where(dlogit != 0.0, FORM.D, 0), other=0.0)
+                        grad += dlogit * widened(q, FORM.PRODUCT)
                 elif SHARED:
-                    bias += tl.load(ColumnBias + entry - wanted)
+                    bias += tl.load(ColumnBias + entry - pos_entries)
                     if HAS_GRAD:
-                        grad += tl.load(Columns + (entry - wanted) * D + offs_d, mask=in_d, other=0.0)
+                        grad += tl.load(Columns + (entry - pos_entries) * FORM.D + offs_d, mask=in_d, other=0.0)
                 else:
-                    row = (entry - wanted) // N
-                    weight, partition = tl.load(Weights + row), tl.load(LogPartition + row)
-                    slope = weight * tl.exp(tl.load(Logits + entry - wanted) - partition)
-                    bias += slope
+                    row = (entry - pos_entries) // N
+                    weight, lse = tl.load(Weights + row), tl.load(Lse + row)
+                    dlogit = weight * tl.exp(tl.load(Logits + entry - pos_entries) - lse)
+                    bias += dlogit
                     if HAS_GRAD:
-                        q = tl.load(Query + row * (stride_qb * UNIT_Q) + offs_d, mask=in_d, other=0.0)
-                        grad += slope * widened(q, PRODUCT)
+                        q_row = Query + row * (stride_qb * FORM.UNIT_Q)
+                        q = tl.load(q_row + offs_d, mask=offs_d < tl.where(dlogit != 0.0, FORM.D, 0), other=0.0)
+                        grad += dlogit * widened(q, FORM.PRODUCT)
                 at += 1
-                here = tl.where(at < entries, tl.load(Items + tl.minimum(at, entries - 1)), limit)
+                current = tl.where(at < entries, tl.load(Items + tl.minimum(at, entries - 1)), limit)
             if HAS_GRAD:
-                tl.store(Grad + item.to(tl.int64) * D + offs_d, grad, mask=in_d)
+                tl.store(Grad + item.to(tl.int64) * FORM.D + offs_d, grad, mask=in_d)
             if HAS_GRAD_BIAS and tl.program_id(1) == 0:
                 tl.store(GradBias + item, bias)
 
@@ -204,134 +189,126 @@ class Gradients:
     items: Tensor  # int64, ascending: the items that have entries, where the catalog's gradient is sparse; else empty
 
 
-def sampled_softmax_fwd(p: Problem, negatives: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """negatives (B, n), or (n,) shared by all; kept (B, n) float32 gets the logits of (B, n) negatives, None: not kept.
+def sampled_softmax_fwd(p: Problem, neg: Tensor, saved: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """neg (B, n), or (n,) shared by all; saved (B, n) float32 gets the logits of (B, n) negatives, None: not saved.
 
-    -> losses (B,), log_partition (B,), logits (B, 1 + P) of the wanted items; all float32.
+    -> losses (B,), lse (B,), logits (B, 1 + P) of target and positives; all float32.
     """
-    if negatives.ndim == 1:
-        return slice_cross_entropy_fwd(p, Columns(negatives.shape[0], 0, negatives.contiguous(), None))
-    b, n = negatives.shape
+    if neg.ndim == 1:
+        return slice_cross_entropy_fwd(p, Columns(neg.shape[0], 0, neg.contiguous(), None))
+    b, n = neg.shape
+    if b != p.query.shape[0]:
+        raise ValueError(f"neg must be ({p.query.shape[0]}, n), got {tuple(neg.shape)}")
     splits = _splits(n)
     tops, sums = p.floats(splits, b), p.floats(splits, b)
     launch(
         _gather_kernel,
         (b, splits),
-        **p.arguments(),
-        Negatives=negatives.contiguous(),
-        Logits=kept,
+        **p.arguments(shapes.GATHER_WIDTH),
+        Neg=neg.contiguous(),
+        Logits=saved,
         Tops=tops,
         Sums=sums,
         N=n,
-        HAS_LOGITS=kept is not None,
-        BLOCK_N=BLOCK_N,
-        BLOCK_D=BLOCK_D,
-        num_warps=4,
+        HAS_LOGITS=saved is not None,
+        **shapes.GATHER,
     )
     return losses_fwd(p, tops, sums)
 
 
 def sampled_softmax_bwd(
-    p: Problem, negatives: Tensor, kept: Tensor | None, x: Slopes, sparse: bool, needs: list[bool]
+    p: Problem, neg: Tensor, saved: Tensor | None, x: Dlogits, sparse: bool, needs: list[bool]
 ) -> Gradients:
-    """negatives (B, n), or (n,) shared by all; kept (B, n) float32 as forward filled it, not read where all share them.
+    """neg (B, n), or (n,) shared by all; saved (B, n) float32 as forward filled it, not read where all share them.
 
-    needs: whether the gradients of query, catalog and bias are wanted. -> those of query (B, d), catalog (V, d), or
+    needs: whether the gradients of query, catalog and bias are needed. -> those of query (B, d), catalog (V, d), or
     with `sparse` a row for each item that has entries, and bias (V,); empty where they are not.
     """
-    shared = negatives.ndim == 1
-    negatives = negatives.contiguous()
-    d = p.query.shape[1]
-    columns = Columns(negatives.numel(), 0, negatives, None)
-    column_sums = p.floats(columns.count, d) if shared and needs[1] else None
+    neg, shared = neg.contiguous(), neg.ndim == 1
+    columns = Columns(neg.numel(), 0, neg, None)
+    column_sums = p.floats(columns.count, p.query.shape[1]) if shared and needs[1] else None
     column_bias = p.floats(columns.count) if shared and (needs[1] or needs[2]) else None
     grad_query = p.query.new_empty(0)
     if shared:
         part = dense_bwd(p, columns, x, needs[0], column_sums, column_bias)
         grad_query = grad_query if part is None else query_bwd(p, x, part[None])
     elif needs[0]:
-        grad_query = _query_grad(p, negatives, kept, x)
-    items = p.wanted.new_empty(0)
-    grad_catalog, grad_bias = p.catalog.new_empty(0), p.floats(0)
+        grad_query = _query_grad(p, neg, saved, x)
+    items = p.pos_ids.new_empty(0)
     if not (needs[1] or needs[2]):
-        return Gradients(grad_query, grad_catalog, grad_bias, items)
+        return Gradients(grad_query, p.catalog.new_empty(0), p.floats(0), items)
 
     v = p.catalog.shape[0]
-    ids = torch.cat([p.wanted.flatten(), negatives.flatten().long()])
+    ids = torch.cat([p.pos_ids.flatten(), neg.flatten().long()])
     rows, order = torch.where((ids < 0) | (ids >= v), v, ids).sort(stable=True)
     limit = v
     if sparse:
         items, rows = rows.unique_consecutive(return_inverse=True)
         limit = int((items < v).sum())
         items = items[:limit]
-    # Rows without entries are not written; a sparse gradient has none.
-    if needs[1]:
-        grad_catalog = torch.zeros(limit, d, dtype=p.catalog.dtype, device=p.catalog.device)
-    if needs[2]:
-        grad_bias = torch.zeros(limit, dtype=torch.float32, device=p.query.device)
-    constants = p.arguments()
-    launch(
-        _segment_kernel,
-        (triton.cdiv(rows.numel(), RUN), triton.cdiv(d, 128) if needs[1] else 1),
-        Items=rows,
-        Order=order,
-        Query=p.query,
-        Pulls=x.pulls,
-        Logits=kept,
-        Weights=x.weights,
-        LogPartition=x.log_partition,
-        Columns=column_sums,
-        ColumnBias=column_bias,
-        Grad=grad_catalog,
-        GradBias=grad_bias,
-        N=negatives.shape[-1],
-        entries=rows.numel(),
-        wanted=p.wanted.numel(),
-        limit=limit,
-        stride_qb=constants["stride_qb"],
-        K=constants["K"],
-        SHARED=shared,
-        HAS_GRAD=needs[1],
-        HAS_GRAD_BIAS=needs[2],
-        D=d,
-        UNIT_Q=constants["UNIT_Q"],
-        PRODUCT=constants["PRODUCT"],
-        BLOCK_D=128,
-        RUN=RUN,
-        num_warps=1,
-    )
+    entries = {"Items": rows, "Order": order, "entries": rows.numel(), "limit": limit}
+    sums = {"Columns": column_sums, "ColumnBias": column_bias, "Logits": saved}
+    grad_catalog, grad_bias = _item_grads(p, neg, x, entries, sums, needs)
     if sparse and needs[2]:
         grad_bias = p.query.new_zeros(v, dtype=torch.float32).index_copy_(0, items, grad_bias)
     return Gradients(grad_query, grad_catalog, grad_bias, items)
 
 
-def _query_grad(p: Problem, negatives: Tensor, kept: Tensor | None, x: Slopes) -> Tensor:
-    (b, n), d = negatives.shape, p.query.shape[1]
-    splits, constants = _splits(n), p.arguments()
-    parts = p.floats(splits, b, d)
+def _item_grads(
+    p: Problem, neg: Tensor, x: Dlogits, entries: dict[str, Any], sums: dict[str, Tensor | None], needs: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """-> gradients (limit, d) of the catalog and (limit,) of the bias, empty where they are not needed; rows without
+    entries are zero."""
+    d, limit = p.query.shape[1], entries["limit"]
+    grad_catalog = torch.zeros((limit, d) if needs[1] else 0, dtype=p.catalog.dtype, device=p.catalog.device)
+    grad_bias = torch.zeros(limit if needs[2] else 0, dtype=torch.float32, device=p.query.device)
+    block_d, run = shapes.SEGMENT["BLOCK_D"], shapes.SEGMENT["RUN"]
+    launch(
+        _segment_kernel,
+        (triton.cdiv(entries["entries"], run), triton.cdiv(d, block_d) if needs[1] else 1),
+        **entries,
+        **sums,
+        **x.arguments(),
+        Query=p.query,
+        Grad=grad_catalog,
+        GradBias=grad_bias,
+        N=neg.shape[-1],
+        pos_entries=p.pos_ids.numel(),
+        stride_qb=tiles.strides(p.query),
+        K=p.pos_ids.shape[1],
+        SHARED=neg.ndim == 1,
+        HAS_GRAD=needs[1],
+        HAS_GRAD_BIAS=needs[2],
+        FORM=p.form(block_d),
+        **shapes.SEGMENT,
+    )
+    return grad_catalog, grad_bias
+
+
+def _query_grad(p: Problem, neg: Tensor, saved: Tensor | None, x: Dlogits) -> Tensor:
+    """-> (B, d) in the query's dtype; neg (B, n) contiguous."""
+    (b, n), d = neg.shape, p.query.shape[1]
+    splits = _splits(n)
+    partial = p.floats(splits, b, d)
     launch(
         _gather_query_grad_kernel,
-        (b, splits, triton.cdiv(d, BLOCK_D)),
+        (b, splits, triton.cdiv(d, shapes.GATHER_WIDTH)),
         Catalog=p.catalog,
-        Negatives=negatives,
-        Logits=kept,
+        Neg=neg,
+        Logits=saved,
         Weights=x.weights,
-        LogPartition=x.log_partition,
-        Parts=parts,
+        Lse=x.lse,
+        Partial=partial,
         B=b,
         V=p.catalog.shape[0],
         N=n,
-        stride_cv=constants["stride_cv"],
-        D=d,
-        UNIT_C=constants["UNIT_C"],
-        PRODUCT=constants["PRODUCT"],
-        BLOCK_N=BLOCK_N,
-        BLOCK_D=BLOCK_D,
-        num_warps=4,
+        stride_cv=tiles.strides(p.catalog),
+        FORM=p.form(shapes.GATHER_WIDTH),
+        **shapes.GATHER,
     )
-    return query_bwd(p, x, parts)
+    return query_bwd(p, x, partial)
 
 
 def _splits(n: int) -> int:
-    """A program for every 4,096 negatives of a session: sessions alone are enough to fill a GPU."""
-    return max(1, triton.cdiv(n, 4096))
+    """Programs that share a session's negatives."""
+    return max(1, triton.cdiv(n, shapes.NEGATIVES_A_PROGRAM))

@@ -220,7 +220,7 @@ def _triton(
     bf16: bool,
     check: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from alterrec_fast.kernels.losses import Kept, Problem
+    from alterrec_fast.kernels.losses import Problem, Saved
     from alterrec_fast.kernels.sampled_softmax import sampled_softmax_fwd
 
     if check:
@@ -232,9 +232,9 @@ def _triton(
     p = Problem.of(
         query, catalog, target, positives, positive_weight, temperature, bias, log_q, ignore_index, bf16, check
     )
-    kept = Kept.empty(p, kept_size, neg)
-    losses, log_partition, logits = sampled_softmax_fwd(p, neg, kept.negatives)
-    kept.keep(logits)
+    kept = Saved.empty(p, kept_size, neg)
+    losses, log_partition, logits = sampled_softmax_fwd(p, neg, kept.neg)
+    kept.store(logits)
     checks.raise_not_finite(p.bad)
     return losses, log_partition, kept.memory
 
@@ -257,15 +257,15 @@ def _triton_backward(
     kept: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from alterrec_fast.kernels.losses import Kept, Problem, Slopes
+    from alterrec_fast.kernels.losses import Dlogits, Problem, Saved
     from alterrec_fast.kernels.sampled_softmax import sampled_softmax_bwd
 
     p = Problem.of(
         query, catalog, target, positives, positive_weight, temperature, bias, log_q, ignore_index, bf16, False
     )
-    logits = Kept.of(p, kept, neg)
-    x = Slopes.of(p, grad_losses, log_partition, logits.wanted)
-    grads = sampled_softmax_bwd(p, neg, logits.negatives, x, sparse_grad, needs)
+    logits = Saved.of(p, kept, neg)
+    x = Dlogits.of(p, grad_losses, log_partition, logits.pos)
+    grads = sampled_softmax_bwd(p, neg, logits.neg, x, sparse_grad, needs)
     return grads.query, grads.catalog, grads.bias if bias is None else grads.bias.to(bias.dtype), grads.items
 
 

@@ -227,7 +227,7 @@ def _triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from alterrec_fast.kernels import sampled_softmax as gathered
     from alterrec_fast.kernels import slice_cross_entropy as dense
-    from alterrec_fast.kernels.losses import Kept, Problem
+    from alterrec_fast.kernels.losses import Problem, Saved
 
     if check:
         check_ids_in("target", target, first_item, catalog.shape[0], ignore_index)
@@ -236,12 +236,12 @@ def _triton(
     p = Problem.of(
         query, catalog, target, positives, positive_weight, temperature, bias, None, ignore_index, bf16, check
     )
-    kept = Kept.empty(p, kept_size, members if _are_ids(members) else None)
+    kept = Saved.empty(p, kept_size, members if _are_ids(members) else None)
     if _are_ids(members):
-        losses, log_partition, logits = gathered.sampled_softmax_fwd(p, members, kept.negatives)
+        losses, log_partition, logits = gathered.sampled_softmax_fwd(p, members, kept.neg)
     else:
         losses, log_partition, logits = dense.slice_cross_entropy_fwd(p, dense.Columns.of(p, first_item, members))
-    kept.keep(logits)
+    kept.store(logits)
     checks.raise_not_finite(p.bad)
     return losses, log_partition, kept.memory
 
@@ -265,18 +265,18 @@ def _triton_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from alterrec_fast.kernels import sampled_softmax as gathered
     from alterrec_fast.kernels import slice_cross_entropy as dense
-    from alterrec_fast.kernels.losses import Kept, Problem, Slopes
+    from alterrec_fast.kernels.losses import Dlogits, Problem, Saved
 
     p = Problem.of(
         query, catalog, target, positives, positive_weight, temperature, bias, None, ignore_index, bf16, False
     )
     if _are_ids(members):
-        logits = Kept.of(p, kept, members)
-        x = Slopes.of(p, grad_losses, log_partition, logits.wanted)
-        found = gathered.sampled_softmax_bwd(p, members, logits.negatives, x, False, needs)
+        logits = Saved.of(p, kept, members)
+        x = Dlogits.of(p, grad_losses, log_partition, logits.pos)
+        found = gathered.sampled_softmax_bwd(p, members, logits.neg, x, False, needs)
         grads = found.query, found.catalog, found.bias
     else:
-        x = Slopes.of(p, grad_losses, log_partition, Kept.of(p, kept, None).wanted)
+        x = Dlogits.of(p, grad_losses, log_partition, Saved.of(p, kept, None).pos)
         grads = dense.slice_cross_entropy_bwd(p, dense.Columns.of(p, first_item, members), x, needs)
     return *grads[:2], grads[2] if bias is None else grads[2].to(bias.dtype)
 

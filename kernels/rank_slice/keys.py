@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import shapes
 from ..tiles import launch
 
 FIRST = tl.constexpr(2**63 - 1)  # comes before every item
@@ -36,6 +37,7 @@ def first_key(score):
 
 @triton.jit
 def item_key(score, item, V):
+    """The key of item `item` int64; int64."""
     return first_key(score) + (V - 1 - item)
 
 
@@ -62,33 +64,33 @@ def _split_keys_kernel(
     HAS_ITEMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """BLOCK keys apart into scores and ids."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = place < size
-    key = tl.load(Keys + place // columns * stride + place % columns, mask=there, other=LAST)
+    inside = place < size
+    key = tl.load(Keys + place // columns * stride + place % columns, mask=inside, other=LAST)
     none = key == LAST
     if HAS_SCORES:
         score = tl.where(none, float("-inf"), key_score((key >> 32).to(tl.int32)))
-        tl.store(Scores + place, score, mask=there)
+        tl.store(Scores + place, score, mask=inside)
     if HAS_ITEMS:
-        tl.store(Items + place, tl.where(none, -1, V - 1 - (key & 0xFFFFFFFF)), mask=there)
+        tl.store(Items + place, tl.where(none, -1, V - 1 - (key & 0xFFFFFFFF)), mask=inside)
 
 
 def split_keys(keys: Tensor, num_items: int, scores: Tensor | None, items: Tensor | None) -> None:
-    """Keys (B, n), contiguous in a row -> scores float32 and items int64, contiguous, where they are given; LAST, which
-    no item has, gives -inf and -1."""
-    block, (rows, columns) = 256, keys.shape
+    """Writes the parts of keys (B, n), contiguous in a row, to scores float32 and items int64, contiguous, where they
+    are given; LAST, which no item has, gives -inf and -1."""
+    rows, columns = keys.shape
     launch(
         _split_keys_kernel,
-        (triton.cdiv(rows * columns, block),),
-        keys,
-        scores,
-        items,
-        rows * columns,
-        columns,
-        keys.stride(0),
-        num_items,
+        (triton.cdiv(rows * columns, shapes.SPLIT_KEYS["BLOCK"]),),
+        Keys=keys,
+        Scores=scores,
+        Items=items,
+        size=rows * columns,
+        columns=columns,
+        stride=keys.stride(0),
+        V=num_items,
         HAS_SCORES=scores is not None,
         HAS_ITEMS=items is not None,
-        BLOCK=block,
-        num_warps=4,
+        **shapes.SPLIT_KEYS,
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from alterrec_fast.kernels import slice_cross_entropy as dense
+from alterrec_fast.kernels import columns
 from torch import Tensor
 
 from alterrec_fast.ops import RankSlice, slice_cross_entropy
@@ -82,7 +82,7 @@ def test_matches_the_reference(
 @pytest.mark.parametrize("form", ["bits", "all"])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_catalog_in_many_parts(monkeypatch: pytest.MonkeyPatch, form: str, bf16: bool) -> None:
-    monkeypatch.setattr(dense, "BUFFER_BYTES", 1)  # a block of columns at a time
+    monkeypatch.setattr(columns, "BUFFER_BYTES", 1)  # a block of columns at a time
     query, catalog, options = problem(5, 530, 20, 3, form)
     if bf16:
         query, catalog = query.bfloat16(), catalog.bfloat16()

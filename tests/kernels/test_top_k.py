@@ -15,10 +15,10 @@ from alterrec_fast.ops.slices import exclude_lists
 from tests.conftest import integers
 
 
-def same(query: Tensor, catalog: Tensor, k: int, luck: dict[str, float], **options: Any) -> None:
+def same(query: Tensor, catalog: Tensor, k: int, miss: dict[str, float], **options: Any) -> None:
     lists = exclude_lists(options.get("exclude"), query.shape[0], query.device)
     tail = (options.get("bias"), options.get("first_item", 0), options.get("precision", "fp32"), True)
-    scores, items, _ = kernels.top_k_fwd(query, catalog, k, *lists, *tail, **luck)
+    scores, items, _ = kernels.top_k_fwd(query, catalog, k, *lists, *tail, **miss)
     for engine in ["reference"] if library.NO_EXTENSION else ["reference", "native"]:
         want = af.top_k(query, catalog, k=k, backend=engine, **options)
         assert torch.equal(scores, want[0]), engine
@@ -35,12 +35,12 @@ def test_blocks_equal_the_other_engines(precision: str, guarded: list[Tensor]) -
     same(query, catalog, 16, {})
 
 
-@pytest.mark.parametrize("luck", [{}, {"spread": -4.0}], ids=["", "miss"])
-def test_large_k_equals_the_other_engines(luck: dict[str, float]) -> None:
+@pytest.mark.parametrize("miss", [{}, {"margin": -4.0}], ids=["", "miss"])
+def test_large_k_equals_the_other_engines(miss: dict[str, float]) -> None:
     query, catalog, bias = integers(2, 20, 1), integers(2_301, 20, 2), integers(1, 2_301, 3)[0]
     exclude = torch.randint(-2, 2_301, (2, 30), generator=torch.Generator().manual_seed(3))
     assert kernels._blocks(2, 2_301 - 77, 300) is None
-    same(query, catalog, 300, luck, exclude=exclude, bias=bias, first_item=77, precision="bf16")
+    same(query, catalog, 300, miss, exclude=exclude, bias=bias, first_item=77, precision="bf16")
 
 
 def test_places_stay_empty_where_all_is_excluded(monkeypatch: pytest.MonkeyPatch) -> None:
