@@ -20,7 +20,6 @@ from torch import Tensor
 from alterrec_fast.ops import RankSlice, rank_slice, top_k
 
 from .harness import inputs as data
-from .harness.machine import native_seconds
 from .harness.op import ANY_DTYPE, BASELINE, BOTH, GPU, RANKS, Implementation, Op, ours
 from .harness.worker import BATCHES, Call, Case, Tensors
 
@@ -114,7 +113,7 @@ def torch_blocks(case: Case, inputs: Tensors) -> Call:
 
 
 def our_slice(case: Case, inputs: Tensors, precision: str | None = None) -> Call:
-    before, rows = native_seconds(), inputs["rows"].tolist()
+    rows = inputs["rows"].tolist()
 
     def run(i: int) -> RankSlice:
         query = inputs["query"][i % BATCHES]
@@ -123,7 +122,7 @@ def our_slice(case: Case, inputs: Tensors, precision: str | None = None) -> Call
     def read(result: RankSlice) -> Tensors:
         return members_of(torch.cat([result.mask_rows(row, row + 1) for row in rows]))
 
-    return Call(run, read, lambda: {name: now - before[name] for name, now in native_seconds().items()})
+    return Call(run, read)
 
 
 def our_top_k(case: Case, inputs: Tensors, precision: str | None = None) -> Call:

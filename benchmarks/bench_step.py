@@ -166,7 +166,7 @@ def our_sasrec(case: Case, inputs: Tensors, precision: str | None = None) -> Cal
             targets += len(batch.targets)
         return {"targets": torch.tensor(targets), "loss": total / targets}
 
-    return Call(run, detail=lambda: {"targets": float(targets_of(inputs))})
+    return Call(run, detail={"targets": float(targets_of(inputs))})
 
 
 # --- AlterRec: a call is one step of the ID phase, against ranks of the frozen text network ---
@@ -217,7 +217,7 @@ def our_alterrec(case: Case, inputs: Tensors, precision: str | None = None) -> C
         losses, _ = trainer.step(phase, batches[i % BATCHES], catalog)
         return {"loss": losses["loss"]} | _gradients(student)
 
-    return Call(run, detail=lambda: {"targets": sum(len(batch.targets) for batch in batches) / len(batches)})
+    return Call(run, detail={"targets": sum(len(batch.targets) for batch in batches) / len(batches)})
 
 
 def published_alterrec(case: Case, inputs: Tensors) -> Call:
@@ -228,7 +228,7 @@ def published_alterrec(case: Case, inputs: Tensors) -> Call:
     def run(i: int) -> Tensors:
         return {"loss": published.run(*rows[i % BATCHES])} | _gradients(published.student)
 
-    return Call(run, detail=lambda: {"targets": sum(len(batch.targets) for batch in batches) / len(batches)})
+    return Call(run, detail={"targets": sum(len(batch.targets) for batch in batches) / len(batches)})
 
 
 class PublishedStep:

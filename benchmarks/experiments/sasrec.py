@@ -1,18 +1,16 @@
 """A SASRec in plain PyTorch on Online Retail under different negatives: does it pay to choose them by rank?
 
-`python -m alterrec_fast.benchmarks.experiments.sasrec`; `make integrations` puts its table into docs/integrations.md.
-Each way of training starts from the same seeds, in a process of its own, and is measured on every prefix of the test
-sessions, at the epoch of its best validation NDCG@20.
+`make integrations` puts its table into docs/integrations.md. Each way of training starts from the same seeds, in a
+process of its own, and is measured on every prefix of the test sessions, at the epoch of its best validation NDCG@20.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import math
 import statistics
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,9 +26,7 @@ from alterrec_fast.data.sessions import Dataset, Sessions
 
 from ..harness.report import mean_and_deviation
 from ..harness.worker import Memory
-from ..integrations.processes import call
 
-MODULE = "alterrec_fast.benchmarks.experiments.sasrec"
 START, STOP = 20, 2_000
 NEGATIVES = {
     "uniform": f"{STOP - START:,} uniform negatives",
@@ -40,6 +36,7 @@ NEGATIVES = {
 }
 WIDTH, MAX_LENGTH, TARGETS = 64, 50, 2_048  # a batch holds about so many targets
 K = 20
+EPOCHS, SEEDS, JOBS = 15, 3, 2  # JOBS processes at once
 
 
 class SASRec(nn.Module):
@@ -91,10 +88,10 @@ def ndcg(model: SASRec, sessions: Sessions) -> float:
     return float(torch.cat(gains).mean())
 
 
-def train(name: str, data: Path, seed: int, epochs: int) -> dict[str, float]:
+def measure(name: str, data: str, seed: int, epochs: int) -> dict[str, float]:
     """One of NEGATIVES: test NDCG in %, the mean number of negatives, seconds an epoch, and peak MiB."""
     torch.set_num_threads(1)
-    dataset = Dataset.load(data)
+    dataset = Dataset.load(Path(data))
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     memory = Memory()
@@ -128,55 +125,30 @@ def train(name: str, data: Path, seed: int, epochs: int) -> dict[str, float]:
     return {"ndcg": metric, "negatives": statistics.fmean(numbers), "seconds": seconds / epochs, "mib": peak}
 
 
-def sections(data: Path, seeds: int, epochs: int, jobs: int) -> list[dict[str, Any]]:
+def sections(raw: Path, folder: Path, run: Callable[..., dict[str, float]]) -> list[dict[str, Any]]:
+    data = folder.parent / "data"
+    if not data.exists():
+        prepare("generic", raw, data)
     dataset = Dataset.load(data)
+    every = [(name, seed) for seed in range(SEEDS) for name in NEGATIVES]
 
-    def run(job: tuple[str, int]) -> dict[str, float]:
-        options = ("--train", job[0], "--seed", str(job[1]), "--data", str(data), "--epochs", str(epochs))
-        answer: dict[str, float] = call(MODULE, *options)
-        return answer
+    def answer(job: tuple[str, int]) -> dict[str, float]:
+        return run(name=job[0], data=str(data), seed=job[1], epochs=EPOCHS)
 
-    every = [(name, seed) for seed in range(seeds) for name in NEGATIVES]
-    with ThreadPoolExecutor(jobs) as pool:  # of threads that wait for their processes
-        trained = dict(zip(every, pool.map(run, every), strict=True))
+    with ThreadPoolExecutor(JOBS) as pool:  # of threads that wait for their processes
+        trained = dict(zip(every, pool.map(answer, every), strict=True))
     rows = []
     for name, title in NEGATIVES.items():
-        answers = {key: [trained[name, seed][key] for seed in range(seeds)] for key in trained[name, 0]}
+        answers = {key: [trained[name, seed][key] for seed in range(SEEDS)] for key in trained[name, 0]}
         number = f"{statistics.fmean(answers['negatives']):,.0f}"
         times = [f"{statistics.median(answers['seconds']):.1f}", f"{max(answers['mib']):,.0f}"]
         rows.append([title, number, mean_and_deviation(answers["ndcg"]), *times])
     text = (
         f"A SASRec of width {WIDTH} in plain PyTorch ([sasrec.py](../benchmarks/experiments/sasrec.py)), "
-        f"{len(dataset.train):,} sessions of {dataset.num_items:,} items, {epochs} epochs, {seeds} seeds, one thread, "
-        f"{jobs} at once. The model ranks by its own scores of the step; uniform sets have as many items in the mean. "
+        f"{len(dataset.train):,} sessions of {dataset.num_items:,} items, {EPOCHS} epochs, {SEEDS} seeds, one thread, "
+        f"{JOBS} at once. The model ranks by its own scores of the step; uniform sets have as many items in the mean. "
         f"With hard_fraction=0.5 half of the slice stays, and every other item enters with half of n / V: in a catalog "
         f"that is hardly larger than the slice fewer come in than go. Every prefix of a test session is a target."
     )
     header = ["negatives", "number, mean", f"NDCG@{K} in %", "seconds an epoch", "peak MiB"]
     return [{"heading": "Plain PyTorch: SASRec on Online Retail", "text": text, "header": header, "rows": rows}]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--raw", type=Path, help="Online Retail in the generic layout")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--jobs", type=int, default=2, help="processes at once")
-    parser.add_argument("--data", type=Path, default=Path("runs/integrations/data"), help="prepared from --raw if new")
-    parser.add_argument("--train", choices=list(NEGATIVES), help="train with these in this process")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    if options.train:
-        print(json.dumps(train(options.train, options.data, options.seed, options.epochs)))
-        return
-    if not options.data.exists():
-        prepare("generic", options.raw, options.data)
-    made = sections(options.data, options.seeds, options.epochs, options.jobs)
-    if options.json:
-        options.json.write_text(json.dumps(made), encoding="utf-8")
-    print(json.dumps(made, indent=1))
-
-
-if __name__ == "__main__":
-    main()

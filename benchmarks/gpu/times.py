@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ..harness.machine import Machine, version_of
+from ..harness.machine import Machine
 from ..harness.op import Implementation, Op
 from ..harness.report import NOT_BEGUN, Record, Results
 from ..harness.worker import Case, Tensors, one_line
@@ -77,10 +77,7 @@ class Taker:
 
     def __init__(self, op: Op, case: Case, implementation: Implementation):
         self.implementation = implementation
-        self.record = Record(
-            op.name, case, implementation.name, implementation.ours, version_of(implementation.package),
-            op.allowed(implementation, case), op.product(case), op.products, op.operations(case),
-        )  # fmt: skip
+        self.record = Record.of(op, case, implementation)
         self.calls: list[Callable[[], object]] = []  # eager, and where it can be captured its graph
 
     def prepare(self, gpu: Gpu, op: Op, inputs: Tensors, truth: Tensors) -> None:

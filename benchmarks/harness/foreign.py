@@ -87,7 +87,7 @@ def recbole_sasrec(case: Case, inputs: Tensors) -> Call:
         targets = len(train._dataset)
         return {"targets": torch.tensor(targets), "loss": torch.tensor(trainer.train_loss_dict[0] / len(train))}
 
-    return Call(run, detail=lambda: {"targets": _targets(inputs)})
+    return Call(run, detail={"targets": _targets(inputs)})
 
 
 def rectools_sasrec(case: Case, inputs: Tensors) -> Call:
@@ -134,7 +134,7 @@ def rectools_sasrec(case: Case, inputs: Tensors) -> Call:
         trained = sum((batch["y"] != 0).sum() for batch in batches)
         return {"targets": torch.as_tensor(trained), "loss": loss}
 
-    return Call(run, read, lambda: {"targets": _targets(inputs)})
+    return Call(run, read, {"targets": _targets(inputs)})
 
 
 def _sessions(inputs: Tensors) -> list[list[int]]:

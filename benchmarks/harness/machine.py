@@ -57,15 +57,6 @@ def instruction_set() -> str:
         return str(error)
 
 
-def native_seconds() -> dict[str, float]:
-    """Seconds that the native engine has spent in each of its phases; nothing where it is not built."""
-    try:
-        counters = importlib.import_module(EXTENSION).counters()
-    except ImportError:
-        return {}
-    return {name.removesuffix("_ns"): 1e-9 * count for name, count in counters.items() if name.endswith("_ns")}
-
-
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from .op import BASELINE, OURS
+from .op import BASELINE
 from .report import Record, Results
 
 # Ours in blue; others in colours that the colour-blind can tell apart, each with a marker of its own.
@@ -45,8 +45,6 @@ def draw(results: Results, out: Path) -> list[Path]:
             written += _save(out, f"memory_{op}", [r for r in over_v if r.extra_bytes], _memory)
         written += _save(out, "crossover", [r for r in timed if r.case.figure == "form"], _crossover)
         written += _save(out, "threads", [r for r in timed if r.case.figure == "threads"], _threads)
-        phases = [r for r in timed if r.op == "rank_slice" and r.implementation == OURS and any(r.detail.values())]
-        written += _save(out, "phases", phases, _phases)
     return written
 
 
@@ -98,21 +96,6 @@ def _threads(ax: Axes, records: list[Record]) -> None:
     ax.plot([1, most], [1, most], color=MUTED, linestyle=":", linewidth=1, zorder=0)
     ax.set_xticks(sorted({record.case.threads for record in records}))
     ax.set(title="Threads: times faster than one", xlabel="threads", ylabel="speed-up")
-
-
-def _phases(ax: Axes, records: list[Record]) -> None:
-    """Stacked bars: where rank_slice's time goes, in % of its phases together."""
-    drawn = sorted(records, key=lambda r: (r.case.items, r.case.width, r.case.dtype, r.case.threads))
-    begins = [0.0] * len(drawn)
-    for name, colour in zip(drawn[0].detail, (COLOURS[2], OUR_COLOURS[0], COLOURS[1]), strict=False):
-        shares = [100 * r.detail[name] / sum(r.detail.values()) for r in drawn]
-        ax.barh(range(len(drawn)), shares, left=begins, color=colour, label=name, height=0.7)
-        begins = [begin + share for begin, share in zip(begins, shares, strict=True)]
-    ax.set_yticks(range(len(drawn)), [record.case.label for record in drawn], fontsize=9)
-    ax.invert_yaxis()
-    ax.grid(axis="y", visible=False)
-    ax.set(title="rank_slice: time split over its phases", xlabel="%", xlim=(0, 100))
-    ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
 def _curves(records: Sequence[Record], point: Point) -> dict[str, tuple[bool, Curve]]:

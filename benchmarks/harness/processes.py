@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 
-from .machine import version_of
 from .op import Implementation, Op
 from .report import Record
 from .worker import Case, Tensors, limit_memory, one_line, serve
@@ -133,10 +132,7 @@ class _Taker:
 
     def __init__(self, op: Op, case: Case, implementation: Implementation):
         self.implementation = implementation
-        self.record = Record(
-            op.name, case, implementation.name, implementation.ours, version_of(implementation.package),
-            op.allowed(implementation, case), op.product(case), op.products, op.operations(case),
-        )  # fmt: skip
+        self.record = Record.of(op, case, implementation)
         self.process: Process | None = None
         self.expected = 0.0  # seconds of a call
         self.complete = 0  # repetitions
@@ -164,19 +160,10 @@ class _Taker:
             self.record.samples[-1].append(seconds)
 
     def end(self) -> None:
-        """Ends the process, and keeps what it tells beside its times if these are its best."""
-        if self.process is None:
-            return
-        try:
-            detail = self.process.ask("detail", 10.0)
+        """The repetition is complete."""
+        if self.process is not None:
             self.process.end()
-        except ImplementationError as failure:
-            self.fail(str(failure))
-            return
-        self.process = None
-        self.complete = len(self.record.samples)
-        if min(map(min, self.record.samples)) == min(self.record.samples[-1]):
-            self.record.detail = detail
+            self.process, self.complete = None, len(self.record.samples)
 
 
 class Runner:
@@ -228,7 +215,7 @@ class Runner:
             return
         record.peak_bytes = max(first["peak"], record.peak_bytes or 0)
         record.extra_bytes = max(first["extra"], record.extra_bytes or 0)
-        record.version = first["version"] or record.version
+        record.version, record.detail = first["version"] or record.version, first["detail"]
         taker.expected = first["seconds"]
         record.samples.append([])
 

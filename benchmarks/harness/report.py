@@ -14,8 +14,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from .machine import Machine
-from .op import BASELINE
+from .machine import Machine, version_of
+from .op import BASELINE, Implementation, Op
 from .worker import Case
 
 STORED = Path(__file__).parents[1] / "baseline.json"
@@ -44,6 +44,11 @@ class Record:
     peak_bytes: int | None = None  # the most that the process held
     extra_bytes: int | None = None  # beyond inputs and libraries
     detail: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, op: Op, case: Case, one: Implementation) -> Record:
+        allowed, sizes = op.allowed(one, case), (op.product(case), op.products, op.operations(case))
+        return cls(op.name, case, one.name, one.ours, version_of(one.package), allowed, *sizes)
 
     @property
     def key(self) -> str:

@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ class Call:
 
     run: Callable[[int], Any]  # on batch i % BATCHES
     read: Callable[[Any], Tensors] = lambda result: result  # what is compared with the truth, from what a call returns
-    detail: Callable[[], dict[str, float]] = dict  # more to record once the timing is over
+    detail: dict[str, float] = field(default_factory=dict)  # more to record, such as the targets of a call
 
 
 Prepare = Callable[[Case, Tensors], Call]
@@ -150,8 +150,6 @@ def serve(connection: Connection, job: Job, case: Case, inputs: Path, output: Pa
         try:
             if request == "first":
                 call, answer = _first_call(job, case, inputs, output)
-            elif request == "detail":
-                answer = call.detail()
             else:
                 answer = sample(call, *request)
         except Exception as error:  # whatever it is, it belongs into this implementation's record
@@ -177,7 +175,8 @@ def _first_call(job: Job, case: Case, inputs: Path, output: Path) -> tuple[Call,
     seconds, peak = time.perf_counter() - begun, memory.peak()
     torch.save(call.read(result), output)
     version = f"{job.package} {importlib.metadata.version(job.package)}" if job.package else ""
-    return call, {"seconds": seconds, "peak": peak, "extra": max(0, peak - memory.held), "version": version}
+    memory_of_call = {"peak": peak, "extra": max(0, peak - memory.held)}
+    return call, {"seconds": seconds, "version": version, "detail": call.detail, **memory_of_call}
 
 
 def sample(call: Call, number: int, budget: float, expected: float) -> float:

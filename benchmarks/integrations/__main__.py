@@ -1,18 +1,21 @@
 """Our parts inside other people's libraries, side by side with theirs: `make integrations` writes docs/integrations.md.
 
-Each measurement is a module under an interpreter that has its libraries, and each of its rows a process. A measurement
-takes ``--json FILE`` and ``--raw FOLDER`` (Online Retail), and writes a list of sections ``{"heading": str, "text":
-str, "header": [str, ...], "rows": [[str, ...], ...]}``, to which "measured" is added: day, processor and cores. Those
-that exist already are kept, so that the command can be broken off and started again; ``--again NAME`` repeats one.
+Each measurement is a module with `measure(**job)`, which is called in a process of its own under an interpreter that
+has the libraries, and `sections(raw, folder, run)`, which has jobs run by `run(**job)` and returns ``{"heading": str,
+"text": str, "header": [str, ...], "rows": [[str, ...], ...]}``. Sections that exist already are kept, so that the
+command can be broken off and started again; ``--again NAME`` repeats one.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import json
 import subprocess
 import sys
+import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,8 @@ from ..harness.machine import Machine
 from ..harness.report import between_marks, markdown
 
 MARK = "<!-- made by make integrations -->"
-MEASUREMENTS = {  # modules of alterrec_fast.benchmarks, and the Python that has the libraries they need
+PACKAGE = "alterrec_fast.benchmarks"
+MEASUREMENTS = {  # modules, and the Python that has the libraries they need
     "integrations.mining": sys.executable,
     "experiments.sasrec": sys.executable,
     "integrations.recbole": ".venv-recommenders/bin/python",
@@ -30,6 +34,10 @@ MEASUREMENTS = {  # modules of alterrec_fast.benchmarks, and the Python that has
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--measure"]:
+        measured = importlib.import_module(f"{PACKAGE}.{sys.argv[2]}")
+        print(json.dumps(measured.measure(**json.loads(sys.argv[3]))))
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--raw", type=Path, required=True, help="Online Retail in the generic layout")
     parser.add_argument("--out", type=Path, required=True, help="where data and figures go")
@@ -38,18 +46,29 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     sections: list[dict[str, Any]] = []
-    for module, interpreter in MEASUREMENTS.items():
-        file = options.out / f"{module}.json"
-        if module in options.again or not file.exists():
-            command = [interpreter, "-m", f"alterrec_fast.benchmarks.{module}"]
-            subprocess.run([*command, "--json", str(file), "--raw", str(options.raw)], check=True)
-            made = [{**section, "measured": when_and_where()} for section in json.loads(file.read_text("utf-8"))]
+    for name, interpreter in MEASUREMENTS.items():
+        file = options.out / f"{name}.json"
+        if name in options.again or not file.exists():
+            module, run = importlib.import_module(f"{PACKAGE}.{name}"), partial(call, interpreter, name)
+            with tempfile.TemporaryDirectory(dir=options.out) as folder:
+                made = module.sections(options.raw, Path(folder), run)
+                made = [section | {"measured": when_and_where()} for section in made]
             file.write_text(json.dumps(made), encoding="utf-8")
         sections += json.loads(file.read_text(encoding="utf-8"))
     text = "\n".join(as_markdown(section) for section in sections)
     print(text)
     if options.page:
         options.page.write_text(between_marks(options.page, MARK, text), encoding="utf-8")
+
+
+def call(interpreter: str, module: str, **job: Any) -> dict[str, Any]:
+    """What the module's measure(**job) returns, in JSON, from a process of its own."""
+    command = [interpreter, "-m", f"{PACKAGE}.integrations", "--measure", module, json.dumps(job)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{module} {job} ended with code {done.returncode}")
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
 
 
 def when_and_where() -> str:

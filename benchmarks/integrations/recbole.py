@@ -7,14 +7,12 @@ SASRec, which was trained beforehand, so that their NDCG says that they rank ali
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import os
 import sys
-import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -24,15 +22,12 @@ import numpy as np
 import torch
 
 from ..harness.worker import Memory
-from .processes import call
 
-MODULE = "alterrec_fast.benchmarks.integrations.recbole"
 NAME = "generated"
 LENGTH = 10  # the longest session; the mean is 5
 FOLLOWERS = 4  # items that follow an item in nine of ten cases
 WIDTH = 64
-THREADS = 2
-TRAINED = "trained.pt"  # the model that the evaluations load
+THREADS, ROUNDS = 2, 3
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,7 @@ def write_sessions(folder: Path, items: int, sessions: int) -> None:
     (folder / NAME / f"{NAME}.item").write_text("\n".join(["item_id:token", *map(str, range(items))]))
 
 
-def measure(setting: Setting, folder: Path) -> dict[str, float]:
+def measure(folder: str, **job: Any) -> dict[str, float]:
     """The seconds of a training step (the median of all but the first) or of the evaluation, peak MiB, and NDCG@10."""
     from recbole.config import Config
     from recbole.data import create_dataset, data_preparation
@@ -104,10 +99,15 @@ def measure(setting: Setting, folder: Path) -> dict[str, float]:
 
     from alterrec_fast.integrations.recbole import SASRec, Trainer
 
+    setting, trained = Setting(**job), Path(folder) / "trained.pt"  # the model that the evaluations load
+    sys.argv = sys.argv[:1]  # RecBole reads it
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    os.chdir(folder)  # where RecBole leaves its logs
     torch.set_num_threads(THREADS)
     model, trainer_class = (StockSASRec, StockTrainer) if setting.options is None else (SASRec, Trainer)
     options = {
-        "data_path": str(folder), "USER_ID_FIELD": "session_id",
+        "data_path": folder, "USER_ID_FIELD": "session_id",
         "load_col": {"inter": ["session_id", "item_id", "timestamp"], "item": ["item_id"]},
         "train_neg_sample_args": None, "loss_type": "CE", "hidden_size": WIDTH, "MAX_ITEM_LIST_LENGTH": LENGTH,
         "train_batch_size": setting.batch, "eval_batch_size": 256 if setting.epochs else setting.batch,
@@ -121,7 +121,7 @@ def measure(setting: Setting, folder: Path) -> dict[str, float]:
     init_seed(setting.seed, reproducibility=True)
     network = model(config, train._dataset)
     if not setting.epochs:
-        network.load_state_dict(torch.load(folder / TRAINED, mmap=True), assign=True)
+        network.load_state_dict(torch.load(trained, mmap=True), assign=True)
     trainer = trainer_class(config, network)
     steps = []
     for epoch in range(setting.epochs):
@@ -130,30 +130,22 @@ def measure(setting: Setting, folder: Path) -> dict[str, float]:
             trainer._train_epoch([batch], epoch)
             steps.append(time.perf_counter() - begin)
     if setting.keep:
-        torch.save(network.state_dict(), folder / TRAINED)
+        torch.save(network.state_dict(), trained)
     trained_mib, begin = memory.peak_mib(), time.perf_counter()
     result = trainer.evaluate(test, load_best_model=False)
     seconds = median(steps[1:]) if steps else time.perf_counter() - begin
     return {"seconds": seconds, "mib": trained_mib if steps else memory.peak_mib(), "ndcg": float(result["ndcg@10"])}
 
 
-def train_once(setting: Setting, folder: str) -> None:
-    """Leaves a trained model for those that evaluate."""
-    trained = replace(setting, title="training", batch=64, epochs=1, options=SAMPLED, keep=True)
-    call(MODULE, "--measure", json.dumps(asdict(trained)), "--folder", folder)
-
-
-def rows(every: list[Setting], rounds: int) -> list[list[str]]:
-    """Each setting in `rounds` processes, a seed each, in turn; the first is what the others are compared with."""
+def rows(every: list[Setting], folder: Path, run: Callable[..., dict[str, float]]) -> list[list[str]]:
+    """Each setting in ROUNDS processes, a seed each, in turn; the first is what the others are compared with."""
     measured: list[list[dict[str, float]]] = [[] for _ in every]
-    with tempfile.TemporaryDirectory() as folder:
-        write_sessions(Path(folder), every[0].items, every[0].sessions)
-        if not every[0].epochs:
-            train_once(every[0], folder)
-        for seed in range(1, rounds + 1):
-            for setting, answers in zip(every, measured, strict=True):
-                one = json.dumps(asdict(replace(setting, seed=seed)))
-                answers.append(call(MODULE, "--measure", one, "--folder", folder))
+    write_sessions(folder, every[0].items, every[0].sessions)
+    if not every[0].epochs:  # the evaluations need a trained model
+        run(folder=str(folder), **asdict(replace(every[0], batch=64, epochs=1, options=SAMPLED, keep=True)))
+    for seed in range(1, ROUNDS + 1):
+        for setting, answers in zip(every, measured, strict=True):
+            answers.append(run(folder=str(folder), **asdict(replace(setting, seed=seed))))
     cells = []
     for setting, answers in zip(every, measured, strict=True):
         seconds, mib = (median(answer[name] for answer in answers) for name in ("seconds", "mib"))
@@ -163,7 +155,8 @@ def rows(every: list[Setting], rounds: int) -> list[list[str]]:
     return cells
 
 
-def sections(trained: list[Setting], evaluated: list[Setting], rounds: int) -> list[dict[str, Any]]:
+def sections(_raw: Path, folder: Path, run: Callable[..., dict[str, float]]) -> list[dict[str, Any]]:
+    trained, evaluated = training(), evaluation()
     header = ["", "batch", "seconds", "times faster", "peak MiB", "times less", "NDCG@10"]
     first, last = trained[0], evaluated[0]
     shape = f"sessions of 2 to {LENGTH} items (mean 5), hidden size {WIDTH}, {THREADS} threads"
@@ -173,41 +166,16 @@ def sections(trained: list[Setting], evaluated: list[Setting], rounds: int) -> l
             "text": f"SASRec of RecBole 1.2.1, `loss_type: CE`, over {first.items:,} generated items; {shape}. Seconds "
             f"of a step of RecBole's trainer: the loss, backward, and Adam over all {first.items:,} x {WIDTH} "
             f"embeddings, which all of them share. NDCG@10 after {first.epochs} epochs over the same targets, for each "
-            f"of {rounds} seeds. Medians of {rounds} processes in turn.",
+            f"of {ROUNDS} seeds. Medians of {ROUNDS} processes in turn.",
             "header": header,
-            "rows": rows(trained, rounds),
+            "rows": rows(trained, folder / "training", run),
         },
         {
             "heading": "RecBole: full-sort evaluation",
             "text": f"RecBole's trainer and ours evaluate one trained SASRec over {last.items:,} items; {shape}. "
             f"RecBole at about the largest batch that fits into this machine's memory, and both at that and at smaller "
-            f"ones. Medians of {rounds} processes in turn.",
+            f"ones. Medians of {ROUNDS} processes in turn.",
             "header": header,
-            "rows": rows(evaluated, rounds),
+            "rows": rows(evaluated, folder / "evaluation", run),
         },
     ]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--raw", type=Path, help="not used here")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--measure", help="run this one in this process")
-    parser.add_argument("--folder", type=Path, help="where its sessions are")
-    options = parser.parse_args()
-    if options.measure:
-        sys.argv = sys.argv[:1]  # RecBole reads it
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        os.chdir(options.folder)  # where RecBole leaves its logs
-        print(json.dumps(measure(Setting(**json.loads(options.measure)), options.folder)))
-        return
-    made = sections(training(), evaluation(), options.rounds)
-    if options.json:
-        options.json.write_text(json.dumps(made), encoding="utf-8")
-    print(json.dumps(made, indent=1))
-
-
-if __name__ == "__main__":
-    main()

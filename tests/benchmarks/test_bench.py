@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from alterrec_fast.benchmarks.harness import bench
-from alterrec_fast.benchmarks.harness.machine import Machine, native_seconds
+from alterrec_fast.benchmarks.harness.machine import Machine
 from alterrec_fast.benchmarks.harness.op import BASELINE, Implementation, Op
 from alterrec_fast.benchmarks.harness.processes import Budget, Measurement, Runner, how_it_ended
 from alterrec_fast.benchmarks.harness.report import Record, Results, comparison, markdown, read_stored, table
@@ -123,10 +123,6 @@ def test_how_a_process_ended_in_words() -> None:
     assert how_it_ended(-9, "") == "killed by SIGKILL, out of memory?"
     assert how_it_ended(1, "ImportError: no") == "the process ended with status 1: ImportError: no"
     assert how_it_ended(None, "") == "the process does not answer"
-
-
-def test_phases_of_the_native_engine_are_told_in_seconds() -> None:
-    assert all(isinstance(seconds, float) and not name.endswith("_ns") for name, seconds in native_seconds().items())
 
 
 # --- what a run leaves ---

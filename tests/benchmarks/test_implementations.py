@@ -50,7 +50,7 @@ def test_implementations_that_need_no_library_are_right(
         call = one.job().prepare(case, inputs)
         assert op.error_of(one, call.read(call.run(0)), truth) <= op.allowed(one, case), one.name
         assert one.name == BASELINE or call.run(1) is not None
-        assert all(value >= 0.0 for value in call.detail().values())
+        assert all(value >= 0.0 for value in call.detail.values())
 
 
 def test_every_implementation_on_a_cpu_is_in_the_pytest_front_end() -> None:

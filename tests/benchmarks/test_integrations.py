@@ -19,49 +19,43 @@ from alterrec_fast.benchmarks.integrations import mining
 from alterrec_fast.data.sessions import Dataset
 
 
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are measured in this process; without faiss, which only make integrations installs."""
-    monkeypatch.setattr(mining, "IMPLEMENTATIONS", {"torch": "stock", "ours": "ours"})
-    monkeypatch.setattr(mining, "RANGE_MAX", 200)
-
-    def mine(_module: str, *options: str) -> dict[str, float]:
-        given = dict(zip(options[::2], options[1::2], strict=True))
-        sizes = int(given["--queries"]), int(given["--documents"])
-        return mining.mine(given["--mine"], *sizes, given["--negatives"], given["--embeddings"] == "integers")
-
-    def train(_module: str, *options: str) -> dict[str, float]:
-        given = dict(zip(options[::2], options[1::2], strict=True))
-        return sasrec.train(given["--train"], Path(given["--data"]), int(given["--seed"]), int(given["--epochs"]))
-
-    monkeypatch.setattr(mining, "call", mine)
-    monkeypatch.setattr(sasrec, "call", train)
-
-
-def test_mining_finds_the_same_and_says_so(in_this_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mining_finds_the_same_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without faiss, which only make integrations installs."""
     threads = torch.get_num_threads()
+    monkeypatch.setattr(mining, "IMPLEMENTATIONS", {"torch": "stock", "ours": "ours"})
+    for name, value in {"RANGE_MAX": 200, "QUERIES": 20, "DOCUMENTS": 400, "ROUNDS": 1}.items():
+        monkeypatch.setattr(mining, name, value)
     try:
-        (section,) = mining.sections(20, 400, 1)
+        (section,) = mining.sections(tmp_path, tmp_path, mining.measure)
         assert [row[0] for row in section["rows"]] == ["stock", "ours"]
         assert section["rows"][1][2] == "1.0" and section["rows"][0][5] == "0"
         assert "20 queries, 400 embeddings" in section["text"] and "count the 2,000 negatives" in section["text"]
-        monkeypatch.setattr(mining, "worst_difference", lambda *_, integers=False: 0.1)
+        monkeypatch.setattr(mining, "measure", lambda **_: {"seconds": 1.0, "cpu": 1.0, "mib": 1.0})
+        monkeypatch.setattr(mining, "worst_difference", lambda ours, theirs, integers: 0.1)
         with pytest.raises(SystemExit, match=r"ids differ whose scores are 0\.1 apart"):
-            mining.sections(20, 400, 1)
-        monkeypatch.setattr(mining, "worst_difference", lambda *_, integers=False: float(integers))
+            mining.sections(tmp_path, tmp_path, mining.measure)
+        monkeypatch.setattr(mining, "worst_difference", lambda ours, theirs, integers: float(integers))
         with pytest.raises(SystemExit, match=r"scores of integer-valued embeddings are 1\.0 apart"):
-            mining.sections(20, 400, 1)
+            mining.sections(tmp_path, tmp_path, mining.measure)
     finally:
         torch.set_num_threads(threads)
 
 
-def test_every_way_of_training_is_measured(
-    in_this_process: None, shop: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sasrec, "STOP", 100)
-    (section,) = sasrec.sections(shop.path, 2, 1, 1)
+def test_every_way_of_training_is_measured(shop: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"STOP": 100, "EPOCHS": 1, "SEEDS": 2, "JOBS": 1}.items():
+        monkeypatch.setattr(sasrec, name, value)
+    assert shop.path.name == "data"
+    (section,) = sasrec.sections(shop.path, shop.path.parent / "scratch", sasrec.measure)
     assert len(section["rows"]) == 4 and all("±" in row[2] for row in section["rows"])
     assert "2 seeds" in section["text"] and integrations.as_markdown(section)
+
+
+def test_a_job_is_measured_in_a_process(tmp_path: Path) -> None:
+    job = {"name": "ours", "queries": 3, "documents": 300, "folder": str(tmp_path), "integers": False}
+    answer = integrations.call(sys.executable, "integrations.mining", **job)
+    assert set(answer) == {"seconds", "cpu", "mib"} and (tmp_path / "ours.npy").exists()
+    with pytest.raises(SystemExit, match="ended with code 1"):
+        integrations.call(sys.executable, "integrations.mining", name="no")
 
 
 def test_a_page_holds_what_was_measured_before_with_day_and_machine(
@@ -74,10 +68,8 @@ def test_a_page_holds_what_was_measured_before_with_day_and_machine(
     before, *others = (tmp_path / f"{module}.json" for module in integrations.MEASUREMENTS)
     before.write_text(json.dumps([section]))
 
-    def measure(command: list[str], check: bool) -> None:
-        Path(command[command.index("--json") + 1]).write_text(json.dumps([section]))
-
-    monkeypatch.setattr(integrations.subprocess, "run", measure)
+    module = SimpleNamespace(sections=lambda raw, folder, run: [section])
+    monkeypatch.setattr(integrations.importlib, "import_module", lambda name: module)
     machine = SimpleNamespace(this=lambda threads: SimpleNamespace(processor="Abacus 3", cores=7))
     monkeypatch.setattr(integrations, "Machine", machine)
     integrations.main()
