@@ -23,7 +23,7 @@ KEY = "alterrec_fast"  # the only one in the header: safetensors writes several 
 def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Writes tensors, and `state` as JSON in the file's header, whole or not at all. Raises FileError."""
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps(state)
+    text = json.dumps(state, allow_nan=False)
     header = {"format": FORMAT, "checksum": _checksum(ready, text), "state": text}
 
     def write(draft: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +25,10 @@ VARIANTS: tuple[str, ...] = get_args(Variant)
 
 MACHINE = ("backend", "device", "graph", "checkpoint_minutes", "out")  # settings that a resumed run may change
 PLACE = ("data", "demo")  # where the data is; which data it is, the fingerprint tells
-MOST = {"width": 1 << 16, "layers": 1 << 10, "inner": 1 << 20, "max_length": 1 << 20, "m_max": 1 << 20}
+MOST = {
+    "width": 1 << 16, "layers": 1 << 10, "inner": 1 << 20, "max_length": 1 << 20, "m_max": 1 << 20,
+    "batch_targets": 1 << 30, "eval_targets": 1 << 30, "patience": 1 << 30,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,9 @@ class Config:
         for name in ("hard_fraction", "alpha", "lr_gamma"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{name} must be finite, got {value}")
         for name, most in MOST.items():
             if getattr(self, name) > most:
                 raise ConfigError(f"{name} must be at most {most}, got {getattr(self, name)}")

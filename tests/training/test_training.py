@@ -456,6 +456,8 @@ def test_recommend_and_evaluate(shop: Dataset, tmp_path: Path) -> None:
         ({"group_edges": [3, 2]}, "group_edges must rise"),
         ({"group_edges": [-3, 2]}, "group_edges must be at least 0"),
         ({"weight_decay": "nan"}, "weight_decay must be at least 0, got nan"),
+        ({"positive_weight": "inf"}, "positive_weight must be finite, got inf"),
+        ({"batch_targets": 10**20}, "batch_targets must be at most"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(settings: dict[str, Any], message: str) -> None:
