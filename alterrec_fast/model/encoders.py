@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alterrec_fast.model.packing import MaskedPacking, Packing
-from alterrec_fast.ops.layer_norm import layer_norm
+from alterrec_fast.ops.layer_norm import has_kernels, layer_norm, layer_norm_adam
 
 
 class IdItems(nn.Module):
@@ -25,6 +25,21 @@ class IdItems(nn.Module):
 
     def forward(self) -> Tensor:
         return _norm(self.norm, self.table)  # (V, d)
+
+    def can_step(self) -> bool:
+        """Whether `step` works here: on CUDA, where Triton is present."""
+        return has_kernels(self.table, self.norm.weight, self.norm.bias)
+
+    @torch.no_grad()
+    def step(self, grad: Tensor, optimizer: torch.optim.Adam) -> None:
+        """The table's step of a capturable Adam, by the gradient grad (V, d) of `forward`'s vectors, in one pass.
+
+        The gradients of the LayerNorm's parameters are left in them; the table has none, so that the optimiser's own
+        step leaves it alone.
+        """
+        (group,) = optimizer.param_groups
+        grads = layer_norm_adam(self.table, self.norm, grad, optimizer.state[self.table], group)
+        self.norm.weight.grad, self.norm.bias.grad = grads
 
 
 class TextItems(nn.Module):

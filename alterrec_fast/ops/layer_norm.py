@@ -1,4 +1,4 @@
-"""LayerNorm for item tables: torch's, or on CUDA where Triton is present kernels made for many short rows."""
+"""LayerNorm of item tables: torch's, or on CUDA where Triton is present kernels made for many short rows."""
 
 from __future__ import annotations
 
@@ -33,10 +33,38 @@ class _LayerNorm(torch.autograd.Function):
         return *layer_norm_bwd(grad.contiguous(), x, weight, ctx.eps), None
 
 
+def has_kernels(*tensors: Tensor) -> bool:
+    """Whether the kernels take x (V, d) and its weight and bias."""
+    fitting = 0 < tensors[0].shape[1] <= WIDEST and all(t.dtype == torch.float32 for t in tensors)
+    return TRITON and fitting and tensors[0].is_cuda
+
+
+def layer_norm_adam(
+    x: Tensor, norm: torch.nn.LayerNorm, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """A step of Adam on x (V, d), whose LayerNorm has the gradient grad (V, d), in place and in one pass.
+
+    state and group: of a `torch.optim.Adam` that is capturable, as it has them; a state that is empty is filled. Needs
+    `has_kernels`. Returns the gradients of the LayerNorm's weight and bias. To rounding what the LayerNorm's backward
+    and the optimiser do, without the table's gradient in memory.
+    """
+    from alterrec_fast.kernels.layer_norm import Adam, layer_norm_adam
+
+    if not state:
+        state["step"] = torch.zeros((), device=x.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(x), torch.zeros_like(x)
+    state["step"].add_(1)
+    adam = Adam(
+        state["exp_avg"], state["exp_avg_sq"], state["step"], group["lr"], group["betas"], group["eps"],
+        group["weight_decay"],
+    )  # fmt: skip
+    grads: tuple[Tensor, Tensor] = layer_norm_adam(grad, x, norm.weight, norm.eps, adam)
+    return grads
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """x (V, d), weight and bias (d,) -> (V, d). Equivalent to: ``F.layer_norm(x, (d,), weight, bias, eps)``."""
-    same = x.dtype == weight.dtype == bias.dtype == torch.float32
-    if TRITON and x.is_cuda and same and 0 < x.shape[1] <= WIDEST:
+    if has_kernels(x, weight, bias):
         out: Tensor = _LayerNorm.apply(x.contiguous(), weight, bias, eps)
         return out
     return F.layer_norm(x, (x.shape[1],), weight, bias, eps)

@@ -30,6 +30,7 @@ from alterrec_fast.data.sessions import SPLITS, DataError, Dataset
 from alterrec_fast.errors import AlterRecError, FileError
 from alterrec_fast.errors import DivergedError as DivergedError
 from alterrec_fast.files import naming
+from alterrec_fast.model.encoders import IdItems
 from alterrec_fast.model.networks import Recommender
 from alterrec_fast.model.packing import MaskedPacking, Packing
 from alterrec_fast.ops import RankSlice, rank_slice, slice_cross_entropy
@@ -236,7 +237,7 @@ class Trainer:
         static, ranked = self.static, self._ranked(teacher_catalog)
 
         def on_static_tensors() -> dict[str, Tensor]:
-            losses = self._gradients(epoch, static.inputs(), teacher_catalog, ranked)
+            losses = self._gradients(epoch, static.inputs(), teacher_catalog, ranked, steps_table=True)
             self.optimizers[epoch.student].step()
             return losses
 
@@ -278,22 +279,34 @@ class Trainer:
         return self._gradients(epoch, inputs, teacher_catalog, self._ranked(teacher_catalog)), inputs.packing
 
     def _gradients(
-        self, epoch: Epoch, inputs: Inputs, teacher_catalog: Tensor | None, ranked: Tensor | None
+        self,
+        epoch: Epoch,
+        inputs: Inputs,
+        teacher_catalog: Tensor | None,
+        ranked: Tensor | None,
+        steps_table: bool = False,
     ) -> dict[str, Tensor]:
-        """`gradients` of a batch on the device; ranked: what `_ranked` made of the teacher's catalog."""
+        """`gradients` of a batch on the device; ranked: what `_ranked` made of the teacher's catalog.
+
+        steps_table: an item table takes its step at once where it can, see `IdItems.step`, and has no gradient.
+        """
         config, student = self.config, self.recommender.network(epoch.student)
+        table = student.items if steps_table and isinstance(student.items, IdItems) else None
+        if table is not None and not table.can_step():
+            table = None
         items, target, packing = inputs.items, inputs.target, inputs.packing
         neg, positives = self._negatives(epoch, items, packing, teacher_catalog, ranked)
         self.optimizers[epoch.student].zero_grad(set_to_none=True)
         with self._encoding():
-            encoded = student.catalog()  # (V, d)
+            with torch.set_grad_enabled(table is None):
+                encoded = student.catalog()  # (V, d)
             # The loss meets leaves, so that the gradient of the rows looked up is added to the catalog's where it lies:
             # autograd would make a second (V, d), of zeros but for these rows, and sum the two.
             catalog = encoded.detach().requires_grad_()
             rows = encoded.detach().index_select(0, items).requires_grad_()  # (T, d)
             sessions = student.session(rows, packing)  # (T, d)
         query = sessions.detach().requires_grad_()
-        with _products(config.precision):
+        with _products(self.precision):
             loss = slice_cross_entropy(
                 query,
                 catalog,
@@ -307,7 +320,7 @@ class Trainer:
             loss.backward()
         losses = {"loss": loss.detach()}
         if config.variant == "nfrec_concat":
-            with torch.no_grad(), _products(config.precision):
+            with torch.no_grad(), _products(self.precision):
                 for part, q, e in zip(("id", "text"), query.chunk(2, 1), catalog.chunk(2, 1), strict=True):
                     losses[f"loss_{part}"] = slice_cross_entropy(
                         q, e, target, neg, temperature=student.temperature, **self._op_options()
@@ -315,7 +328,11 @@ class Trainer:
         with self._encoding():
             sessions.backward(query.grad)
             assert catalog.grad is not None and rows.grad is not None
-            encoded.backward(add_rows(catalog.grad, items, rows.grad))
+            grad = add_rows(catalog.grad, items, rows.grad)
+            if table is None:
+                encoded.backward(grad)
+            else:
+                table.step(grad, self.optimizers[epoch.student])
         return losses
 
     def _negatives(
@@ -336,26 +353,37 @@ class Trainer:
         if ranked is not teacher_catalog:
             query = F.pad(query.to(ranked.dtype), (0, ranked.shape[1] - query.shape[1]))
         top = min(config.positives, self.dataset.num_items) if config.variant == "alterrec_aug" else 0
-        with _products(config.precision):
+        with _products(self.precision):
             neg = rank_slice(query, ranked, start=k1, stop=k2, top=top, **self._op_options())
         return neg.mix(config.hard_fraction), (neg.top if top else None)
 
     def _ranked(self, teacher_catalog: Tensor | None) -> Tensor | None:
         """The teacher's catalog as it is ranked: where products are of bf16 on CUDA, rounded once, not at each step,
         and with zeros up to a width of whole 16 bytes."""
-        if teacher_catalog is None or self.config.precision != "bf16" or teacher_catalog.device.type != "cuda":
+        if teacher_catalog is None or self.precision != "bf16" or teacher_catalog.device.type != "cuda":
             return teacher_catalog
         return F.pad(teacher_catalog.bfloat16(), (0, -teacher_catalog.shape[1] % 8))
 
+    @property
+    def precision(self) -> str | None:
+        """Of slices and losses: as set, else on CUDA bf16."""
+        return self.config.precision or ("bf16" if self.device.type == "cuda" else None)
+
+    @property
+    def encoder_precision(self) -> str | None:
+        """Of products in encoders: as set, else on CUDA TF32 unless `precision` asks for float32."""
+        if self.config.encoder_precision or self.device.type != "cuda":
+            return self.config.encoder_precision
+        return "fp32" if self.config.precision == "fp32" else "tf32"
+
     def _op_options(self) -> dict[str, Any]:
         """How ops compute; TF32 is float32 under torch's setting for it, which `_products` makes."""
-        precision = self.config.precision
-        return {"backend": self.config.backend, "precision": "fp32" if precision == "tf32" else precision}
+        return {"backend": self.config.backend, "precision": "fp32" if self.precision == "tf32" else self.precision}
 
     @contextlib.contextmanager
     def _encoding(self) -> Iterator[None]:
         """Within, the encoders' matrix products are of `encoder_precision`; their parameters stay float32."""
-        chosen, kind = self.config.encoder_precision, self.device.type
+        chosen, kind = self.encoder_precision, self.device.type
         if chosen == "bf16" and kind == "cuda":
             # A cache of rounded weights would outlive the graph that was captured with it.
             with torch.autocast(kind, torch.bfloat16, cache_enabled=False):

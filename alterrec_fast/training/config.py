@@ -90,8 +90,8 @@ class Config:
     # Machine.
     device: str = "auto"  # "auto": cuda where there is one, else cpu
     backend: Literal["auto", "reference", "native", "triton"] = "auto"
-    precision: Literal["fp32", "tf32", "bf16"] | None = None  # of the slice and the loss; None: float32 inputs decide
-    encoder_precision: Literal["fp32", "tf32", "bf16"] | None = None  # of products in encoders, on CUDA; None: torch's
+    precision: Literal["fp32", "tf32", "bf16"] | None = None  # of the slice and the loss; None: bf16 on CUDA, else fp32
+    encoder_precision: Literal["fp32", "tf32", "bf16"] | None = None  # of encoders on CUDA; None: tf32, fp32 with fp32
     graph: bool | Literal["auto"] = "auto"  # on CUDA each step is one CUDA graph; false: one kernel at a time
     checkpoint_minutes: float = 10.0  # a checkpoint is written at every epoch's end, and within long epochs this often
 

@@ -34,7 +34,8 @@ from alterrec_fast.data.sessions import Dataset, Sessions
 from alterrec_fast.model import packing as packings
 from alterrec_fast.model.encoders import TransformerSession, initialise
 from alterrec_fast.model.packing import MaskedPacking, Packing, pad_heads
-from alterrec_fast.training.alternate import Trainer
+from alterrec_fast.training import checkpoint
+from alterrec_fast.training.alternate import LAST, Trainer
 from alterrec_fast.training.config import VARIANTS, Config, demo_settings
 from alterrec_fast.training.steps import Inputs, StaticBatch, side_stream
 from alterrec_fast.training.variants import Epoch, epochs
@@ -132,6 +133,15 @@ def check_graph(journal: Journal, shape: tuple[int, int], precision: str, phases
                 check_waits(journal, name, made, epoch)
             said = list(made._said)
             del made
+        made = trainer(shape, precision, **changes)
+        teacher, one_by_one = made.teacher_catalog(epoch), []
+        made.recommender.network(epoch.student).train()
+        for i, batch in enumerate(batches(made, 12)):
+            torch.manual_seed(i)
+            one_by_one.append(made.step(epoch, batch, teacher)[0]["loss"])
+        far = float((torch.stack(one_by_one) / ends[1][0] - 1.0).abs().max())
+        journal.check(f"with the optimiser's own step: {name}", far < 1e-3, far=far)
+        del made, teacher
         values = [float(x) for x in ends[1][0][[0, -1]]]
         apart = float((ends[0][0] - ends[1][0]).abs().max())
         journal.check(f"graph and eager: {name}", same(ends[0], ends[1]), apart=apart, losses=values, said=said)
@@ -174,43 +184,40 @@ def check_against_cpu(journal: Journal) -> None:
 
 
 def check_runs(journal: Journal) -> None:
-    """An epoch, the same epoch broken off and resumed, to the last bit."""
+    """Two epochs, and the same broken off in the second and resumed: the same checkpoint, to the last bit."""
     data = random_sessions(5000, 3000)
 
-    def fresh() -> Trainer:
-        return trainer((5000, 64), "bf16, encoders tf32", data, m_random=0, checkpoint_minutes=1e-9)
-
-    def run(made: Trainer) -> dict[str, Any]:
-        with side_stream(CUDA), torch.random.fork_rng():
-            return made._run_epoch(Epoch(5, "id", "text", 2))
+    def fresh(run: Path | None = None) -> Trainer:
+        plan: dict[str, Any] = {"m_random": 0, "m_gap": 1, "m_max": 2, "checkpoint_minutes": 1e-9}
+        made = trainer((5000, 64), "bf16, encoders tf32", data, **plan)
+        made.run = run or made.run
+        return made
 
     whole, broken = fresh(), fresh()
-    begun = time.monotonic()
-    line = run(whole)
-    journal.write("epoch", seconds=time.monotonic() - begun, line=line)
+    whole.fit(lambda line: journal.write("epoch", line=line))
     calls, original = 0, torch.manual_seed
 
     def counted(seed: int) -> Any:
         nonlocal calls
         calls += 1
-        if calls == 8:
+        if calls == 30:
             raise KeyboardInterrupt
         return original(seed)
 
     torch.manual_seed = counted
     try:
-        run(broken)
+        broken.fit(lambda line: None)
     except KeyboardInterrupt:
         pass
     finally:
         torch.manual_seed = original
-    resumed = trainer((5000, 64), "bf16, encoders tf32", data, m_random=0, checkpoint_minutes=1e-9)
-    resumed.run = broken.run
-    journal.check("a checkpoint is resumed", resumed.resume(), step=resumed.state.step)
-    again = run(resumed)
-    epoch = Epoch(5, "id", "text", 2)
-    equal = same(student_of(whole, epoch), student_of(resumed, epoch)) and again["loss"] == line["loss"]
-    journal.check("a resumed epoch ends in the same bytes", equal, loss=line["loss"], resumed=again["loss"])
+    resumed = fresh(broken.run)
+    journal.check("a checkpoint is resumed", resumed.resume(), epoch=resumed.state.epoch, step=resumed.state.step)
+    resumed.fit(lambda line: None)
+    one, other = (checkpoint.load(made.run / LAST)[0] for made in (whole, resumed))
+    equal = one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    losses = [[line.get("loss") for line in made.state.history] for made in (whole, resumed)]
+    journal.check("a resumed run ends in the same bytes", equal and losses[0] == losses[1], losses=losses)
 
 
 def check_precisions(journal: Journal) -> None:
@@ -233,8 +240,8 @@ def check_precisions(journal: Journal) -> None:
                           worst_error=errors[worst], median_error=middle)  # fmt: skip
 
 
-def measure_quality(journal: Journal, shop: Path, precision: str) -> None:
-    """Runs of three seeds over the generated shop that `shop` holds: items and offsets of each split, and features."""
+def measure_quality(journal: Journal, shop: Path, precision: str, seed: int) -> None:
+    """A run over the generated shop that `shop` holds: items and offsets of each split, and features."""
     held = np.load(shop)
     names = ("train", "validation", "test")
     train, validation, test = (Sessions(held[f"{name}_items"], held[f"{name}_offsets"]) for name in names)
@@ -244,16 +251,15 @@ def measure_quality(journal: Journal, shop: Path, precision: str) -> None:
     settings: dict[str, Any] = {
         **demo_settings(), "m_random": 2, "m_max": 12, "precision": ops, "encoder_precision": encoders,
     }  # fmt: skip
-    for seed in range(3):
-        config = Config(data="shop", seed=seed, device="cuda", **settings)
-        made = Trainer(config, data, features, Path(tempfile.mkdtemp()))
-        begun = time.monotonic()
-        made.fit(lambda line: None)
-        best = made.state.history[made.state.best_epoch]
-        losses = [round(line["loss"], 5) for line in made.state.history[1:]]
-        ndcg = best["validation"]["fused"]["ndcg@20"]
-        seconds = time.monotonic() - begun
-        journal.write("quality", precision=precision, seed=seed, ndcg20=ndcg, losses=losses, seconds=seconds)
+    config = Config(data="shop", seed=seed, device="cuda", **settings)
+    made = Trainer(config, data, features, Path(tempfile.mkdtemp()))
+    begun = time.monotonic()
+    made.fit(lambda line: None)
+    best = made.state.history[made.state.best_epoch]
+    losses = [round(line["loss"], 5) for line in made.state.history[1:]]
+    ndcg = best["validation"]["fused"]["ndcg@20"]
+    seconds = time.monotonic() - begun
+    journal.write("quality", precision=precision, seed=seed, ndcg20=ndcg, losses=losses, seconds=seconds)
 
 
 # --- times ---
@@ -452,6 +458,13 @@ CHECKS: dict[str, Callable[[Journal], None]] = {
 }
 
 
+QUALITY = {
+    f"{precision}, seed {seed}": (precision, seed)
+    for precision in ("fp32", "tf32", "bf16, encoders tf32")
+    for seed in range(3)
+}
+
+
 def times(journal: Journal) -> None:
     """In order of importance, since the clock may end it; what fails is written down and does not end it."""
     mixed = "bf16, encoders tf32"
@@ -488,8 +501,8 @@ def main() -> int:
     journal, deadline = Journal(options.out), time.monotonic() + options.seconds
     if options.stage:
         stage = options.stage
-        if stage in PRECISIONS:
-            measure_quality(journal, options.shop, stage)
+        if stage in QUALITY:
+            measure_quality(journal, options.shop, *QUALITY[stage])
         else:
             (CHECKS | {"times": times})[stage](journal)
         return int(journal.failed)
@@ -517,7 +530,7 @@ def main() -> int:
         said = "" if code == 0 else (logs / stage).read_text()[-1500:]
         journal.write("stage", stage=stage, code=code, waited=round(time.monotonic() - begun, 1), said=said)
 
-    running = {stage: start(stage) for stage in [*CHECKS, *(list(PRECISIONS) if options.shop else [])]}
+    running = {stage: start(stage) for stage in [*CHECKS, *(QUALITY if options.shop else [])]}
     for stage, process in running.items():
         end(stage, process, deadline - 0.45 * options.seconds)
     end("times", start("times"), deadline)
