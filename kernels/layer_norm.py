@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
+from . import shapes
 from .tiles import launch
 
 TILE = 2048  # numbers that a program holds at a time
@@ -148,7 +148,7 @@ def _blocks(width: int) -> dict[str, int]:
 
 
 def _programs(x: Tensor, blocks: dict[str, int]) -> int:
-    return min(triton.cdiv(len(x), blocks["BLOCK_V"]), PROGRAMS * tiles.processors(x.device))
+    return min(triton.cdiv(len(x), blocks["BLOCK_V"]), PROGRAMS * shapes.sm_count(x.device))
 
 
 def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

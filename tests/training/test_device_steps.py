@@ -69,11 +69,11 @@ class Recorder(TorchDispatchMode):
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
-    from alterrec_fast.kernels import tiles
+    from alterrec_fast.kernels import shapes, tiles
 
     made = Recorder()
     monkeypatch.setattr(dispatch, "choose_backend", lambda *_: "triton")
-    monkeypatch.setattr(tiles, "target", lambda _: ("cuda", 90))
+    monkeypatch.setattr(shapes, "target", lambda _: ("cuda", 90))
     tiles.replace_launcher(lambda kernel, *_, **__: made.kernels.update([kernel.fn.__name__]))
     yield made
     tiles.replace_launcher(None)
