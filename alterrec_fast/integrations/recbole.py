@@ -25,9 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alterrec_fast.integrations import comparable, default_ranks, need, same_scores
-from alterrec_fast.nn.arguments import integer, number
 from alterrec_fast.nn.losses import FullSoftmaxLoss, SampledSoftmaxLoss, SliceCrossEntropy
-from alterrec_fast.ops import dispatch, rank_slice, top_k
+from alterrec_fast.ops import checks, dispatch, rank_slice, top_k
 
 INSTALL = 'pip install "recbole==1.2.1" "numpy<2" "setuptools<81"'
 need("recbole.trainer", INSTALL)
@@ -78,11 +77,14 @@ class Options:
                 raise ValueError(f"{KEY}: {name} must be one of {choices}, got {getattr(self, name)!r}")
         for name, least in (("negatives", 1), ("start", 0), ("stop", 0), ("max_saved_bytes", 0)):
             value = getattr(self, name)
-            if (value is not None or name not in ("start", "stop")) and integer(f"{KEY}: {name}", value) < least:
-                raise ValueError(f"{KEY}: {name} must be at least {least}, got {value}")
+            if value is not None or name not in ("start", "stop"):
+                checks.check_integer(f"{KEY}: {name}", value)
+                if value < least:
+                    raise ValueError(f"{KEY}: {name} must be at least {least}, got {value}")
         if self.start is not None and self.stop is not None and self.start > self.stop:
             raise ValueError(f"{KEY}: expected 0 <= start <= stop, got start={self.start}, stop={self.stop}")
-        if not 0.0 <= number(f"{KEY}: hard_fraction", self.hard_fraction) <= 1.0:
+        checks.check_number(f"{KEY}: hard_fraction", self.hard_fraction)
+        if not 0.0 <= self.hard_fraction <= 1.0:
             raise ValueError(f"{KEY}: hard_fraction must lie in [0, 1], got {self.hard_fraction}")
 
     @classmethod
@@ -152,16 +154,13 @@ class RankingMixin(_Model):
 
 def _trained(loss: Tensor) -> set[Tensor]:
     """The leaves of the loss's graph: what a backward pass would give gradients."""
-    leaves, seen, waiting = set(), set(), [loss.grad_fn]
+    seen, waiting = set(), [loss.grad_fn]
     while waiting:
         node: Any = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.add(node.variable)
-        waiting += [before for before, _ in node.next_functions]
-    return leaves
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    return {node.variable for node in seen if hasattr(node, "variable")}
 
 
 def _same_gradients(ours: Tensor, theirs: Tensor) -> bool:
@@ -242,9 +241,9 @@ class SequentialMixin(RankingMixin):
                 raise self._other("losses")
             untrained = _trained(own) - _trained(full)
             if untrained:
-                names = [name for name, parameter in self.named_parameters() if parameter in untrained]
+                names = ", ".join(name for name, parameter in self.named_parameters() if parameter in untrained)
                 raise ValueError(
-                    f"the loss of {type(self).__name__} also trains {', '.join(names)}, of which session_vectors, "
+                    f"the loss of {type(self).__name__} also trains {names}, of which session_vectors, "
                     "item_vectors and score_temperature know nothing: override them"
                 )
             if not _same_gradients(full, own):

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from alterrec_fast.integrations import comparable, default_ranks, need, same_scores
-from alterrec_fast.nn import arguments
 from alterrec_fast.ops import checks, dispatch, rank_slice, slice_cross_entropy
 
 INSTALL = 'pip install "rectools[torch]==0.19.0"'
@@ -71,14 +70,16 @@ class FastLightningModule(TransformerLightningModule):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.start, self.stop = _checked_ranks(start, stop)
-        self.hard_fraction = _checked_fraction(hard_fraction)
+        _check_options(start, stop, hard_fraction)
+        self.start, self.stop = start, stop
+        self.hard_fraction = hard_fraction
         if precision not in dispatch.PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(map(str, dispatch.PRECISIONS))}, got {precision!r}")
         self.loss_precision = precision
-        self.max_saved_bytes = arguments.integer("max_saved_bytes", max_saved_bytes)
-        if self.max_saved_bytes < 0:
+        checks.check_integer("max_saved_bytes", max_saved_bytes)
+        if max_saved_bytes < 0:
             raise ValueError(f"max_saved_bytes must be at least 0, got {max_saved_bytes}")
+        self.max_saved_bytes = max_saved_bytes
         self._scores_compared = False
         if self.loss in LOSSES:
             _check_similarity(self.torch_model)
@@ -153,10 +154,12 @@ class FrozenTeacherSampler(TransformerNegativeSamplerBase):
         **kwargs: Any,
     ):
         super().__init__(n_negatives, **kwargs)
-        if arguments.integer("n_negatives", n_negatives) < 1:
+        checks.check_integer("n_negatives", n_negatives)
+        if n_negatives < 1:
             raise ValueError(f"n_negatives must be at least 1, got {n_negatives}")
-        self.start, self.stop = _checked_ranks(start, stop)
-        self.hard_fraction = _checked_fraction(hard_fraction)
+        _check_options(start, stop, hard_fraction)
+        self.start, self.stop = start, stop
+        self.hard_fraction = hard_fraction
         self._scores_compared = False
         self._model: Any = None  # a RecTools backbone
         self._items: Tensor | None = None  # a model's: (V, d), vectors alone: (items, d)
@@ -201,6 +204,8 @@ class FrozenTeacherSampler(TransformerNegativeSamplerBase):
         rows = highest_id if self._model is not None else highest_id - lowest_id
         if self._items.shape[0] != rows:
             raise ValueError(f"the teacher must have {rows} rows for this data set, it has {self._items.shape[0]}")
+        if highest_id - lowest_id < 2:
+            raise ValueError(f"negatives need at least 2 items, got {highest_id - lowest_id}")
         size, length = batch_dict["x"].shape
         target = batch_dict["y"]
         real = target != 0
@@ -236,20 +241,15 @@ class FrozenTeacherSampler(TransformerNegativeSamplerBase):
         return catalog[batch["x"]].float().cumsum(1) / count[..., None], catalog
 
 
-def _checked_ranks(start: int | None, stop: int | None) -> tuple[int | None, int | None]:
-    first, last = (
-        None if rank is None else arguments.integer(name, rank) for name, rank in (("start", start), ("stop", stop))
-    )
-    if (first or 0) < 0 or (last is not None and last < (first or 0)):
+def _check_options(start: int | None, stop: int | None, hard_fraction: float) -> None:
+    for name, rank in (("start", start), ("stop", stop)):
+        if rank is not None:
+            checks.check_integer(name, rank)
+    if (start or 0) < 0 or (stop is not None and stop < (start or 0)):
         raise ValueError(f"expected 0 <= start <= stop, got start={start}, stop={stop}")
-    return first, last
-
-
-def _checked_fraction(hard_fraction: float) -> float:
-    fraction = arguments.number("hard_fraction", hard_fraction)
-    if not 0.0 <= fraction <= 1.0:
+    checks.check_number("hard_fraction", hard_fraction)
+    if not 0.0 <= hard_fraction <= 1.0:
         raise ValueError(f"hard_fraction must lie in [0, 1], got {hard_fraction}")
-    return fraction
 
 
 def _check_similarity(model: Any) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alterrec_fast.nn import arguments
+from alterrec_fast.nn.buffers import KeepsDtype
 from alterrec_fast.ops import RankSlice, checks, dispatch, sampled_softmax, slice_cross_entropy
 
 
-class _Loss(arguments.KeepsDtype):
+class _Loss(KeepsDtype):
     """What the three have in common: options, and rows made out of sequences."""
 
     def __init__(
@@ -28,10 +28,12 @@ class _Loss(arguments.KeepsDtype):
         backend: str | None,
     ):
         super().__init__()
-        self.temperature = arguments.number("temperature", temperature)
-        self.positive_weight = arguments.number("positive_weight", positive_weight)
-        self.ignore_index = arguments.integer("ignore_index", ignore_index)
-        checks.check_loss(self.temperature, self.positive_weight, reduction)
+        checks.check_loss(temperature, positive_weight, reduction)
+        checks.check_integer("ignore_index", ignore_index)
+        checks.check_flag("check", check)
+        self.temperature = float(temperature)
+        self.positive_weight = float(positive_weight)
+        self.ignore_index = int(ignore_index)
         self.reduction = reduction
         self.precision = precision
         self.check = check
@@ -88,11 +90,12 @@ class _CatalogLoss(_Loss):
 
     def __init__(self, first_item: int, max_saved_bytes: int, *options: Any):
         super().__init__(*options)
-        self.first_item = arguments.integer("first_item", first_item)
-        self.max_saved_bytes = arguments.integer("max_saved_bytes", max_saved_bytes)
-        for name in ("first_item", "max_saved_bytes"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name, value in (("first_item", first_item), ("max_saved_bytes", max_saved_bytes)):
+            checks.check_integer(name, value)
+            if value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+        self.first_item = int(first_item)
+        self.max_saved_bytes = int(max_saved_bytes)
 
     def _loss(
         self,
@@ -103,7 +106,6 @@ class _CatalogLoss(_Loss):
         positives: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        _check_items(catalog, bias)
         rows = real_rows(query, target, self.ignore_index)
         if neg is not None:
             rows = self._rows_of_negatives(neg.batch_size, target, rows)
@@ -237,7 +239,7 @@ class SliceCrossEntropy(_CatalogLoss):
         """
         if not isinstance(neg, RankSlice | None):
             raise TypeError(
-                f"neg must be a RankSlice, as sampler(...) gives it, got {arguments.kind(neg)}; ids, as "
+                f"neg must be a RankSlice, as sampler(...) gives it, got {checks.kind_of(neg)}; ids, as "
                 "sampler.sample(...) gives them, are for SampledSoftmaxLoss"
             )
         return self._loss(query, catalog, target, neg, positives, bias)
@@ -275,9 +277,10 @@ class SampledSoftmaxLoss(_Loss):
     ):
         super().__init__(temperature, positive_weight, ignore_index, reduction, precision, check, backend)
         if log_q is not None:
-            arguments.check_tensor("log_q", log_q, "a tensor (V,)")
+            checks.check_tensor("log_q", log_q)
+        checks.check_flag("sparse_grad", sparse_grad)
         self.register_buffer("log_q", log_q, persistent=False)
-        self.sparse_grad = arguments.flag("sparse_grad", sparse_grad)
+        self.sparse_grad = sparse_grad
 
     def forward(
         self,
@@ -303,10 +306,9 @@ class SampledSoftmaxLoss(_Loss):
         """
         if not isinstance(neg, Tensor):
             raise TypeError(
-                f"neg must be a tensor of ids, as sampler.sample(...) gives it, got {arguments.kind(neg)}; a "
+                f"neg must be a tensor of ids, as sampler.sample(...) gives it, got {checks.kind_of(neg)}; a "
                 "RankSlice, as sampler(...) gives it, is for SliceCrossEntropy"
             )
-        _check_items(catalog, bias)
         rows = real_rows(query, target, self.ignore_index)
         if neg.ndim == target.ndim + 1 and neg.shape[:-1] == target.shape:
             neg = take_rows(neg, rows, 1)
@@ -337,8 +339,8 @@ def real_rows(query: Tensor, target: Tensor, ignore_index: int) -> Tensor | None
     Raises TypeError for what is no tensor, and ValueError unless query is (B, d) or (B, L, d) and target its shape
     without the last dimension.
     """
-    arguments.check_tensor("query", query)
-    arguments.check_tensor("target", target, "a tensor of ids")
+    checks.check_tensor("query", query)
+    checks.check_tensor("target", target)
     if query.ndim not in (2, 3):
         raise ValueError(f"query must be (B, d) or (B, L, d), got {tuple(query.shape)}")
     if target.shape != query.shape[:-1]:
@@ -355,22 +357,14 @@ def take_rows(x: Tensor, rows: Tensor | None, trailing: int) -> Tensor:
         if rows is not None:  # two indices, since flattening an expanded tensor would copy all of it
             length = x.shape[1]
             return x[rows // length, rows % length]
-        x = x.flatten(0, 1)
-    elif rows is not None:
-        x = x[rows]
-    return x if trailing == 0 or x.stride(-1) == 1 else x.contiguous()
-
-
-def _check_items(catalog: Tensor, bias: Tensor | None) -> None:
-    arguments.check_tensor("catalog", catalog, "a tensor (V, d)")
-    if bias is not None:
-        arguments.check_tensor("bias", bias, "a tensor (V,)")
+        return x.flatten(0, 1)
+    return x if rows is None else x[rows]
 
 
 def _take_positives(positives: Tensor | None, target: Tensor, rows: Tensor | None) -> Tensor | None:
     if positives is None:
         return None
-    arguments.check_tensor("positives", positives, "a tensor of ids")
+    checks.check_tensor("positives", positives)
     if positives.ndim != target.ndim + 1 or positives.shape[:-1] != target.shape:
         raise ValueError(f"positives must be {_with_last(target, 'P')}, got {tuple(positives.shape)}")
     return take_rows(positives, rows, 1)

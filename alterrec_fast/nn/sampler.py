@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alterrec_fast.nn import arguments
+from alterrec_fast.nn.buffers import KeepsDtype
 from alterrec_fast.nn.losses import real_rows, take_rows
 from alterrec_fast.nn.teachers import TeacherCopy, mean_of_items
 from alterrec_fast.ops import RankSlice, checks, dispatch, rank_slice
@@ -22,7 +22,7 @@ RANDOM = ("uniform", "popularity", "log_uniform")
 Teacher = Tensor | TeacherCopy | Callable[..., tuple[Tensor, Tensor]]
 
 
-class RankSliceSampler(arguments.KeepsDtype):
+class RankSliceSampler(KeepsDtype):
     """Negatives for each target: ranks [start, stop) of a teacher's ranking, a share of them traded for random items.
 
     Called in the training step, after the forward pass::
@@ -85,19 +85,24 @@ class RankSliceSampler(arguments.KeepsDtype):
         backend: str | None = None,
     ):
         super().__init__()
-        self.start, self.stop = arguments.integer("start", start), arguments.integer("stop", stop)
-        if not 0 <= self.start <= self.stop:
-            raise ValueError(f"expected 0 <= start <= stop, got start={self.start}, stop={self.stop}")
-        self.hard_fraction = arguments.number("hard_fraction", hard_fraction)
-        if not 0.0 <= self.hard_fraction <= 1.0:
+        for name, value in (("start", start), ("stop", stop), ("first_item", first_item), ("seed", seed)):
+            checks.check_integer(name, value)
+        checks.check_integer("ignore_index", ignore_index)
+        checks.check_number("hard_fraction", hard_fraction)
+        checks.check_flag("exclude_history", exclude_history)
+        checks.check_flag("check", check)
+        if popularity is not None:
+            checks.check_tensor("popularity", popularity)
+        if not 0 <= start <= stop:
+            raise ValueError(f"expected 0 <= start <= stop, got start={start}, stop={stop}")
+        if not 0.0 <= hard_fraction <= 1.0:
             raise ValueError(f"hard_fraction must lie in [0, 1], got {hard_fraction}")
         if random not in RANDOM:
             raise ValueError(f"random must be one of {', '.join(RANDOM)}, got {random!r}")
-        self.first_item = arguments.integer("first_item", first_item)
-        if self.first_item < 0:
+        if first_item < 0:
             raise ValueError(f"first_item must be at least 0, got {first_item}")
-        if popularity is not None:
-            arguments.check_tensor("popularity", popularity, "a tensor (V,)")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must lie in [0, 2 ** 63), got {seed}")
         if (random == "popularity") != (popularity is not None):
             raise ValueError(
                 f"popularity goes with random='popularity', got random={random!r} and popularity "
@@ -106,19 +111,20 @@ class RankSliceSampler(arguments.KeepsDtype):
         if popularity is not None:
             if popularity.ndim != 1:
                 raise ValueError(f"popularity must be (V,), got {tuple(popularity.shape)}")
-            check_weights("popularity", popularity, popularity.shape[0], self.first_item)
-        seed = arguments.integer("seed", seed)
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed must lie in [0, 2 ** 63), got {seed}")
+            check_weights("popularity", popularity, popularity.shape[0], first_item)
+            popularity = popularity.detach()
+        self.start, self.stop = int(start), int(stop)
+        self.hard_fraction = float(hard_fraction)
         self.random = random
         self.register_buffer("popularity", popularity, persistent=False)
         self._take_teacher(teacher)
-        self.exclude_history = arguments.flag("exclude_history", exclude_history)
-        self.ignore_index = arguments.integer("ignore_index", ignore_index)
+        self.exclude_history = exclude_history
+        self.first_item = int(first_item)
+        self.ignore_index = int(ignore_index)
         self.precision = precision
         self.check = check
         self.backend = backend
-        self._draws = _Draws(seed)
+        self._draws = _Draws(int(seed))
 
     @property
     def seed(self) -> int:
@@ -191,7 +197,7 @@ class RankSliceSampler(arguments.KeepsDtype):
         where it has fewer); the others hold independent random draws (-1 where one hit an excluded item). Raises as a
         call does, and ValueError for num_negatives below 0 and a first_item beyond the catalog.
         """
-        num_negatives = arguments.integer("num_negatives", num_negatives)
+        checks.check_integer("num_negatives", num_negatives)
         if num_negatives < 0:
             raise ValueError(f"num_negatives must be at least 0, got {num_negatives}")
         rows = self._rows(query, catalog, target)
@@ -217,8 +223,8 @@ class RankSliceSampler(arguments.KeepsDtype):
                 f"log_q is defined for hard_fraction = 0, got {self.hard_fraction}: how often an item is a hard "
                 "negative depends on the session"
             )
-        num_negatives = arguments.integer("num_negatives", num_negatives)
-        num_items = arguments.integer("num_items", num_items)
+        checks.check_integer("num_negatives", num_negatives)
+        checks.check_integer("num_items", num_items)
         if num_negatives < 1:
             raise ValueError(f"num_negatives must be at least 1, got {num_negatives}")
         if num_items <= self.first_item:
@@ -256,12 +262,12 @@ class RankSliceSampler(arguments.KeepsDtype):
             self.__dict__["teacher"] = teacher
         else:
             raise TypeError(
-                f"teacher must be a tensor (V, f), a TeacherCopy or a callable, got {arguments.kind(teacher)}"
+                f"teacher must be a tensor (V, f), a TeacherCopy or a callable, got {checks.kind_of(teacher)}"
             )
 
     def _rows(self, query: Tensor, catalog: Tensor, target: Tensor) -> Tensor | None:
         """What `real_rows` gives, of arguments whose kinds are checked."""
-        arguments.check_tensor("catalog", catalog, "a tensor (V, d)")
+        checks.check_tensor("catalog", catalog)
         if catalog.ndim != 2:
             raise ValueError(f"catalog must be (V, d), got {tuple(catalog.shape)}")
         rows = real_rows(query, target, self.ignore_index)
@@ -311,13 +317,13 @@ class RankSliceSampler(arguments.KeepsDtype):
             if inputs is None:
                 inputs = (_needed("history", history, "the teacher is called with it, or with inputs"),)
             if not isinstance(inputs, tuple | list):  # a tensor would be taken apart into its rows
-                raise TypeError(f"inputs must be a tuple of what the teacher takes, got {arguments.kind(inputs)}")
+                raise TypeError(f"inputs must be a tuple of what the teacher takes, got {checks.kind_of(inputs)}")
             answer: Any = teacher(*inputs)
             if not isinstance(answer, tuple) or len(answer) != 2:
-                raise TypeError(f"the teacher must return a tuple (query, catalog), got {arguments.kind(answer)}")
+                raise TypeError(f"the teacher must return a tuple (query, catalog), got {checks.kind_of(answer)}")
             query, catalog = answer
-            arguments.check_tensor("the teacher's query", query)
-            arguments.check_tensor("the teacher's catalog", catalog)
+            checks.check_tensor("the teacher's query", query)
+            checks.check_tensor("the teacher's catalog", catalog)
         if catalog.ndim != 2 or catalog.shape[0] != num_items:
             raise ValueError(f"the teacher's catalog must be ({num_items}, f), got {tuple(catalog.shape)}")
         if query is None:
@@ -406,5 +412,5 @@ class _Draws:
 def _needed(name: str, value: Tensor | None, why: str) -> Tensor:
     if value is None:
         raise ValueError(f"{name} is needed: {why}")
-    arguments.check_tensor(name, value, "a tensor of ids")
+    checks.check_tensor(name, value)
     return value

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from alterrec_fast.nn import arguments
+from alterrec_fast.ops import checks
 
 
 class TeacherCopy(nn.Module):
@@ -25,7 +25,8 @@ class TeacherCopy(nn.Module):
     The copy is a submodule: it moves with ``to``, and the state dict holds it. It is no part of what is trained: its
     parameters require no gradient, ``train()`` leaves it in eval mode, and ``parameters()`` and ``modules()`` of this
     module, and of any that holds it, do not list it (an optimizer, DistributedDataParallel and a count of parameters
-    do not meet it); ``teacher.copy.parameters()`` does. Hooks on the TeacherCopy run at each call.
+    do not meet it); ``teacher.copy.parameters()`` does. In a distributed run copy the wrapped model, whose weights are
+    those of all processes. Hooks on the TeacherCopy run at each call.
 
     Args:
         model: what to copy; of a DistributedDataParallel its module.
@@ -41,12 +42,12 @@ class TeacherCopy(nn.Module):
     def __init__(self, model: nn.Module, vectors: Callable[..., tuple[Tensor, Tensor]], *, decay: float = 0.0):
         super().__init__()
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, got {arguments.kind(model)}")
+            raise TypeError(f"model must be an nn.Module, got {checks.kind_of(model)}")
         if not callable(vectors):
             raise TypeError(
-                f"vectors must be a function (copy, *inputs) -> (query, catalog), got {arguments.kind(vectors)}"
+                f"vectors must be a function (copy, *inputs) -> (query, catalog), got {checks.kind_of(vectors)}"
             )
-        decay = arguments.number("decay", decay)
+        checks.check_number("decay", decay)
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"decay must lie in [0, 1], got {decay}")
         self.vectors = vectors
@@ -65,7 +66,7 @@ class TeacherCopy(nn.Module):
         Raises TypeError for what is no module, and ValueError for a model with other parameters than the copied one.
         """
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, got {arguments.kind(model)}")
+            raise TypeError(f"model must be an nn.Module, got {checks.kind_of(model)}")
         model = _unwrapped(model)
         shapes, expected = (
             {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}

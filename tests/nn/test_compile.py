@@ -82,6 +82,51 @@ def test_a_compiled_loss_takes_what_an_eager_sampler_gives(name: str, reduction:
 
 
 @needs_native
+@pytest.mark.parametrize("name", ["slice", "sampled", "full"])
+def test_ignored_rows_may_hold_nan_in_a_graph(name: str) -> None:
+    """Fully masked attention makes such rows. Their gradient is exactly zero, and all others are as without them."""
+    generator = torch.Generator().manual_seed(0)
+    query, catalog = torch.randn(B, L, 16, generator=generator), torch.randn(V, 16, generator=generator)
+    target = torch.randint(1, V, (B, L), generator=generator)
+    target[:, 4:] = target[0] = 0
+    broken = query.masked_fill((target == 0).unsqueeze(-1), torch.nan)
+    broken[1, 5] = torch.inf
+    loss, sampler = LOSSES[name](), af.RankSliceSampler(10, 100, first_item=1, ignore_index=0)
+    ids = torch.randint(1, V, (50,), generator=generator)
+
+    def step(query: Tensor, catalog: Tensor) -> Tensor:
+        others = {"slice": (sampler(query, catalog, target),), "sampled": (ids,), "full": ()}[name]
+        return loss(query, catalog, target, *others)
+
+    results = []
+    for queries, function in ((query, step), (broken, step), (broken, torch.compile(step, backend="aot_eager"))):
+        leaves = queries.clone().requires_grad_(), catalog.clone().requires_grad_()
+        value = function(*leaves)
+        results.append((value.detach(), *torch.autograd.grad(value, leaves)))
+    for ours in results[1:]:
+        torch.testing.assert_close(ours, results[0])
+        assert torch.equal(ours[1][target == 0], torch.zeros_like(ours[1][target == 0]))
+
+
+@needs_native
+def test_a_copy_teaches_in_the_graph() -> None:
+    torch.manual_seed(0)
+    model = SASRec(V, 16, L)
+    teacher = af.TeacherCopy(model, lambda copy, items: (copy(items), copy.item.weight))
+    sampler = af.RankSliceSampler(10, 100, teacher=teacher, first_item=1, ignore_index=0)
+    items, target = torch.randint(1, V, (B, L)), torch.randint(1, V, (B, L))
+    compiled = torch.compile(sampler, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        query = model(items)
+    for _ in range(2):
+        drawn = [module(query, model.item.weight, target, history=items).mask() for module in (sampler, compiled)]
+        assert torch.equal(*drawn)
+        with torch.no_grad():
+            model.item.weight.mul_(torch.randn(V, 1))
+        teacher.update(model)
+
+
+@needs_native
 def test_a_compiled_loss_refuses_rows_that_do_not_fit() -> None:
     compiled = torch.compile(LOSSES["sampled"](), fullgraph=True, backend="aot_eager")
     target = torch.tensor([[3, 0, 4], [5, 6, 0]])

@@ -155,63 +155,110 @@ def test_an_engine_set_for_a_block_serves_the_modules() -> None:
     assert loss.dtype == torch.float64
 
 
+@pytest.mark.parametrize("strided", ["transposed", "expanded", "windows", "every other"])
+@pytest.mark.parametrize("name", ["FullSoftmaxLoss", "SliceCrossEntropy", "SampledSoftmaxLoss"])
+def test_any_strides_give_what_contiguous_ones_give(name: str, strided: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def view(rows: int) -> Tensor:
+        """(rows, D) of the kind named."""
+        if strided == "transposed":
+            return torch.randn(D, rows, generator=generator).T
+        if strided == "expanded":
+            return torch.randn(1, D, generator=generator).expand(rows, D)
+        if strided == "windows":
+            return torch.randn(rows + D - 1, generator=generator).unfold(0, D, 1)
+        return torch.randn(2 * rows, 2 * D, generator=generator)[::2, ::2]
+
+    query, catalog = view(B * L).unflatten(0, (B, L)), view(V)
+    target = torch.randint(1, V, (L, B), generator=generator).T
+    target = torch.where(target % 3 == 0, -100, target)
+    bias = torch.randn(V, 2, generator=generator)[:, 0]
+    positives = torch.randint(0, V, (2, B, L), generator=generator).permute(1, 2, 0)
+    neg: Any = af.RankSliceSampler(0, 20)(query.contiguous(), catalog.contiguous(), target)
+    if name == "SampledSoftmaxLoss":
+        neg = torch.randint(0, V, (9, B, L), generator=generator).permute(1, 2, 0)
+    options: dict[str, Any] = {"bias": bias}
+    if name != "FullSoftmaxLoss":
+        options["positives"] = positives
+    others = () if name == "FullSoftmaxLoss" else (neg,)
+    results = []
+    for plain in (False, True):
+
+        def made(x: Any, plain: bool = plain) -> Any:
+            return x.contiguous() if plain and isinstance(x, Tensor) else x
+
+        leaves = [x.detach().requires_grad_() for x in (made(query), made(catalog))]
+        value = getattr(af, name)(temperature=0.7)(
+            *leaves, made(target), *map(made, others), **{key: made(x) for key, x in options.items()}
+        )
+        results.append((value.detach(), *torch.autograd.grad(value, leaves)))
+    torch.testing.assert_close(results[0], results[1])
+
+
 WRONG: list[tuple[Callable[..., Any], str]] = [
-    (lambda q, e, t, h: af.FullSoftmaxLoss()(q.numpy(), e, t), "query must be a tensor, got a ndarray"),
-    (lambda q, e, t, h: af.FullSoftmaxLoss()(q, e.tolist(), t), r"catalog must be a tensor \(V, d\), got a list"),
-    (lambda q, e, t, h: af.FullSoftmaxLoss()(q, e, t.tolist()), "target must be a tensor of ids, got a list"),
+    (lambda q, e, t, h: af.FullSoftmaxLoss()(q.numpy(), e, t), r"query must be a torch\.Tensor, got numpy\.ndarray"),
+    (lambda q, e, t, h: af.FullSoftmaxLoss()(q, e.tolist(), t), r"catalog must be a torch\.Tensor, got list"),
+    (lambda q, e, t, h: af.FullSoftmaxLoss()(q, e, t.tolist()), r"target must be a torch\.Tensor, got list"),
     (lambda q, e, t, h: af.FullSoftmaxLoss()(q, e, t.float()), "target must be int32 or int64, got"),
-    (lambda q, e, t, h: af.FullSoftmaxLoss()(q, e, t, "bias"), r"bias must be a tensor \(V,\), got a str"),
-    (lambda q, e, t, h: af.FullSoftmaxLoss(temperature="1"), "temperature must be a number, got a str '1'"),
+    (lambda q, e, t, h: af.FullSoftmaxLoss()(q, e, t, "bias"), r"bias must be a torch\.Tensor, got str"),
+    (lambda q, e, t, h: af.FullSoftmaxLoss(temperature="1"), "temperature must be a number, got str '1'"),
     (
         lambda q, e, t, h: af.FullSoftmaxLoss(temperature=torch.ones((), requires_grad=True)),
-        r"temperature must be a number, got a tensor \(\)",
+        "temperature must be a number, got a tensor, which would get no gradient",
     ),
     (lambda q, e, t, h: af.SliceCrossEntropy(positive_weight=None), "positive_weight must be a number, got None"),
-    (lambda q, e, t, h: af.FullSoftmaxLoss(ignore_index=0.0), r"ignore_index must be an integer, got a float 0\.0"),
-    (lambda q, e, t, h: af.FullSoftmaxLoss(first_item="1"), "first_item must be an integer, got a str '1'"),
-    (lambda q, e, t, h: af.SliceCrossEntropy(max_saved_bytes=1e6), "max_saved_bytes must be an integer, got a float"),
-    (lambda q, e, t, h: af.SliceCrossEntropy()(q, e, t, positives=[[1]]), "positives must be a tensor of ids, got a l"),
-    (lambda q, e, t, h: af.SampledSoftmaxLoss(log_q=[0.0]), r"log_q must be a tensor \(V,\), got a list"),
-    (lambda q, e, t, h: af.SampledSoftmaxLoss(sparse_grad=1), "sparse_grad must be True or False, got an int"),
-    (lambda q, e, t, h: af.SampledSoftmaxLoss()(q, e, t, [1, 2]), "neg must be a tensor of ids, .*, got a list"),
+    (lambda q, e, t, h: af.FullSoftmaxLoss(ignore_index=0.0), r"ignore_index must be an integer, got float 0\.0"),
+    (lambda q, e, t, h: af.FullSoftmaxLoss(first_item="1"), "first_item must be an integer, got str '1'"),
+    (lambda q, e, t, h: af.SliceCrossEntropy(max_saved_bytes=1e6), "max_saved_bytes must be an integer, got float"),
+    (
+        lambda q, e, t, h: af.SliceCrossEntropy()(q, e, t, positives=[[1]]),
+        r"positives must be a torch\.Tensor, got list",
+    ),
+    (lambda q, e, t, h: af.SampledSoftmaxLoss(log_q=[0.0]), r"log_q must be a torch\.Tensor, got list"),
+    (lambda q, e, t, h: af.SampledSoftmaxLoss(sparse_grad=1), "sparse_grad must be True, False or None, got int 1"),
+    (lambda q, e, t, h: af.SampledSoftmaxLoss()(q, e, t, [1, 2]), "neg must be a tensor of ids, .*, got list"),
     (lambda q, e, t, h: af.FullSoftmaxLoss(0.5), "positional argument"),
-    (lambda q, e, t, h: af.RankSliceSampler(0, 5.0), r"stop must be an integer, got a float 5\.0"),
-    (lambda q, e, t, h: af.RankSliceSampler("0", 5), "start must be an integer, got a str '0'"),
-    (lambda q, e, t, h: af.RankSliceSampler(False, 5), "start must be an integer, got a bool False"),
-    (lambda q, e, t, h: af.RankSliceSampler(0, 5, hard_fraction="x"), "hard_fraction must be a number, got a str 'x'"),
-    (lambda q, e, t, h: af.RankSliceSampler(0, 5, first_item=1.0), "first_item must be an integer, got a float"),
+    (lambda q, e, t, h: af.RankSliceSampler(0, 5.0), r"stop must be an integer, got float 5\.0"),
+    (lambda q, e, t, h: af.RankSliceSampler("0", 5), "start must be an integer, got str '0'"),
+    (lambda q, e, t, h: af.RankSliceSampler(False, 5), "start must be an integer, got bool False"),
+    (lambda q, e, t, h: af.RankSliceSampler(0, 5, hard_fraction="x"), "hard_fraction must be a number, got str 'x'"),
+    (lambda q, e, t, h: af.RankSliceSampler(0, 5, first_item=1.0), "first_item must be an integer, got float"),
     (lambda q, e, t, h: af.RankSliceSampler(0, 5, seed=None), "seed must be an integer, got None"),
-    (lambda q, e, t, h: af.RankSliceSampler(0, 5, exclude_history="no"), "exclude_history must be True or False"),
+    (
+        lambda q, e, t, h: af.RankSliceSampler(0, 5, exclude_history="no"),
+        "exclude_history must be True, False or None, got str",
+    ),
     (
         lambda q, e, t, h: af.RankSliceSampler(0, 5, random="popularity", popularity=np.ones(V)),
-        r"popularity must be a tensor \(V,\), got a ndarray",
+        r"popularity must be a torch\.Tensor, got numpy\.ndarray",
     ),
     (
         lambda q, e, t, h: af.RankSliceSampler(0, 5, teacher=np.ones((V, 2))),
-        r"teacher must be a tensor \(V, f\), a TeacherCopy or a callable, got a ndarray",
+        r"teacher must be a tensor \(V, f\), a TeacherCopy or a callable, got numpy\.ndarray",
     ),
     (
         lambda q, e, t, h: af.RankSliceSampler(0, 5)(q, e.numpy(), t),
-        r"catalog must be a tensor \(V, d\), got a ndarray",
+        r"catalog must be a torch\.Tensor, got numpy\.ndarray",
     ),
-    (lambda q, e, t, h: af.RankSliceSampler(0, 5)(q, e, [1]), "target must be a tensor of ids, got a list"),
+    (lambda q, e, t, h: af.RankSliceSampler(0, 5)(q, e, [1]), r"target must be a torch\.Tensor, got list"),
     (
         lambda q, e, t, h: af.RankSliceSampler(0, 5, exclude_history=True)(q, e, t, history=h.numpy()),
-        "history must be a tensor of ids, got a ndarray",
+        r"history must be a torch\.Tensor, got numpy\.ndarray",
     ),
     (
         lambda q, e, t, h: af.RankSliceSampler(0, 5, teacher=lambda *rows: (q, e))(q, e, t, inputs=h),
-        r"inputs must be a tuple of what the teacher takes, got a tensor \(5, 4\)",
+        r"inputs must be a tuple of what the teacher takes, got a tensor of shape \(5, 4\)",
     ),
     (
         lambda q, e, t, h: af.RankSliceSampler(0, 5).sample(q, e, t, num_negatives=2.5),
-        r"num_negatives must be an integer, got a float 2\.5",
+        r"num_negatives must be an integer, got float 2\.5",
     ),
     (lambda q, e, t, h: af.RankSliceSampler(0, 5)(q, e, t, h), "positional argument"),
-    (lambda q, e, t, h: af.TeacherCopy(lambda x: x, vectors), "model must be an nn.Module, got a function"),
+    (lambda q, e, t, h: af.TeacherCopy(lambda x: x, vectors), "model must be an nn.Module, got function"),
     (lambda q, e, t, h: af.TeacherCopy(nn.Linear(1, 1), None), "vectors must be a function .*, got None"),
-    (lambda q, e, t, h: af.TeacherCopy(nn.Linear(1, 1), vectors, decay="1"), "decay must be a number, got a str '1'"),
-    (lambda q, e, t, h: af.TeacherCopy(nn.Linear(1, 1), vectors).update({}), "model must be an nn.Module, got a dict"),
+    (lambda q, e, t, h: af.TeacherCopy(nn.Linear(1, 1), vectors, decay="1"), "decay must be a number, got str '1'"),
+    (lambda q, e, t, h: af.TeacherCopy(nn.Linear(1, 1), vectors).update({}), "model must be an nn.Module, got dict"),
 ]
 
 
@@ -223,6 +270,6 @@ def test_a_wrong_kind_is_named_with_its_argument(call: Callable[..., Any], messa
 
 def test_integers_of_other_libraries_are_taken() -> None:
     query, catalog, target, _ = batch()
-    sampler = af.RankSliceSampler(np.int64(1), torch.tensor(9), hard_fraction=np.float32(0.5), first_item=np.int32(1))
+    sampler = af.RankSliceSampler(np.int64(1), np.uint8(9), hard_fraction=np.float32(0.5), first_item=np.int32(1))
     assert sampler.sample(query, catalog, target, num_negatives=np.int64(4)).shape == (B, 4)
     assert "1, 9, hard_fraction=0.5" in repr(sampler)

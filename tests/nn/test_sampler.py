@@ -286,7 +286,7 @@ def test_other_errors() -> None:
         af.RankSliceSampler(0, 5, hard_fraction=0, first_item=V).sample(query, catalog, target, num_negatives=3)
     with pytest.raises(TypeError, match=r"teacher must return a tuple \(query, catalog\), got a tensor .*"):
         af.RankSliceSampler(0, 5, teacher=lambda: query)(query, catalog, target, inputs=())
-    with pytest.raises(TypeError, match=r"the teacher's catalog must be a tensor, got an int"):
+    with pytest.raises(TypeError, match=r"the teacher's catalog must be a torch.Tensor, got int 0"):
         af.RankSliceSampler(0, 5, teacher=lambda: (query, 0))(query, catalog, target, inputs=())
     with pytest.raises(ValueError, match=r"log_q is defined for hard_fraction = 0, got 0\.5"):
         af.RankSliceSampler(0, 5, hard_fraction=0.5).log_q(num_negatives=5, num_items=V)

@@ -406,10 +406,10 @@ def test_options_are_checked(given: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"negatives": 1e3}, r"alterrec_fast: negatives must be an integer, got a float 1000\.0"),
-        ({"stop": "20"}, "alterrec_fast: stop must be an integer, got a str '20'"),
-        ({"start": True}, "alterrec_fast: start must be an integer, got a bool True"),
-        ({"hard_fraction": "half"}, "alterrec_fast: hard_fraction must be a number, got a str 'half'"),
+        ({"negatives": 1e3}, r"alterrec_fast: negatives must be an integer, got float 1000\.0"),
+        ({"stop": "20"}, "alterrec_fast: stop must be an integer, got str '20'"),
+        ({"start": True}, "alterrec_fast: start must be an integer, got bool True"),
+        ({"hard_fraction": "half"}, "alterrec_fast: hard_fraction must be a number, got str 'half'"),
         ("sampled", "takes a mapping of loss, negatives, .*; got 'sampled'"),
         (["slice"], "takes a mapping of loss"),
     ],

@@ -239,9 +239,9 @@ def test_ranks_beyond_the_catalog_are_named_by_the_option(dataset: Dataset) -> N
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"start": 2.0}, TypeError, r"start must be an integer, got a float 2\.0"),
-        ({"stop": "30"}, TypeError, "stop must be an integer, got a str '30'"),
-        ({"hard_fraction": "x"}, TypeError, "hard_fraction must be a number, got a str 'x'"),
+        ({"start": 2.0}, TypeError, r"start must be an integer, got float 2\.0"),
+        ({"stop": "30"}, TypeError, "stop must be an integer, got str '30'"),
+        ({"hard_fraction": "x"}, TypeError, "hard_fraction must be a number, got str 'x'"),
         ({"start": 9, "stop": 3}, ValueError, "expected 0 <= start <= stop, got start=9, stop=3"),
         ({"start": -1}, ValueError, "expected 0 <= start <= stop, got start=-1, stop=None"),
         ({"hard_fraction": -0.5}, ValueError, r"hard_fraction must lie in \[0, 1\], got -0\.5"),
@@ -257,7 +257,7 @@ def test_options_are_checked(dataset: Dataset, options: dict[str, Any], kind: An
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"max_saved_bytes": 1e6}, TypeError, "max_saved_bytes must be an integer, got a float"),
+        ({"max_saved_bytes": 1e6}, TypeError, "max_saved_bytes must be an integer, got float"),
         ({"max_saved_bytes": -1}, ValueError, "max_saved_bytes must be at least 0, got -1"),
         ({"precision": "int8"}, ValueError, "precision must be one of None, fp32, bf16.*, got 'int8'"),
     ],
