@@ -14,9 +14,10 @@ from .files import check_unpacked, need_regular
 
 MAX_CELLS = 50_000_000  # the rectangle that a sheet spans; Excel's own limit is 17 billion
 _ALWAYS_ALLOWED, _MAX_EMPTY = 1_000_000, 100  # cells of a rectangle, whatever is in it; else for each one in use
-_CELL = re.compile(rb"""<(?:\w+:)?c\s[^<>]*?\br\s*=\s*["']([A-Za-z]+)([0-9]+)""")
+_CELL = re.compile(rb"""<(?:\w+:)?c(?=[\s/>])(?:\s[^<]*?\br\s*=\s*["']([A-Za-z]+)([0-9]+)["'])?""")
+_OPEN_TAG = re.compile(rb"<(?:\w+:)?c\s|<[\w:.-]+(?:\s[^<>]*)?$")
 _STEP = 1 << 22
-_LONGEST_TAG = 1 << 12
+_LONGEST_TAG = 1 << 20
 
 
 def read_sheets(path: Path) -> list[tuple[str, pl.DataFrame]]:
@@ -57,16 +58,20 @@ def _check_size(path: Path) -> None:
                     unpacked += len(step)
                     check_unpacked(path, packed, unpacked)
                     text = rest + step
+                    last = max(text.rfind(b"<"), 0)  # what starts there may go on in the next step
+                    text, rest = text[:last], text[last:]
+                    if len(rest) > _LONGEST_TAG:
+                        if _OPEN_TAG.match(rest):
+                            raise DataError(f"{path}, {name}: a tag of more than {_LONGEST_TAG:,} bytes")
+                        rest = b""
                     cells = _CELL.findall(text)
-                    last = text.rfind(b"<")
-                    rest = text[last:][-_LONGEST_TAG:] if last >= 0 else b""
-                    if cells and _CELL.match(rest):
-                        rest = b""  # it is whole and counted
                     num_cells += len(cells)
                     for column in {letters for letters, _ in cells}:
                         low[1], high[1] = min(low[1], _column(column)), max(high[1], _column(column))
-                    for row in {int(digits[:9]) for _, digits in cells}:
-                        low[0], high[0] = min(low[0], row), max(high[0], row)
+                    for digits in {digits for _, digits in cells}:
+                        low[0], high[0] = min(low[0], int(digits[:9] or 0)), max(high[0], int(digits[:9] or 0))
+            if num_cells and min(low) == 0:
+                raise DataError(f"{path}, {name}: a cell has no place (r=...); save the sheet anew, or as CSV")
             if num_cells:
                 _check_rectangle(path, name, low, high, num_cells)
 

@@ -41,12 +41,14 @@ def join_windows(table: Table, frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def _in_order(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The items (List) that each row adds, for the sessions whose every list ends the row before; the other rows.
+    """The items (List) that each row adds, for the sessions whose every list ends the row before and is no
+    shorter than that row's list; the other rows.
 
     rows: in order of sessions. The first row of a session adds its list and its item, the others their item.
     """
     whole = pl.when(pl.col("text") == " ").then(pl.lit("")).otherwise("text") + " " + pl.col("item_id")
-    goes_on = (pl.col("text") != " ") & whole.shift(1).str.ends_with(pl.col("text"))
+    length = pl.col("before").list.len()
+    goes_on = (length > 0) & (length >= length.shift(1)) & whole.shift(1).str.ends_with(pl.col("text"))
     is_first = pl.col("session_id") != pl.col("session_id").shift(1)
     rows = rows.with_columns(is_first.fill_null(True).alias("first"))
     in_order = rows.select((pl.col("first") | goes_on).all().over("session_id")).to_series()

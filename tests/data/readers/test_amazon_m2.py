@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from .common import NO_HOLDOUT, fails, ids, put, run
 
 PRODUCTS = (
@@ -61,3 +63,39 @@ def test_amazon_m2_oddities(tmp_path):
     fails(tmp_path, r"products_train\.csv: column locale is missing; found id, title", "amazon-m2", locale="UK")
     (tmp_path / "raw" / "products_train.csv").unlink()
     fails(tmp_path, r"expected products_train\.csv or products_train\.csv\.gz", "amazon-m2", locale="UK")
+
+
+@pytest.mark.parametrize("printed", ["['B1', 'B2']", '["B1","B2"]', "[ 'B1'\n 'B2' ]", "['B1' \"B2\"]"])
+def test_arrays_of_quoted_strings_are_read_however_they_are_spaced(tmp_path, printed):
+    quoted = printed.replace('"', '""')
+    text = f'prev_items,next_item,locale\n"{quoted}",B 3,UK\n"[\'a b\']",B1,UK\n'
+    put(tmp_path / "raw", sessions_train__csv=text, products_train__csv=PRODUCTS)
+    _, data = run(tmp_path, "amazon-m2", locale="UK", **NO_HOLDOUT)
+    assert ids(data, "train") == [["B1", "B2", "B 3"], ["a b", "B1"]]
+
+
+@pytest.mark.parametrize(
+    "printed",
+    [
+        "[B1 B2]",
+        "[1 2]",
+        "[1. 2.]",
+        "[b'B1' b'B2']",
+        "[['B1'] ['B2']]",
+        "array(['B1'])",
+        "['B1' nan]",
+        "['B1'",
+        "[None]",
+    ],
+)
+def test_other_prints_are_refused(tmp_path, printed):
+    text = f'prev_items,next_item,locale\n"[\'B1\']",B2,UK\n"{printed}",B1,UK\n'
+    put(tmp_path / "raw", sessions_train__csv=text, products_train__csv=PRODUCTS)
+    fails(tmp_path, r"sessions_train\.csv, line 3: prev_items is .*expected a printed array", "amazon-m2", locale="UK")
+
+
+def test_a_missing_id_in_an_array_is_left_out(tmp_path):
+    text = "prev_items,next_item,locale\n['B1' 'nan' 'B2'],None,UK\n"
+    put(tmp_path / "raw", sessions_train__csv=text, products_train__csv=PRODUCTS)
+    summary, data = run(tmp_path, "amazon-m2", locale="UK", **NO_HOLDOUT)
+    assert ids(data, "train") == [["B1", "B2"]] and summary.left_out["rows with no session or item id"] == 2
