@@ -25,14 +25,14 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # query (B, d), catalog (V, d
 
 
 def forward_backward(inputs: Tensors, loss: Callable[..., Tensor], teacher: bool = False) -> Call:
-    """A call of a loss and its backward; with a teacher, its queries and catalog come first among the arguments."""
+    """A call of a loss and its backward; with a teacher, its (query, catalog) is the first argument."""
     catalog = inputs["catalog"].detach().requires_grad_()
     rows, columns = inputs["rows"], inputs["columns"]
 
     def run(i: int) -> Tensors:
         query = inputs["query"][i % BATCHES].detach().requires_grad_()
-        ranking = (inputs["teacher_query"][i % BATCHES], inputs["teacher_catalog"]) if teacher else ()
-        value = loss(*ranking, query, catalog, inputs["target"][i % BATCHES])
+        ranked = [(inputs["teacher_query"][i % BATCHES], inputs["teacher_catalog"])] if teacher else []
+        value = loss(*ranked, query, catalog, inputs["target"][i % BATCHES])
         grad_query, grad_catalog = torch.autograd.grad(value, (query, catalog))
         return {"loss": value.detach(), "grad_query": grad_query, "grad_catalog": grad_catalog}
 

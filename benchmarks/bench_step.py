@@ -26,38 +26,29 @@ from .harness import inputs as data
 from .harness.op import ANY_DTYPE, BOTH, LOSS, Implementation, Op, ours
 from .harness.worker import BATCHES, Call, Case, Tensors
 
-# --- slice, loss and gradients: the teacher ranks, and the student learns from the slice ---
+# --- slice, loss and gradients: the teacher (query, catalog) ranks, and the student learns from the slice ---
+
+Teacher = tuple[Tensor, Tensor]
 
 
-def published_loss(
-    teacher_query: Tensor, teacher_catalog: Tensor, q: Tensor, e: Tensor, target: Tensor, start: int, stop: int
-) -> Tensor:
+def published_loss(teacher: Teacher, q: Tensor, e: Tensor, target: Tensor, start: int, stop: int) -> Tensor:
     """As the published code has it: a sorted topk and advanced indexing. The mean over B sessions."""
-    ranked = (teacher_query @ teacher_catalog.T).topk(stop).indices
+    ranked = (teacher[0] @ teacher[1].T).topk(stop).indices
     return indexing_loss(q, e, target, ranked[:, start:])
 
 
-def unsorted_loss(
-    teacher_query: Tensor, teacher_catalog: Tensor, q: Tensor, e: Tensor, target: Tensor, start: int, stop: int
-) -> Tensor:
+def unsorted_loss(teacher: Teacher, q: Tensor, e: Tensor, target: Tensor, start: int, stop: int) -> Tensor:
     """The best of plain torch: an unsorted topk, whose first `start` ranks are masked, and gather."""
-    best = (teacher_query @ teacher_catalog.T).topk(stop, sorted=False)
+    best = (teacher[0] @ teacher[1].T).topk(stop, sorted=False)
     first = best.values.topk(start, sorted=False).indices
     drop = torch.zeros_like(best.indices, dtype=torch.bool).scatter_(1, first, True)
     return gather_loss(q, e, target, best.indices, drop)
 
 
 def our_loss(
-    teacher_query: Tensor,
-    teacher_catalog: Tensor,
-    q: Tensor,
-    e: Tensor,
-    target: Tensor,
-    start: int,
-    stop: int,
-    precision: str | None = None,
+    teacher: Teacher, q: Tensor, e: Tensor, target: Tensor, start: int, stop: int, precision: str | None = None
 ) -> Tensor:
-    neg = rank_slice(teacher_query, teacher_catalog, start=start, stop=stop, precision=precision)
+    neg = rank_slice(*teacher, start=start, stop=stop, precision=precision)
     return slice_cross_entropy(q, e, target, neg, precision=precision)
 
 
@@ -209,8 +200,10 @@ def step_error(result: Tensors, truth: Tensors) -> float:
 
 def our_alterrec(case: Case, inputs: Tensors, precision: str | None = None) -> Call:
     """`Trainer.step`, what `alterrec-fast train` does for each batch."""
+    from alterrec_fast.training.variants import Epoch
+
     trainer, batches = _trainer(case, inputs, precision)
-    phase = _id_phase()
+    phase = Epoch(5, "id", "text", 2)
     catalog, student = trainer.teacher_catalog(phase), trainer.recommender.network("id")
 
     def run(i: int) -> Tensors:
@@ -254,7 +247,7 @@ class PublishedStep:
         encode_padded(self.other.session, self.other.catalog()[rows], lengths)  # computed and thrown away
         with torch.no_grad():
             teacher_query = encode_padded(self.teacher.session, self.teacher_catalog[rows], lengths)
-        loss = published_loss(teacher_query, self.teacher_catalog, query, catalog, target, *self.bounds)
+        loss = published_loss((teacher_query, self.teacher_catalog), query, catalog, target, *self.bounds)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -275,9 +268,8 @@ def prefixes(batch: Any, max_length: int) -> tuple[Tensor, Tensor, Tensor]:
 def encode_padded(encoder: Any, x: Tensor, lengths: Tensor) -> Tensor:
     """x (T, L, d) -> (T, d): all L places of every row go through the encoder, and one is used."""
     b, length, d = x.shape
-    mask = torch.full((length, length), -torch.inf, dtype=x.dtype, device=x.device).triu(
-        1
-    )  # torch 2.13 misreads another dtype
+    # torch 2.13 misreads a mask of another dtype.
+    mask = torch.full((length, length), -torch.inf, dtype=x.dtype, device=x.device).triu(1)
     h = encoder.dropout(x + encoder.position[:length])
     for block in encoder.blocks:
         q, k, v = block.qkv(h).view(b, length, 3, block.heads, d // block.heads).permute(2, 0, 3, 1, 4)
@@ -303,12 +295,6 @@ def _trainer(case: Case, inputs: Tensors, precision: str | None = None) -> tuple
     trainer = Trainer(config, dataset, inputs["features"], Path(mkdtemp(dir=Path.cwd())))
     whole = list(plan(sessions, MAX_LENGTH, case.sessions, np.random.default_rng(2)))[:BATCHES]
     return trainer, [pack(sessions, which, MAX_LENGTH) for which in whole]
-
-
-def _id_phase() -> Any:
-    from alterrec_fast.training.variants import Epoch
-
-    return Epoch(5, "id", "text", 2)
 
 
 def _gradients(network: torch.nn.Module) -> Tensors:

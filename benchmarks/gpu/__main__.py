@@ -30,14 +30,16 @@ from typing import Any
 from xml.etree import ElementTree
 
 SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "alterrec_fast", "kernels", "benchmarks", "csrc")
-LIMIT = 475.0  # seconds for everything
-BUILD_SECONDS, TEST_SECONDS = 120.0, 150.0
+PIP = (sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--no-input")
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+LIMIT, BUILD_SECONDS, TEST_SECONDS = 475.0, 120.0, 150.0  # for everything, for building, for a file of tests
 TIME_SHARES = {"paper": 0.45, "1M": 0.6, "10M": 1.0}  # of the time that is left when a group of times begins
 GRACE = 0.75  # of its time, after which a group of times begins nothing new
 ALONE = ("huge", "sanitizer", "memory")  # test files whose names have these words have the GPU to themselves
 RESULTS = ("passed", "failed", "skipped")
 KILLED = "killed after"
 HARMLESS = ("not begun", "OutOfMemoryError")  # why an implementation of ours may have no time
+ASKED = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.mem,mig.mode.current"
 
 
 @dataclass
@@ -69,19 +71,19 @@ class Acceptance:
     def faults(self) -> list[tuple[str, str]]:
         """(what, why): failed tests, processes that crashed, and times of ours that are wrong."""
         tests = [(f"{p.name}: {r['name']}", r["why"]) for p in self.tests for r in p.records if r["result"] == "failed"]
-        crashed = [(p.name, p.failed) for p in (*self.tests, *self.times) if p.failed and not p.late]
-        ours = [
-            r
-            for p in self.times
-            for r in p.records
-            if r["ours"] and not (r["failed"] or HARMLESS[0]).startswith(HARMLESS)
-        ]
-        wrong = [("{op}, {implementation}, {case}".format_map(r), r["failed"]) for r in ours]
-        return [*tests, *(one for one in crashed if not any(one[0] in name for name, _ in tests)), *wrong]
+        told = {p.name for p in self.tests if any(r["result"] == "failed" for r in p.records)}
+        ended = [p for p in (*self.tests, *self.times) if p.failed and not p.late and p.name not in told]
+        ours = [r for p in self.times for r in p.records if r["ours"] and r["failed"]]
+        wrong = [r for r in ours if not r["failed"].startswith(HARMLESS)]
+        names = "{op}, {implementation}, {case}"
+        return [*tests, *((p.name, p.failed) for p in ended), *((names.format_map(r), r["failed"]) for r in wrong)]
 
-    def write(self, out: Path) -> None:
-        for name, text in (("acceptance.json", json.dumps(asdict(self), indent=1)), ("acceptance.md", page(self))):
-            (out / name).write_text(text + "\n")
+    def add(self, processes: list[Process], process: Process, out: Path) -> None:
+        """Writes both files with one more process in them."""
+        processes.append(process)
+        (out / "acceptance.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
+        (out / "acceptance.md").write_text(page(self) + "\n")
+        print(f"{process.name}: {process.failed or 'done'}, {process.seconds:.0f} s", flush=True)
 
 
 # --- installing ---
@@ -92,33 +94,29 @@ def install(root: Path, work: Path, seconds: float) -> tuple[Path, str, list[str
 
     -> (the folder, how, what was left out and why). The checkout itself is left alone, whatever its build folder holds.
     """
-    source, notes = work / "source", []
+    source, home = work / "source", os.environ.get("CUDA_HOME")
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
     source.mkdir()
     for name in SOURCES:
         if (root / name).is_dir():
-            shutil.copytree(
-                root / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
-            )
+            shutil.copytree(root / name, source / name, ignore=ignore)
         else:
             shutil.copy(root / name, source / name)
-    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--no-input"]
-    for folder, no_extension in (("compiled", ""), ("plain", "1")):
-        if not no_extension and not shutil.which(os.environ.get("CXX", "c++").split()[0]):
-            notes.append("no extension: there is no C++ compiler")
-            continue
-        environment = os.environ | ({"ALTERREC_FAST_NO_EXT": "1"} if no_extension else {})
-        failed, said = run_limited([*pip, "--target", str(work / folder), str(source)], environment, work, seconds)
-        if not failed:
-            home = os.environ.get("CUDA_HOME")
-            if not no_extension and not shutil.which("nvcc", path=f"{home}/bin" if home else None):
-                notes.append("no CUDA C++: there is no nvcc")
-            return work / folder, f"pip, {'without' if no_extension else 'with'} the extension", notes
-        notes.append(f"no extension: {failed}: {said}")
-    raise SystemExit("\n".join(notes))
+    failed = "" if shutil.which(os.environ.get("CXX", "c++").split()[0]) else "there is no C++ compiler"
+    if not failed:
+        failed = run_limited([*PIP, "--target", str(work / "compiled"), str(source)], dict(os.environ), work, seconds)
+    if not failed:
+        nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+        return work / "compiled", "pip, with the extension", [] if nvcc else ["no CUDA C++: there is no nvcc"]
+    plain = os.environ | {"ALTERREC_FAST_NO_EXT": "1"}
+    again = run_limited([*PIP, "--target", str(work / "plain"), str(source)], plain, work, 60.0)
+    if again:
+        raise SystemExit(f"pip failed: {again}")
+    return work / "plain", "pip, without the extension", [f"no extension: {failed}"]
 
 
-def run_limited(command: Sequence[str], environment: dict[str, str], folder: Path, seconds: float) -> tuple[str, str]:
-    """Runs a command in a process group that is killed after `seconds`; -> how it failed, and its last lines."""
+def run_limited(command: Sequence[str], environment: dict[str, str], folder: Path, seconds: float) -> str:
+    """Runs a command in a process group that is killed after `seconds`; -> "" or how it failed and its last lines."""
     process = subprocess.Popen(
         command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
@@ -133,10 +131,10 @@ def run_limited(command: Sequence[str], environment: dict[str, str], folder: Pat
             os.killpg(process.pid, signal.SIGKILL)  # and what it may have left behind
     if failed:
         said, _ = process.communicate()
-    elif process.returncode:
-        code = process.returncode
+    elif code := process.returncode:
         failed = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return failed, " / ".join(line.strip() for line in said.strip().splitlines()[-6:])[-1500:]
+    lines = [line.strip() for line in said.strip().splitlines()[-6:]]
+    return f"{failed}: {' / '.join(lines)}"[:1500] if failed else ""
 
 
 # --- running ---
@@ -147,9 +145,9 @@ class Runner:
 
     def __init__(self, package: Path | None, work: Path, deadline: float):
         self.work, self.deadline = work, deadline
-        paths = [str(package)] if package else []
+        paths = [str(package) if package else "", os.environ.get("PYTHONPATH", "")]
         self.environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "TRITON_CACHE_DIR": str(work / "triton-cache"),  # what one process has compiled the next need not
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # for torch's own deterministic products
         }
@@ -159,22 +157,17 @@ class Runner:
 
     def test(self, file: Path) -> Process:
         """One file of tests."""
-        report = self.work / f"{file.stem}.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--confcutdir", str(file.parent)]
-        begun = time.monotonic()
-        seconds = min(TEST_SECONDS, self.left())
-        failed, said = run_limited([*command, f"--junitxml={report}", str(file)], self.environment, self.work, seconds)
-        records = read_report(report) if report.exists() else []
-        return Process(file.name, time.monotonic() - begun, f"{failed}: {said}" if failed else "", records)
+        begun, report = time.monotonic(), self.work / f"{file.stem}.xml"
+        command = [*PYTEST, "--confcutdir", str(file.parent), f"--junitxml={report}", str(file)]
+        failed = run_limited(command, self.environment, self.work, min(TEST_SECONDS, self.left()))
+        return Process(file.name, time.monotonic() - begun, failed, read_report(report) if report.exists() else [])
 
     def time(self, group: str, seconds: float) -> Process:
         """One group of times."""
-        out = self.work / group
+        begun, out = time.monotonic(), self.work / group
         command = [sys.executable, "-m", "alterrec_fast.benchmarks.gpu.times", group, "--out", str(out)]
-        begun = time.monotonic()
-        command += ["--seconds", str(GRACE * seconds)]
-        failed, said = run_limited(command, self.environment, self.work, seconds)
-        done = Process(group, time.monotonic() - begun, f"{failed}: {said}" if failed else "")
+        failed = run_limited([*command, "--seconds", str(GRACE * seconds)], self.environment, self.work, seconds)
+        done = Process(group, time.monotonic() - begun, failed)
         if (out / "results.json").exists():
             done.records = json.loads((out / "results.json").read_text())["records"]
             _, _, done.page = (out / "table.md").read_text().partition("## In short")
@@ -182,7 +175,7 @@ class Runner:
 
 
 def read_report(path: Path) -> list[dict[str, str]]:
-    """pytest's JUnit XML -> {"name", "result": "passed", "failed" or "skipped", "why"} of each test."""
+    """pytest's JUnit XML -> {"name", "result": one of RESULTS, "why"} of each test."""
     records = []
     for case in ElementTree.parse(path).iter("testcase"):
         result, why = "passed", ""
@@ -198,37 +191,26 @@ def run(root: Path | None, out: Path, limit: float, only: str = "") -> Acceptanc
     deadline = time.monotonic() + limit
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="alterrec-acceptance-") as folder:
-        work, package, how, notes, files = (
-            Path(folder),
-            None,
-            "as it was installed before",
-            ["no tests: no checkout"],
-            [],
-        )
-        if root is not None:
+        work, files = Path(folder), list[Path]()
+        if root is None:
+            package, how, notes = None, "what was installed before", ["no tests: there is no checkout"]
+        else:
             package, how, notes = install(root, work, min(BUILD_SECONDS, limit))
             # Copied, since pytest would put the checkout on the path, where alterrec_fast has neither kernels nor this.
             shutil.copytree(root / "tests" / "gpu", work / "tests" / "gpu")
             (work / "tests" / "__init__.py").touch()
             files = [file for file in sorted((work / "tests" / "gpu").glob("test_*.py")) if only in file.name]
-        done = Acceptance(commit_of(root), how, notes, environment_of())
-        runner = Runner(package, work, deadline)
+        done, runner = Acceptance(commit_of(root), how, notes, environment()), Runner(package, work, deadline)
         alone = [file for file in files if any(word in file.stem for word in ALONE)]
         with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2))) as pool:  # most of it is compiling
             for process in pool.map(runner.test, [file for file in files if file not in alone]):
-                tell(done, done.tests, process, out)
+                done.add(done.tests, process, out)
         for file in alone:
-            tell(done, done.tests, runner.test(file), out)
+            done.add(done.tests, runner.test(file), out)
         for group, share in TIME_SHARES.items():
             if only in group:
-                tell(done, done.times, runner.time(group, share * runner.left()), out)
+                done.add(done.times, runner.time(group, share * runner.left()), out)
     return done
-
-
-def tell(done: Acceptance, processes: list[Process], process: Process, out: Path) -> None:
-    processes.append(process)
-    done.write(out)
-    print(f"{process.name}: {process.failed or 'done'}, {process.seconds:.0f} s", flush=True)
 
 
 def commit_of(root: Path | None) -> str:
@@ -236,19 +218,14 @@ def commit_of(root: Path | None) -> str:
     return output("git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+") if root else "no checkout"
 
 
-def environment_of() -> dict[str, str]:
-    asked = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.mem,mig.mode.current"
-    versions = {}
+def environment() -> dict[str, str]:
+    """GPU, driver, versions, compilers."""
+    facts = {ASKED: output("nvidia-smi", f"--query-gpu={ASKED}", "--format=csv,noheader")}
+    facts |= {"python": platform.python_version(), "CPU": f"{platform.machine()}, {os.cpu_count()} cores"}
     for package in ("torch", "triton", "numpy", "pytest"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return {
-        asked: output("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"),
-        "python": platform.python_version(),
-        **versions,
-        "nvcc": output("nvcc", "--version").splitlines()[-1],
-        "CPU": f"{platform.machine()}, {os.cpu_count()} cores",
-    }
+            facts[package] = importlib.metadata.version(package)
+    return facts | {"nvcc": output("nvcc", "--version").splitlines()[-1]}
 
 
 def output(*command: str) -> str:
@@ -264,31 +241,24 @@ def output(*command: str) -> str:
 
 def page(done: Acceptance) -> str:
     """Markdown: the result, tests, environment, times."""
-    faults = done.faults()
-    late = [process.name for process in (*done.tests, *done.times) if process.late]
-    counts = {result: sum(r["result"] == result for p in done.tests for r in p.records) for result in RESULTS}
+    faults, late = done.faults(), [process.name for process in (*done.tests, *done.times) if process.late]
     result = "FAILED" if faults else "passed as far as it ran, out of time" if late else "passed"
+    counts = {name: sum(r["result"] == name for p in done.tests for r in p.records) for name in RESULTS}
     lines = [f"# GPU acceptance: {result}", "", ", ".join(f"{n} tests {name}" for name, n in counts.items()) + "."]
-    if late:
-        lines += ["", f"Out of time, and ended before they were done: {', '.join(late)}."]
+    lines += [f"Out of time, and ended before they were done: {', '.join(late)}."] if late else []
     lines += ["", f"Commit {done.commit}; installed by {done.installed}.", *(f"- {note}" for note in done.notes)]
     lines += ["", *table(["what failed", "why"], faults)] if faults else []
-    rows = [
-        [p.name, *(str(sum(r["result"] == name for r in p.records)) for name in RESULTS), f"{p.seconds:.0f}", p.failed]
-        for p in done.tests
-    ]
+    rows = []
+    for p in done.tests:
+        numbers = [str(sum(r["result"] == name for r in p.records)) for name in RESULTS]
+        rows.append([p.name, *numbers, f"{p.seconds:.0f}", p.failed])
     lines += ["", "## Tests", "", *table(["file", *RESULTS, "seconds", "how it ended"], rows)]
     skipped = sorted({(p.name, r["why"]) for p in done.tests for r in p.records if r["result"] == "skipped"})
     lines += ["", *table(["skipped in", "why"], skipped)] if skipped else []
-    lines += ["", "## Environment", "", *table(["", ""], list(done.environment.items()))]
-    lines += [
-        "",
-        "## Times",
-        "",
-        "By CUDA events, the L2 cache flushed before each call; docs/benchmarks.md has the method.",
-    ]
-    for process in done.times:
-        lines += ["", f"### {process.name}: {process.failed or 'complete'}", process.page.replace("\n## ", "\n#### ")]
+    lines += ["", "## Environment", "", *table(["", ""], list(done.environment.items())), "", "## Times", ""]
+    lines += ["By CUDA events, the L2 cache flushed before each call; docs/benchmarks.md has the method."]
+    for p in done.times:
+        lines += ["", f"### {p.name}: {p.failed or 'complete'}", p.page.replace("\n## ", "\n#### ")]
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ process that crashes, runs out of memory or takes too long costs its own record 
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -61,12 +62,12 @@ class Process:
         try:
             self._connection.send(request)
             if not self._connection.poll(seconds):
-                self.end(kill=True)
+                self.end()
                 raise ImplementationError(f"stopped after {seconds:.0f} s")
             kind, value = self._connection.recv()
         except (EOFError, OSError):
             code = self._wait()
-            self.end(kill=True)
+            self.end()
             lines = self._log.read_text(errors="replace").strip().splitlines() if self._log.exists() else []
             raise ImplementationError(how_it_ended(code, lines[-1][:200] if lines else "")) from None
         if kind == "failed":
@@ -74,16 +75,9 @@ class Process:
             raise ImplementationError(value)
         return value
 
-    def end(self, kill: bool = False) -> None:
-        if not kill:
-            try:
-                self._connection.send("end")
-                kill = self._wait() is None
-            except OSError:
-                kill = True
-        if kill:
-            self._handle.kill()
-            self._wait()
+    def end(self) -> None:
+        self._handle.kill()
+        self._wait()
         self._connection.close()
 
     def _wait(self) -> int | None:
@@ -140,7 +134,7 @@ class _Taker:
     def fail(self, why: str) -> None:
         """It takes part no more; the samples of its complete repetitions stay."""
         if self.process is not None:
-            self.process.end(kill=True)
+            self.process.end()
             self.process = None
         del self.record.samples[self.complete :]
         self.record.failed = f"in repetition {self.complete + 1} {why}" if self.complete else why
@@ -179,15 +173,17 @@ class Runner:
         begun = time.monotonic()
         op, case = measurement.op, measurement.case
         takers = [taker for taker in measurement.takers if not taker.record.failed]
-        inputs, truth_file = self.folder / "inputs.pt", self.folder / "truth.pt"
+        inputs, truth = self.folder / "inputs.pt", Tensors()
         try:
-            maker = self._fork(_make_inputs, (op.make, op.truth, case, inputs, truth_file))
-            maker.ask("make", 10 * self.budget.first)
-            maker.end()
-            truth: Tensors = torch.load(truth_file)
-        except ImplementationError as failure:
+            torch.set_num_threads(case.threads)
+            with contextlib.chdir(self.folder):  # a trainer leaves files where it runs
+                tensors = op.make(case)
+                truth = op.truth(case, tensors)
+            torch.save(tensors, inputs)
+            del tensors
+        except Exception as error:  # out of memory, mostly: every record tells it
             for taker in takers:
-                taker.fail(f"no inputs: {failure}")
+                taker.fail(f"no inputs: {one_line(error)}")
             takers = []
         with ThreadPoolExecutor(self.threads) as pool:
             list(pool.map(lambda taker: self._start(op, taker, inputs), takers))
@@ -285,26 +281,3 @@ def _enter(
     os.dup2(file, 2)
     limit_memory(memory)
     target(connection, *arguments)
-
-
-def _make_inputs(
-    connection: Connection,
-    make: Callable[[Case], Tensors],
-    truth: Callable[[Case, Tensors], Tensors],
-    case: Case,
-    inputs_file: Path,
-    truth_file: Path,
-) -> None:
-    """A process that writes the inputs and what is true of them."""
-    connection.recv()
-    torch.set_num_threads(case.threads)
-    os.chdir(inputs_file.parent)
-    try:
-        inputs = make(case)
-        torch.save(inputs, inputs_file)
-        torch.save(truth(case, inputs), truth_file)
-    except Exception as error:  # out of memory, mostly: every record tells it
-        connection.send(("failed", one_line(error)))
-    else:
-        connection.send(("done", None))
-        connection.recv()

@@ -139,14 +139,15 @@ def limit_memory(size: int) -> None:
 
 
 def serve(connection: Connection, job: Job, case: Case, inputs: Path, output: Path) -> None:
-    """Answers requests until it is told to end.
+    """Answers requests until it is killed.
 
     Works in the folder of the inputs, which is gone after the run, for libraries that leave files where they run.
     """
     os.chdir(inputs.parent)
     torch.set_num_threads(case.threads)
     call = Call(lambda i: None)
-    while (request := connection.recv()) != "end":
+    while True:
+        request = connection.recv()
         try:
             if request == "first":
                 call, answer = _first_call(job, case, inputs, output)

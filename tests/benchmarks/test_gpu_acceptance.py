@@ -133,10 +133,9 @@ def test_the_command_imports_the_standard_library_alone() -> None:
 
 def test_a_command_that_goes_on_for_too_long_is_killed_with_its_children(tmp_path: Path) -> None:
     code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
-    failed, _ = acceptance.run_limited([sys.executable, "-c", code], {}, tmp_path, 1.0)
-    assert failed == "killed after 1 s"
-    failed, said = acceptance.run_limited([sys.executable, "-c", "print('x'); exit(3)"], {}, tmp_path, 30.0)
-    assert (failed, said) == ("exit code 3", "x")
+    assert acceptance.run_limited([sys.executable, "-c", code], {}, tmp_path, 1.0).startswith("killed after 1 s")
+    assert acceptance.run_limited([sys.executable, "-c", "print('x'); exit(3)"], {}, tmp_path, 30.0) == "exit code 3: x"
+    assert acceptance.run_limited([sys.executable, "-c", "print('x')"], {}, tmp_path, 30.0) == ""
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from alterrec_fast.benchmarks.experiments import online_retail
-from alterrec_fast.benchmarks.experiments.counting import BASELINES, DECAY
-from alterrec_fast.benchmarks.experiments.online_retail import ENGINE_ROWS, ROWS
+from alterrec_fast.benchmarks.experiments.online_retail import BASELINES, DECAY, ENGINE_ROWS, ROWS
 from alterrec_fast.benchmarks.harness.report import END, between_marks
 
 from alterrec_fast.data.batches import pack
