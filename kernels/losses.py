@@ -205,9 +205,9 @@ def _pos_dlogits_kernel(
 
 
 @triton.jit
-def widened(x, PRODUCT: tl.constexpr):
+def widened(x, FORM: tl.constexpr):
     """Loaded values as float32, rounded to bfloat16 where products are of bfloat16."""
-    if PRODUCT == "bf16":
+    if FORM.PRODUCT == "bf16":
         return tiles.round_bf16(x)
     else:
         return x.to(tl.float32)
@@ -246,7 +246,7 @@ def gathered_dots(Query, Catalog, row, items, known, stride_qb, stride_cv, FORM:
         offs_d = begin + tl.arange(0, FORM.BLOCK_D)
         q = tl.load(Query + row * (stride_qb * FORM.UNIT_Q) + offs_d, mask=offs_d < FORM.D, other=0.0)
         e = tl.load(e_rows + offs_d[None, :], mask=known[:, None] & (offs_d < FORM.D)[None, :], other=0.0)
-        dots += tl.sum(widened(e, FORM.PRODUCT) * widened(q, FORM.PRODUCT)[None, :], 1)
+        dots += tl.sum(widened(e, FORM) * widened(q, FORM)[None, :], 1)
     return dots
 
 
@@ -332,7 +332,7 @@ def _query_sum_kernel(
     dlogits = tl.load(PosDlogits + row * K + offs_k, mask=offs_k < K, other=0.0)
     e_rows = Catalog + items[:, None] * (stride_cv * FORM.UNIT_C)
     e = tl.load(e_rows + offs_d[None, :], mask=known[:, None] & in_d[None, :], other=0.0)
-    total = tl.sum(widened(e, FORM.PRODUCT) * dlogits[:, None], 0)
+    total = tl.sum(widened(e, FORM) * dlogits[:, None], 0)
     for split in range(splits):
         total += tl.load(Partial + (split * B + row) * FORM.D + offs_d, mask=in_d, other=0.0)
     tl.store(Out + row * FORM.D + offs_d, total, mask=in_d)

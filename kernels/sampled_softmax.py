@@ -92,9 +92,10 @@ def _gather_query_grad_kernel(
     """BLOCK_D columns of a session's gradient, over one split of its negatives."""
     row = tl.program_id(0).to(tl.int64)
     split, splits = tl.program_id(1), tl.num_programs(1)
-    offs_d = tl.program_id(2) * FORM.BLOCK_D + tl.arange(0, FORM.BLOCK_D)
+    BLOCK_D: tl.constexpr = FORM.BLOCK_D
+    offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     weight, lse = tl.load(Weights + row), tl.load(Lse + row)
-    grad = tl.zeros([FORM.BLOCK_D], tl.float32)
+    grad = tl.zeros([BLOCK_D], tl.float32)
     for block in range(split, tl.cdiv(N, BLOCK_N), splits):
         place = block * BLOCK_N + tl.arange(0, BLOCK_N)
         items = tl.load(Neg + row * N + place, mask=place < N, other=-1).to(tl.int64)
@@ -103,7 +104,7 @@ def _gather_query_grad_kernel(
         known = (items >= 0) & (items < V) & (dlogits != 0.0)
         e_rows = Catalog + items[:, None] * (stride_cv * FORM.UNIT_C)
         e = tl.load(e_rows + offs_d[None, :], mask=known[:, None] & (offs_d < FORM.D)[None, :], other=0.0)
-        grad += tl.sum(widened(e, FORM.PRODUCT) * dlogits[:, None], 0)
+        grad += tl.sum(widened(e, FORM) * dlogits[:, None], 0)
     tl.store(Partial + (split * B + row) * FORM.D + offs_d, grad, mask=offs_d < FORM.D)
 
 
@@ -157,7 +158,7 @@ def _segment_kernel(
                     if HAS_GRAD:
                         q_row = Query + (entry // K) * (stride_qb * FORM.UNIT_Q)
                         q = tl.load(q_row + offs_d, mask=offs_d < tl.where(dlogit != 0.0, FORM.D, 0), other=0.0)
-                        grad += dlogit * widened(q, FORM.PRODUCT)
+                        grad += dlogit * widened(q, FORM)
                 elif SHARED:
                     bias += tl.load(ColumnBias + entry - pos_entries)
                     if HAS_GRAD:
@@ -170,7 +171,7 @@ def _segment_kernel(
                     if HAS_GRAD:
                         q_row = Query + row * (stride_qb * FORM.UNIT_Q)
                         q = tl.load(q_row + offs_d, mask=offs_d < tl.where(dlogit != 0.0, FORM.D, 0), other=0.0)
-                        grad += dlogit * widened(q, FORM.PRODUCT)
+                        grad += dlogit * widened(q, FORM)
                 at += 1
                 current = tl.where(at < entries, tl.load(Items + tl.minimum(at, entries - 1)), limit)
             if HAS_GRAD:

@@ -266,7 +266,7 @@ def _dlogits_kernel(
             at = (tl.program_id(0) * width + tile - first_tile) * BLOCK_V + tl.arange(0, BLOCK_V)
             tl.store(Sums + at, tl.sum(dlogits, 0))
         at = _places(rows, tile - first_tile, width, BLOCK_V)
-        tl.store(Out + at, tiles.operand(dlogits, FORM.PRODUCT, FORM.UPCAST), mask=in_b[:, None])
+        tl.store(Out + at, tiles.operand(dlogits, FORM), mask=in_b[:, None])
 
 
 def _splits(p: Problem, programs: int, count_tiles: int) -> int:

@@ -18,7 +18,10 @@ NO_ERROR = torch.iinfo(torch.int64).max
 
 @dataclass(frozen=True)
 class Form:
-    """How a kernel reads rows of queries and catalog and multiplies them: one compile-time constant."""
+    """How a kernel reads rows of queries and catalog and multiplies them: one compile-time constant.
+
+    Device functions get it as a whole: Triton 3.6 takes its fields in expressions, but not as arguments.
+    """
 
     D: int  # width; a constant, without which asynchronous copies become scalar loads
     BLOCK_D: int  # how much of it is read at a time
@@ -109,10 +112,10 @@ def ranking_bias(Bias, items, stride_bias):
 
 
 @triton.jit
-def operand(x, PRODUCT: tl.constexpr, UPCAST: tl.constexpr):
+def operand(x, FORM: tl.constexpr):
     """A loaded block as the product takes it."""
-    if PRODUCT == "bf16":
-        if UPCAST:
+    if FORM.PRODUCT == "bf16":
+        if FORM.UPCAST:
             return round_bf16(x)
         else:
             return x.to(tl.bfloat16)
@@ -140,21 +143,22 @@ def row_offsets(rows, stride, UNIT: tl.constexpr):
 
 
 @triton.jit
-def load_rows(X, rows, stride, D: tl.constexpr, UNIT: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_rows(X, rows, stride, UNIT: tl.constexpr, FORM: tl.constexpr):
     """X[rows] -> [rows, BLOCK_D], zero beyond D; rows int64 within X, stride as `strides` gives it."""
-    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    offs_d = tl.arange(0, FORM.BLOCK_D)[None, :]
     at = X + row_offsets(rows, stride, UNIT)[:, None] + offs_d
-    if D == BLOCK_D:
+    if FORM.D == FORM.BLOCK_D:
         return tl.load(at)
     else:
-        return tl.load(at, mask=offs_d < D, other=0.0)
+        return tl.load(at, mask=offs_d < FORM.D, other=0.0)
 
 
 @triton.jit
 def resident_query(Query, rows, stride_qb, FORM: tl.constexpr):
     """The queries of rows, for `score`, where they are one step and so stay with the program; else nothing."""
     if FORM.D <= FORM.BLOCK_D:
-        return load_rows(Query, rows, stride_qb, FORM.D, FORM.UNIT_Q, FORM.BLOCK_D)
+        UNIT: tl.constexpr = FORM.UNIT_Q
+        return load_rows(Query, rows, stride_qb, UNIT, FORM)
     else:
         return 0.0
 
@@ -175,9 +179,10 @@ def score(query, Query, Catalog, rows, items, stride_qb, stride_cv, FORM: tl.con
 @triton.jit
 def _score_resident(query, Catalog, items, stride_cv, FORM: tl.constexpr):
     """query [BLOCK_B, BLOCK_D] @ Catalog[items].T, for a width that is one step."""
-    rows = load_rows(Catalog, items, stride_cv, FORM.D, FORM.UNIT_C, FORM.BLOCK_D)
+    UNIT: tl.constexpr = FORM.UNIT_C
+    rows = load_rows(Catalog, items, stride_cv, UNIT, FORM)
     precision: tl.constexpr = "tf32" if FORM.PRODUCT == "tf32" else "ieee"
-    left, right = operand(query, FORM.PRODUCT, FORM.UPCAST), operand(rows, FORM.PRODUCT, FORM.UPCAST)
+    left, right = operand(query, FORM), operand(rows, FORM)
     return tl.dot(left, tl.trans(right), input_precision=precision)
 
 
@@ -199,6 +204,6 @@ def score_tile(Query, Catalog, rows, items, stride_qb, stride_cv, FORM: tl.const
         else:
             q = tl.load(q_rows + offs[None, :], mask=offs[None, :] < D, other=0.0)
             c = tl.load(c_rows + offs[:, None], mask=offs[:, None] < D, other=0.0)
-        q, c = operand(q, FORM.PRODUCT, FORM.UPCAST), operand(c, FORM.PRODUCT, FORM.UPCAST)
+        q, c = operand(q, FORM), operand(c, FORM)
         scores = tl.dot(q, c, scores, input_precision=precision)
     return scores

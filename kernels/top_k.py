@@ -122,8 +122,8 @@ def _score_blocks_kernel(
                 q = tl.load(Query + row * (stride_qb * FORM.UNIT_Q) + offs_d, mask=offs_d < FORM.D, other=0.0)
                 rows_c = Catalog + inside[:, None] * (stride_cv * FORM.UNIT_C)
                 c = tl.load(rows_c + offs_d[None, :], mask=offs_d[None, :] < FORM.D, other=0.0)
-                q = tiles.operand(q, FORM.PRODUCT, FORM.UPCAST).to(tl.float32)
-                scores += tl.sum(tiles.operand(c, FORM.PRODUCT, FORM.UPCAST).to(tl.float32) * q[None, :], 1)
+                q = tiles.operand(q, FORM).to(tl.float32)
+                scores += tl.sum(tiles.operand(c, FORM).to(tl.float32) * q[None, :], 1)
             if HAS_BIAS:
                 bias, _ = tiles.ranking_bias(Bias, inside, stride_bias)
                 scores += bias
