@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from alterrec_fast.data.readers import scan
+from alterrec_fast.data.readers import delimited, scan
 from alterrec_fast.data.readers.delimited import ATOMIC, CSV, read_delimited
 from alterrec_fast.data.readers.tables import read_table
 from alterrec_fast.data.sessions import DataError
@@ -208,3 +208,10 @@ def test_random_text_is_read_as_csv_and_pandas_read_it(tmp_path_factory, text):
     else:
         if reading is not None and '\\"' not in text:
             assert found == reading
+
+
+def test_a_parser_that_loses_a_record_is_found_out(tmp_path, monkeypatch):
+    parse = delimited._parse
+    monkeypatch.setattr(delimited, "_parse", lambda *given, **options: parse(*given, **options)[:-1])
+    with pytest.raises(DataError, match=r"a\.csv, lines 1 to 4: 2 records, but the parser read 1"):
+        read(tmp_path / "a.csv", 'a,b\n1,"x\ny"\n2,z\n')
