@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -41,6 +41,9 @@ from alterrec_fast.training.records import (
     write_metrics,
 )
 from alterrec_fast.training.variants import build, needs_text
+
+if TYPE_CHECKING:
+    from alterrec_fast.data.text import TextEncoder
 
 CONFIG, DEMO_DATA, LOCK = "config.toml", "data", ".lock"
 
@@ -76,7 +79,8 @@ def train(config: Config, resume: bool = False, progress: Progress | None = None
     dataset = Dataset.load(_data_folder(config), verify=True)
     if not (run / CONFIG).exists():
         config = _pinned(config)
-    trainer = Trainer(config, dataset, _features(config, dataset), run, _text_key(config))
+    encoder = _text_encoder(config)
+    trainer = Trainer(config, dataset, _features(dataset, encoder), run, encoder.key if encoder else "")
     with _alone(run):
         _check_place(run, config, resume)
         if (run / METRICS_FILE).exists():
@@ -147,8 +151,9 @@ class TrainedModel:
         if not _data_folder(self.config).exists():
             raise FileError(f"{self.path / CONFIG}: data = {self.config.data!r} does not exist; name where it is now")
         self.dataset = Dataset.load(_data_folder(self.config))
-        check_same_data(self.dataset, best.get("data"), _text_key(self.config), best.get("text"))
-        self.recommender = _build(self.config, self.dataset).to(device)
+        encoder = _text_encoder(self.config)
+        check_same_data(self.dataset, best.get("data"), encoder.key if encoder else "", best.get("text"))
+        self.recommender = _build(self.config, self.dataset, _features(self.dataset, encoder)).to(device)
         checkpoint.check_tensors(self.path / BEST, tensors, self.recommender.state_dict())
         self.recommender.load_state_dict(tensors)
         self.recommender.eval()
@@ -333,27 +338,26 @@ def _write_demo(config: Config) -> None:
         write_shop(_data_folder(config), ShopConfig())
 
 
-def _text_key(config: Config) -> str:
-    """What names the text model's content: of its folder, or the hub's revision; empty where no text is read."""
+def _text_encoder(config: Config) -> TextEncoder | None:
+    """The text model of the config; its key tells the folder's content, or the hub's revision. None without text."""
     if not needs_text(config):
-        return ""
+        return None
     from alterrec_fast.data.text import find_model
 
-    return find_model(config.text_model).key
+    return find_model(config.text_model)
 
 
-def _features(config: Config, dataset: Dataset) -> Tensor | None:
-    """(V, F) float32 sentence embeddings, or None where the variant reads no text."""
-    if not needs_text(config):
+def _features(dataset: Dataset, encoder: TextEncoder | None) -> Tensor | None:
+    """(V, F) float32 sentence embeddings, or None without a text model."""
+    if encoder is None:
         return None
     from alterrec_fast.data.text import item_features
 
-    return torch.from_numpy(item_features(dataset, config.text_model))
+    return torch.from_numpy(item_features(dataset, encoder))
 
 
-def _build(config: Config, dataset: Dataset) -> Recommender:
+def _build(config: Config, dataset: Dataset, features: Tensor | None) -> Recommender:
     """The networks of a config.toml, which may be a stranger's; raises ConfigError where they cannot be built."""
-    features = _features(config, dataset)
     try:
         return build(config, dataset.num_items, features)
     except (RuntimeError, MemoryError) as error:

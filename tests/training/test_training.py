@@ -22,6 +22,7 @@ from filelock import FileLock
 import alterrec_fast as af
 from alterrec_fast.data.sessions import DataError, Dataset, Sessions
 from alterrec_fast.data.shop import ShopConfig, write_shop
+from alterrec_fast.data.text import SentenceEncoder
 from alterrec_fast.errors import FileError
 from alterrec_fast.run import RunError, evaluate_run, seed_runs
 from alterrec_fast.training import checkpoint
@@ -228,9 +229,9 @@ def test_a_run_keeps_the_revision_of_its_text_model(
     newest = ["1" * 40]
     asked: list[str] = []
 
-    def features(dataset: Dataset, model: str) -> np.ndarray:
-        asked.append(model)
-        return np.full((dataset.num_items, 4), float(model[-1]), np.float32)
+    def features(dataset: Dataset, encoder: SentenceEncoder) -> np.ndarray:
+        asked.append(f"{encoder.source}@{encoder.revision}")
+        return np.full((dataset.num_items, 4), float(asked[-1][-1]), np.float32)
 
     monkeypatch.setattr("alterrec_fast.data.text.pin_model", lambda model: f"{model}@{newest[0]}")
     monkeypatch.setattr("alterrec_fast.data.text.item_features", features)
@@ -353,7 +354,7 @@ def test_a_run_that_another_process_made_meanwhile_is_not_trained_over(
     config = small(shop, tmp_path / "run", variant="id_only", m_max=1, m_random=0)
     with monkeypatch.context() as patch:
 
-        def features(config: Config, dataset: Dataset) -> None:
+        def features(*_: object) -> None:
             patch.undo()
             af.train(config.replace(width=32))
 
