@@ -54,7 +54,7 @@ class Options:
     negatives: of "sampled": how many are drawn at each step, shared by its sessions.
     distribution: of "sampled": "uniform", or "popularity" by an item's count in training, with logQ correction.
     start, stop: of "slice": the ranks; by default 20 and 2000 of 4,000 items or more, else 6 and half of the catalog.
-    hard_fraction: of "slice": the share of the ranks that is kept; the others are traded for uniform negatives
+    hard_fraction: of "slice": the share of the ranks that is kept; the others are replaced by uniform negatives
         (`RankSlice.mix`).
     precision: of the loss: "fp32", "bf16" or None, as in `rank_slice`; evaluation is in the model's own precision.
     max_saved_bytes: as in `slice_cross_entropy`, but less by default, since RecBole's activations stand beside it.
@@ -234,19 +234,19 @@ class SequentialMixin(RankingMixin):
             two = interaction[:2]  # since contrastive terms of a loss vanish over one
             with comparable(self), torch.enable_grad():
                 full = F.cross_entropy(self._scores(two), two[self.POS_ITEM_ID])
-                own = self._stock_loss(two)
+                stock_loss = self._stock_loss(two)
             # The weight of a regulariser may be as small as what is rounded off, so that sums must be equal.
-            tolerance = 0.0 if type(own.grad_fn).__name__.startswith("Add") else 1e-4
-            if not torch.allclose(full, own.view_as(full), tolerance, tolerance):
+            tolerance = 0.0 if type(stock_loss.grad_fn).__name__.startswith("Add") else 1e-4
+            if not torch.allclose(full, stock_loss.view_as(full), tolerance, tolerance):
                 raise self._other("losses")
-            untrained = _trained(own) - _trained(full)
+            untrained = _trained(stock_loss) - _trained(full)
             if untrained:
                 names = ", ".join(name for name, parameter in self.named_parameters() if parameter in untrained)
                 raise ValueError(
                     f"the loss of {type(self).__name__} also trains {names}, of which session_vectors, "
                     "item_vectors and score_temperature know nothing: override them"
                 )
-            if not _same_gradients(full, own):
+            if not _same_gradients(full, stock_loss):
                 raise self._other("gradients")
             self._loss_compared = True
         return self.next_item_loss(interaction)

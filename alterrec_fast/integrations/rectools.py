@@ -1,4 +1,4 @@
-"""RecTools 0.19.0: hard negatives and full softmax for its transformer models, through its own two seams.
+"""RecTools 0.19.0: hard negatives and full softmax for its transformer models, through two of its extension points.
 
     from alterrec_fast.integrations.rectools import FastLightningModule
     SASRecModel(loss="slice", lightning_module_type=FastLightningModule,
@@ -49,7 +49,7 @@ class FastLightningModule(TransformerLightningModule):
     Args:
         start, stop: the ranks of "slice". Where left out they follow the catalog's size: 20 to 2000 of 4,000 items and
             more, else 6 to half of the catalog.
-        hard_fraction: the share of the slice that is kept; the others are traded for uniform negatives
+        hard_fraction: the share of the slice that is kept; the others are replaced by uniform negatives
             (`RankSlice.mix`).
         precision, max_saved_bytes: as in `slice_cross_entropy`.
         args, kwargs: RecTools'.
@@ -223,8 +223,8 @@ class FrozenTeacherSampler(TransformerNegativeSamplerBase):
             first_item=lowest_id,
         )
         hard = ranked.sample(self.n_negatives)
-        kept = (torch.rand(hard.shape) < self.hard_fraction) & (hard >= 0)
-        negatives[real] = torch.where(kept, hard, negatives[real])
+        from_slice = (torch.rand(hard.shape) < self.hard_fraction) & (hard >= 0)
+        negatives[real] = torch.where(from_slice, hard, negatives[real])
         return negatives
 
     @torch.no_grad()
@@ -288,7 +288,7 @@ def _compare_scores(model: Any, batch: dict[str, Tensor]) -> None:
         sampled = torch.linspace(0, items.shape[0] - 1, min(items.shape[0], 100), device=items.device).long()
         same = same_scores(sessions[:, -1:] @ catalog.T, model.similarity_module(encoded[:, -1:], items))
         candidates = sampled.expand(*sessions.shape[:2], -1)
-        real = two["x"] != 0  # what a model computes for padding is its own affair
+        real = two["x"] != 0  # what a model computes for padding does not matter
         same &= same_scores((sessions @ catalog[sampled].T)[real], model(two, candidate_item_ids=candidates)[real])
     if not same:
         kind = model.similarity_module.distance.value

@@ -23,7 +23,7 @@ Teacher = Tensor | TeacherCopy | Callable[..., tuple[Tensor, Tensor]]
 
 
 class RankSliceSampler(KeepsDtype):
-    """Negatives for each target: ranks [start, stop) of a teacher's ranking, a share of them traded for random items.
+    """Negatives for each target: ranks [start, stop) of a teacher's ranking, a share of them replaced by random items.
 
     Called in the training step, after the forward pass::
 
@@ -154,14 +154,15 @@ class RankSliceSampler(KeepsDtype):
             catalog: (V, d), the model's own.
             target: (B,) or (B, L) int32 or int64; ignore_index where there is none.
             history: (B, L) ids of each session's items, in order; ids below first_item are padding.
-            bias: (V,), added to the model's own scores; a teacher has none.
+            bias: (V,), added to the model's scores, and not to a teacher's. An item whose bias is -inf is no negative,
+                whoever ranks, and is not drawn.
             inputs: what a teacher is called with; (history,) where left out.
 
         Raises:
             TypeError, ValueError, BackendError: as `rank_slice` does, and where `history` is needed and missing. Rows
                 in messages count the targets not ignored.
         """
-        rows = self._rows(query, catalog, target)
+        rows = self._rows(query, catalog, target, bias)
         exclude = self._excluded(target, catalog.shape[0], history, rows)
         v, device = catalog.shape[0], query.device
         if self.hard_fraction == 0.0:
@@ -173,12 +174,12 @@ class RankSliceSampler(KeepsDtype):
                 first_item=self.first_item,
                 generator=self._draws.next(device),
                 device=device,
-                weights=self._weights(v, device),
+                weights=self._weights(v, device, bias),
             )
         slice_ = self._slice(query, catalog, target, history, bias, inputs, rows, exclude)
         if self.hard_fraction == 1.0:
             return slice_
-        return slice_.mix(self.hard_fraction, self._draws.next(device), self._weights(v, device))
+        return slice_.mix(self.hard_fraction, self._draws.next(device), self._weights(v, device, bias))
 
     def sample(
         self,
@@ -200,13 +201,13 @@ class RankSliceSampler(KeepsDtype):
         checks.check_integer("num_negatives", num_negatives)
         if num_negatives < 0:
             raise ValueError(f"num_negatives must be at least 0, got {num_negatives}")
-        rows = self._rows(query, catalog, target)
+        rows = self._rows(query, catalog, target, bias)
         exclude = self._excluded(target, catalog.shape[0], history, rows)
         hard = round(self.hard_fraction * num_negatives)
         generator = self._draws.next(query.device)
         if not self.first_item < catalog.shape[0]:
             raise ValueError(f"first_item must be below the {catalog.shape[0]} items, got {self.first_item}")
-        drawn = self._random_ids(catalog.shape[0], exclude, num_negatives - hard, generator)
+        drawn = self._random_ids(catalog.shape[0], exclude, num_negatives - hard, generator, bias)
         if hard == 0:
             return drawn
         slice_ = self._slice(query, catalog, target, history, bias, inputs, rows, exclude)
@@ -229,7 +230,7 @@ class RankSliceSampler(KeepsDtype):
             raise ValueError(f"num_negatives must be at least 1, got {num_negatives}")
         if num_items <= self.first_item:
             raise ValueError(f"num_items must be above first_item = {self.first_item}, got {num_items}")
-        weights = self._weights(num_items, torch.device("cpu"))
+        weights = self._weights(num_items, torch.device("cpu"), None)
         weights = torch.ones(num_items, dtype=torch.float64) if weights is None else weights.double()
         ranked = weights[self.first_item :]
         return (num_negatives * weights.clamp(min=ranked[ranked > 0].min()) / ranked.sum()).log().float()
@@ -265,14 +266,16 @@ class RankSliceSampler(KeepsDtype):
                 f"teacher must be a tensor (V, f), a TeacherCopy or a callable, got {checks.kind_of(teacher)}"
             )
 
-    def _rows(self, query: Tensor, catalog: Tensor, target: Tensor) -> Tensor | None:
-        """What `real_rows` gives, of arguments whose kinds are checked."""
+    def _rows(self, query: Tensor, catalog: Tensor, target: Tensor, bias: Tensor | None) -> Tensor | None:
+        """What `real_rows` gives, of arguments that are checked."""
         checks.check_tensor("catalog", catalog)
         if catalog.ndim != 2:
             raise ValueError(f"catalog must be (V, d), got {tuple(catalog.shape)}")
         rows = real_rows(query, target, self.ignore_index)
         if target.dtype not in checks.INTEGERS:
             raise TypeError(f"target must be int32 or int64, got {target.dtype}")
+        if bias is not None:
+            checks.check_vector("bias", bias, catalog.shape[0], query.device)
         return rows
 
     def _slice(
@@ -288,7 +291,8 @@ class RankSliceSampler(KeepsDtype):
     ) -> RankSlice:
         """The teacher's ranks [start, stop) for the rows whose target is not ignored."""
         if self.teacher is not None:
-            bias = None
+            if bias is not None:  # its masks alone; +inf becomes NaN and stays an error
+                bias = torch.where(bias == -torch.inf, bias, bias * 0.0)
             with torch.no_grad():
                 query, catalog = self._ask(self.teacher, target, catalog.shape[0], history, inputs)
         if torch.compiler.is_compiling():  # ignored rows are ranked, too, and may hold anything: NaN would be an error
@@ -335,7 +339,7 @@ class RankSliceSampler(KeepsDtype):
         return query, catalog
 
     def _excluded(self, target: Tensor, num_items: int, history: Tensor | None, rows: Tensor | None) -> Tensor:
-        """(T, m) ids that no row may meet: its target, and the session's own items where asked for; -1 is none."""
+        """(T, m) ids that are no negatives of a row: its target and, where asked for, the session's items; -1 is none."""
         real = torch.where(target == self.ignore_index, -1, target)
         targets = take_rows(real, rows, 0).unsqueeze(1)
         if not self.exclude_history:
@@ -357,21 +361,30 @@ class RankSliceSampler(KeepsDtype):
             raise ValueError(f"history holds {int(history.max())}, expected ids below {num_items}; negative is padding")
         return history
 
-    def _weights(self, num_items: int, device: torch.device) -> Tensor | None:
-        """(V,) in proportion to which random items are drawn; None: all alike."""
-        if self.random == "uniform":
-            return None
+    def _weights(self, num_items: int, device: torch.device, bias: Tensor | None) -> Tensor | None:
+        """(V,) in proportion to which random items are drawn, 0 where the bias is -inf; None: all alike."""
+        weights = None
         if self.popularity is not None:
             if self.popularity.shape != (num_items,):
                 raise ValueError(f"popularity must be ({num_items},), got {tuple(self.popularity.shape)}")
-            return self.popularity.to(device)
-        place = torch.arange(num_items, dtype=torch.float64, device=device) - self.first_item
-        return torch.log1p(1.0 / (place.clamp(min=0) + 1.0))  # log((k + 2) / (k + 1))
+            weights = self.popularity.to(device)
+        elif self.random == "log_uniform":
+            rank = torch.arange(num_items, dtype=torch.float64, device=device) - self.first_item
+            weights = torch.log1p(1.0 / (rank.clamp(min=0) + 1.0))  # log((k + 2) / (k + 1))
+        if bias is None or not (masked := bias.detach() == -torch.inf).any():
+            return weights
+        weights = torch.ones(num_items, device=device) if weights is None else weights
+        weights = weights.masked_fill(masked, 0)
+        if not weights[self.first_item :].any():
+            raise ValueError("bias is -inf for every item that could be drawn")
+        return weights
 
-    def _random_ids(self, num_items: int, exclude: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    def _random_ids(
+        self, num_items: int, exclude: Tensor, number: int, generator: torch.Generator, bias: Tensor | None
+    ) -> Tensor:
         """(T, number) int64 random items, drawn one by one; -1 where a draw hit one of the row's `exclude` (T, m)."""
         shape, device = (exclude.shape[0], number), exclude.device
-        weights = self._weights(num_items, device)
+        weights = self._weights(num_items, device, bias)
         if weights is None:
             ids = torch.randint(self.first_item, num_items, shape, generator=generator, device=device)
         else:

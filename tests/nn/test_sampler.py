@@ -82,6 +82,40 @@ def test_a_bias_belongs_to_the_models_own_scores() -> None:
     assert sets(neg.indices()) == expected_sets(query[real], catalog, target[real], 3, 40, 0)
 
 
+@pytest.mark.parametrize("random", ["uniform", "popularity", "log_uniform"])
+@pytest.mark.parametrize("taught", [False, True])
+@pytest.mark.parametrize("hard_fraction", [0.0, 0.5, 1.0])
+def test_an_item_masked_by_its_bias_is_no_negative(hard_fraction: float, taught: bool, random: str) -> None:
+    query, catalog, target, history = batch(2)
+    bias = torch.where(torch.arange(V) % 2 == 0, -torch.inf, 0.25)
+    sampler = af.RankSliceSampler(
+        2,
+        60,
+        hard_fraction=hard_fraction,
+        random=random,
+        popularity=torch.ones(V) if random == "popularity" else None,
+        teacher=(lambda _: (query, catalog)) if taught else None,
+        first_item=1,
+        ignore_index=0,
+    )
+    given = {"history": history, "bias": bias}
+    for ids in (
+        sampler(query, catalog, target, **given).indices(),
+        sampler.sample(query, catalog, target, num_negatives=40, **given),
+    ):
+        assert (ids[ids >= 0] % 2 == 1).all() and (ids >= 0).any(1).all()
+    real = target[target != 0]
+    if hard_fraction == 1.0:  # ranks count the other items alone
+        scores = query[target != 0] @ catalog[1::2].T
+        order = 2 * scores.sort(dim=1, descending=True, stable=True).indices[:, 2:60] + 1
+        expected = [set(row.tolist()) - {int(t)} for row, t in zip(order, real, strict=True)]
+        assert sets(sampler(query, catalog, target, **given).indices()) == expected
+    everything = torch.full((V,), -torch.inf)
+    if hard_fraction < 1.0:
+        with pytest.raises(ValueError, match="bias is -inf for every item that could be drawn"):
+            sampler.sample(query, catalog, target, num_negatives=40, history=history, bias=everything)
+
+
 def test_a_session_does_not_meet_its_own_items() -> None:
     query, catalog, target, history = batch()
     sampler = af.RankSliceSampler(0, V - 1, exclude_history=True, first_item=1, ignore_index=0)
