@@ -162,24 +162,17 @@ def our_slice_loss(case: Case, inputs: Tensors, precision: str | None = None, ma
     return forward_backward(inputs, loss)
 
 
-def our_slice_of_bits(case: Case, inputs: Tensors) -> Call:
-    """The slice as bits, whatever its size."""
-    mask = torch.zeros(case.sessions, case.items, dtype=torch.bool).scatter_(1, inputs["neg"], True)
-    return forward_backward(inputs, partial(slice_cross_entropy, neg=RankSlice.from_mask(mask)))
-
-
 def our_sampled(
     case: Case,
     inputs: Tensors,
     precision: str | None = None,
     sparse_grad: bool = False,
-    dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Call:
-    neg = inputs["neg"] if dtype is None else inputs["neg"].to(dtype)
-
     def loss(q: Tensor, e: Tensor, target: Tensor) -> Tensor:
-        return sampled_softmax(q, e, target, neg, sparse_grad=sparse_grad, precision=precision, backend=backend)
+        return sampled_softmax(
+            q, e, target, inputs["neg"], sparse_grad=sparse_grad, precision=precision, backend=backend
+        )
 
     return forward_backward(inputs, loss)
 
@@ -211,8 +204,6 @@ SLICE_LOSS = (
     Implementation("advanced indexing", partial(over_slice, indexing_loss)),
     Implementation("gather", partial(over_slice, gather_loss), dtypes=ANY_DTYPE, devices=BOTH),
     Implementation("masked_fill", masked_loss),
-    Implementation(f"{OURS}, bits", our_slice_of_bits, OURS, ours=True, figures=("form",)),
-    Implementation(f"{OURS}, ids", partial(our_sampled, dtype=torch.int32), OURS, ours=True, figures=("form",)),
 )
 SAMPLED_SOFTMAX = (
     BASE,
@@ -226,11 +217,6 @@ SAMPLED_SOFTMAX = (
     Implementation("CCE-", cce_minus, dtypes=ANY_DTYPE, devices=GPU),
     Implementation("RePlay CESampled", None, "replay-rec", figures=TABLE, python="replay"),
 )
-
-
-def one_item_in(share: int) -> Case:
-    """A slice of one item in `share`, for the crossover of its two forms."""
-    return Case(40_258, 128, stop=40_258 // share, figure="form")
 
 
 SAMPLED = Case(100_000, 128, negatives=2_000)
@@ -249,10 +235,8 @@ OPS = (
     Op(
         "slice_cross_entropy", "Cross-entropy over a slice, forward and backward", 3,
         *CHECKED, SLICE_LOSS,
-        quick=(SLICED, *(one_item_in(share) for share in (8, 128))),
-        full=(
-            SHOP_SLICED, *slice_curve((10_000, 40_000, 160_000, 400_000)), *(one_item_in(n) for n in (16, 32, 64)),
-        ),
+        quick=(SLICED,),
+        full=(SHOP_SLICED, *slice_curve((10_000, 40_000, 160_000, 400_000))),
         gpu=tuple(case for case in on_gpu(start=20, stop=20_000) if case.items < LARGE[-1]),
     ),
     Op(

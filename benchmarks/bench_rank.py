@@ -24,7 +24,6 @@ from .harness.op import ANY_DTYPE, BASELINE, BOTH, GPU, RANKS, Implementation, O
 from .harness.worker import BATCHES, Call, Case, Tensors
 
 ITEM_BLOCK = 1 << 16  # items scored at a time by the implementation that walks the catalog in blocks
-MINED = 16  # negatives of each query that mine_hard_negatives draws from the slice
 
 
 # --- plain torch ---
@@ -74,21 +73,6 @@ def torch_topk(case: Case, inputs: Tensors, ordered: bool = True) -> Call:
         return {"members": ids[inside].view(len(ids), -1)}
 
     return Call(run, partial(take_rows, rows) if ordered else read_unordered)
-
-
-def torch_kthvalue(case: Case, inputs: Tensors) -> Call:
-    """The scores at both ends by kthvalue, and a comparison with them: a mask (B, V)."""
-    query, catalog = padded(inputs["query"]), padded(inputs["catalog"]).T
-    scores, rows = score_buffer(case.sessions, case.items, query), inputs["rows"]
-
-    def run(i: int) -> Tensor:
-        y = torch.mm(query[i % BATCHES], catalog, out=scores)
-        inside = y >= y.kthvalue(case.items - case.stop + 1, keepdim=True).values
-        if case.start:
-            inside &= y < y.kthvalue(case.items - case.start + 1, keepdim=True).values
-        return inside
-
-    return Call(run, lambda mask: members_of(mask[rows]))
 
 
 def torch_blocks(case: Case, inputs: Tensors) -> Call:
@@ -209,60 +193,6 @@ def semantic_search(case: Case, inputs: Tensors) -> Call:
     return Call(run, read)
 
 
-class LookUp:
-    """Stands in for a sentence-transformers model: embeddings are looked up by the number that ends a text."""
-
-    device = torch.device("cpu")
-    similarity_fn_name = "dot"
-
-    def __init__(self, query: np.ndarray, document: np.ndarray):
-        self.query, self.document = query, document
-
-    def encode_query(self, texts: list[str], **_: Any) -> np.ndarray:
-        return self.query[[int(text.split()[1]) for text in texts]]
-
-    def encode_document(self, texts: list[str], **_: Any) -> np.ndarray:
-        return self.document[[int(text.split()[1]) for text in texts]]
-
-    def similarity(self, a: np.ndarray | Tensor, b: np.ndarray | Tensor) -> Tensor:
-        return torch.as_tensor(a) @ torch.as_tensor(b).T
-
-    def similarity_pairwise(self, a: np.ndarray | Tensor, b: np.ndarray | Tensor) -> Tensor:
-        return (torch.as_tensor(a) * torch.as_tensor(b)).sum(1)
-
-    def get_embedding_dimension(self) -> int:
-        return int(self.query.shape[1])
-
-
-def mine_hard_negatives(case: Case, inputs: Tensors) -> Call:
-    """sentence-transformers' mining over the same ranks, of which it draws 16 negatives for each query.
-
-    Mining leaves a query's positive out of its ranks; here that is the item that scores lowest, so that ranks are ours.
-    """
-    from datasets import Dataset
-    from sentence_transformers.util import mine_hard_negatives as mine
-
-    catalog, corpus = inputs["catalog"], [f"item {j}" for j in range(case.items)]
-    batches: list[Any] = []
-    for query in inputs["query"]:
-        positive = [corpus[j] for j in (query @ catalog.T).argmin(1).tolist()]
-        pairs = {"anchor": [f"query {b}" for b in range(case.sessions)], "positive": positive}
-        batches.append((Dataset.from_dict(pairs), LookUp(query.numpy(), catalog.numpy())))
-
-    def run(i: int) -> Any:
-        pairs, model = batches[i % BATCHES]
-        ranks: Any = {"range_min": case.start, "range_max": case.stop, "num_negatives": MINED}
-        options: Any = {"sampling_strategy": "random", "output_format": "n-tuple", "verbose": False}
-        return mine(pairs, model, corpus=corpus, **ranks, **options)
-
-    def read(result: Any) -> Tensors:
-        columns = [result[f"negative_{j + 1}"] for j in range(MINED)]
-        ids = [[int(column[row].split()[1]) for column in columns] for row in inputs["rows"].tolist()]
-        return {"members": torch.tensor(ids)}
-
-    return Call(run, read)
-
-
 # --- what is compared ---
 
 
@@ -289,7 +219,7 @@ BASE = Implementation(
     error=data.product_error,
     tolerance=RANKS,
     dtypes=ANY_DTYPE,
-    figures=("", "V", "threads", "form"),
+    figures=("", "V", "threads"),
     devices=BOTH,
 )
 RANK_SLICE = (
@@ -297,16 +227,11 @@ RANK_SLICE = (
     *ours(our_slice, RANKS, devices=BOTH),
     Implementation("mm, topk", torch_topk, dtypes=ANY_DTYPE, devices=BOTH),
     Implementation("mm, topk unsorted", UNSORTED, dtypes=ANY_DTYPE, figures=("", "V", "threads"), devices=BOTH),
-    Implementation("mm, kthvalue", torch_kthvalue, figures=TABLE),
     Implementation("mm, numpy argpartition", numpy_argpartition, "numpy", figures=TABLE),
     Implementation("Faiss IndexFlatIP", faiss_flat, "faiss-cpu", modules=("faiss",)),
     Implementation("Faiss GPU", faiss_flat, "faiss-gpu", dtypes=ANY_DTYPE, devices=GPU),
     Implementation("usearch exact", usearch_exact, "usearch", figures=TABLE, modules=("usearch.index",)),
-    Implementation(
-        "mine_hard_negatives, 16", mine_hard_negatives, "sentence-transformers", data.subset_error, figures=TABLE,
-        modules=("sentence_transformers.util", "datasets"),
-    ),
-)  # fmt: skip
+)
 TOP_K = (
     BASE,
     *ours(our_top_k, RANKS, devices=BOTH),

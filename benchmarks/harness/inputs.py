@@ -163,11 +163,6 @@ def slice_error(result: Tensors, truth: Tensors) -> float:
     return _relative(beyond.clamp(min=0.0), scores)
 
 
-def subset_error(result: Tensors, truth: Tensors) -> float:
-    """As slice_error, where only some of the slice's members are asked for."""
-    return slice_error(result, truth | {"size": torch.tensor(result["members"].shape[1])})
-
-
 def ranking_error(result: Tensors, truth: Tensors) -> float:
     """`members` (8, k) int64, best first: each one's score against the score of its rank, over the largest score."""
     members, scores, size = result["members"], truth["scores"], int(truth["size"])

@@ -43,8 +43,6 @@ def draw(results: Results, out: Path) -> list[Path]:
             over_v = [r for r in timed if r.op == op and r.case.figure == "V"]
             written += _save(out, f"time_{op}", over_v, _time)
             written += _save(out, f"memory_{op}", [r for r in over_v if r.extra_bytes], _memory)
-        written += _save(out, "crossover", [r for r in timed if r.case.figure == "form"], _crossover)
-        written += _save(out, "threads", [r for r in timed if r.case.figure == "threads"], _threads)
     return written
 
 
@@ -71,31 +69,6 @@ _time = partial(_over_items, what="time", unit="milliseconds", value=lambda r: 1
 _memory = partial(
     _over_items, what="peak memory beyond the inputs", unit="MiB", value=lambda r: (r.extra_bytes or 0) / 2**20
 )
-
-
-def _crossover(ax: Axes, records: list[Record]) -> None:
-    case = records[0].case
-    ours = [r for r in records if r.implementation != BASELINE]
-    _plot(ax, _curves(ours, lambda r: (100 * (r.case.stop - r.case.start) / r.case.items, 1e3 * (r.seconds or 0.0))))
-    title = f"slice_cross_entropy: slices as bits and as ids, V = {case.items:,}, d = {case.width}"
-    ax.set(title=title, xlabel="items in the slice, % of the catalog", ylabel="milliseconds")
-    _logarithmic(ax)
-
-
-def _threads(ax: Axes, records: list[Record]) -> None:
-    """How many times faster than on one thread."""
-    curves: dict[str, tuple[bool, Curve]] = {}
-    for op, name in dict.fromkeys((r.op, r.implementation) for r in records):
-        same = [r for r in records if (r.op, r.implementation) == (op, name)]
-        one = next((r.seconds for r in same if r.case.threads == 1), None)
-        if one:
-            curve = sorted((float(r.case.threads), one / (r.seconds or one)) for r in same)
-            curves.setdefault(name if name == BASELINE else f"{op}: {name}", (same[0].ours, curve))
-    _plot(ax, curves)
-    most = max(record.case.threads for record in records)
-    ax.plot([1, most], [1, most], color=MUTED, linestyle=":", linewidth=1, zorder=0)
-    ax.set_xticks(sorted({record.case.threads for record in records}))
-    ax.set(title="Threads: times faster than one", xlabel="threads", ylabel="speed-up")
 
 
 def _curves(records: Sequence[Record], point: Point) -> dict[str, tuple[bool, Curve]]:

@@ -166,7 +166,7 @@ def _row(record: Record, results: Results, details: Sequence[str]) -> list[str]:
         name += f" ({record.operations / record.seconds / 1e9:,.0f} GFLOP/s)"
     first, median, third = record.quartiles
     ratio = results.ratio(record)
-    ceiling = None if record.implementation == BASELINE or record.case.figure == "form" else ratio
+    ceiling = None if record.implementation == BASELINE else ratio
     return [
         f"{name} ({record.failed})" if record.failed else name, milliseconds(record.seconds), milliseconds(median),
         milliseconds(third - first), _number(ratio), f"{100 * record.products / ceiling:.0f}%" if ceiling else "",

@@ -53,8 +53,7 @@ class Case:
         """As tables and the stored baseline call it."""
         words = [f"V = {self.items:,}", f"d = {self.width}"]
         if self.stop:
-            best = not self.start and self.figure != "form"
-            words.append(f"k = {self.stop}" if best else f"ranks {self.start}:{self.stop}")
+            words.append(f"ranks {self.start}:{self.stop}" if self.start else f"k = {self.stop}")
         if self.negatives:
             words.append(f"{self.negatives:,} negatives{' shared' if self.shared else ''}")
         if self.training:

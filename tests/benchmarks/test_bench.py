@@ -160,7 +160,7 @@ def test_a_run_leaves_json_a_table_and_figures(
     assert len(results.records) == 3 * cases
     page = (tmp_path / "table.md").read_text()
     assert "busy with other work" in page and "## rank_slice" in page and "**sleeps**" in page
-    for name in ("time_rank_slice", "memory_rank_slice", "threads"):
+    for name in ("time_rank_slice", "memory_rank_slice"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000, name
         assert "<svg" in (tmp_path / f"{name}.svg").read_text()
 

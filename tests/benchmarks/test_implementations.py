@@ -19,7 +19,7 @@ TINY = {
     "rank_slice": [SLICED, replace(SLICED, data="clustered"), replace(SLICED, data="popular")],
     "top_k": [BEST],
     "full_softmax": [SMALL],
-    "slice_cross_entropy": [SLICED, replace(SLICED, figure="form")],
+    "slice_cross_entropy": [SLICED],
     "sampled_softmax": [replace(SMALL, negatives=50), replace(SMALL, negatives=50, shared=True)],
     "step": [SLICED],
     "sasrec": [Case(300, 16, sessions=64, training=True, threads=1)],
@@ -56,8 +56,7 @@ def test_implementations_that_need_no_library_are_right(
 def test_every_implementation_on_a_cpu_is_in_the_pytest_front_end() -> None:
     cases = {(case.values[0].name, case.values[2].name): case.marks for case in test_bench.CASES}
     on_cpu = {(op.name, one.name) for op in OPS for one in op.implementations if one.devices != ("cuda",)}
-    only_drawn = {(op, name) for op, name in on_cpu if name.endswith((", bits", ", ids"))}
-    assert on_cpu - only_drawn <= set(cases)
+    assert on_cpu <= set(cases)
     (mark,) = cases["sasrec", "RecBole SASRec"]
     assert mark.name == "skip" and "--python recbole=PATH" in mark.args[0]
 
@@ -89,8 +88,6 @@ def test_wrong_slices_and_rankings_are_found() -> None:
     for bad in (members[:, 1:], torch.cat([members[:, :-1], members[:, :1]], 1)):
         with pytest.raises(ValueError, match="wrong"):
             data.slice_error({"members": bad}, truth)
-    assert data.subset_error({"members": members[:, 50:60]}, truth) == 0.0
-    assert data.subset_error({"members": ranked[:, 695:705]}, truth) > RANKS[0]
     best = data.ranking_truth(BEST, data.make_ranking(BEST))
     ranked = best["scores"].sort(1, descending=True).indices
     assert data.ranking_error({"members": ranked[:, :20]}, best) == 0.0
