@@ -348,6 +348,20 @@ def loss_case(
     return Case(f"{op} {form} d={d} {product}{source}{tail}", run, product)
 
 
+def layer_norm_case(d: int) -> Case:
+    """Forward, backward, and backward with a step of Adam."""
+
+    def run() -> None:
+        from alterrec_fast.kernels.layer_norm import Adam, layer_norm_adam, layer_norm_bwd, layer_norm_fwd
+
+        x, weight, number = (torch.empty(shape, device="meta") for shape in ((V, d), (d,), ()))
+        layer_norm_fwd(x, weight, weight, 1e-5)
+        layer_norm_bwd(x, x, weight, 1e-5)
+        layer_norm_adam(x, x, weight, 1e-5, Adam(x, x, number, number, (0.9, 0.999), 1e-8, 0.0))
+
+    return Case(f"layer_norm d={d}", run, "")
+
+
 # Every kernel in every form that a launcher chooses, on bf16; every kernel with a product in every arithmetic, and at
 # widths on either side of what decides its block and whether rows are masked. "extras" are a bias, excluded items or
 # positives and log_q, and `check`.
@@ -380,6 +394,7 @@ CASES = [
     loss_case("own", "bf16", 300, extras=True),
     loss_case("own", "ieee", 300),
     loss_case("own", "bf16", 300, needs="bias"),
+    *(layer_norm_case(d) for d in (16, 128, 300, 1024)),
 ]
 
 
