@@ -114,8 +114,8 @@ def prepare(
     if catalog not in ("sessions", "all"):
         raise ValueError(f"catalog must be 'sessions' or 'all', got {catalog!r}")
     if not (0 <= validation_fraction < 1 and 0 <= test_fraction < 1 and validation_fraction + test_fraction < 1):
-        found = f"{validation_fraction} and {test_fraction}"
-        raise DataError(f"validation_fraction and test_fraction must be in [0, 1) and sum to less than 1, got {found}")
+        given = f"{validation_fraction} and {test_fraction}"
+        raise DataError(f"validation_fraction and test_fraction must be in [0, 1) and sum to less than 1, got {given}")
     if out.resolve() in (raw.resolve(), *raw.resolve().parents):
         raise DataError(f"{out}: holds the raw files {raw}, which writing would replace; choose another folder")
     check_place(out, overwrite)  # Dataset.write checks too, but only after all the reading
@@ -141,11 +141,11 @@ def prepare(
     rows = rows.astype(np.int32 if rows[-1] < np.iinfo(np.int32).max else np.int64)
     items = names.to_frame().filter(pl.Series(used)).join(table, on="item_id", how="left", maintain_order="left")
     order = np.arange(len(split)) if coded.times is None else np.argsort(coded.times, kind="stable")
-    parts = {name: _gather(rows, coded, order[split[order] == code]) for code, name in enumerate(SPLITS)}
+    by_split = {name: _gather(rows, coded, order[split[order] == code]) for code, name in enumerate(SPLITS)}
 
     texts = pl.col(read.text_columns)
     trained = np.zeros(len(items), bool)
-    trained[parts["train"].items] = True
+    trained[by_split["train"].items] = True
     notes = {
         "items that the item table lacks": int(used[len(table) :].sum()),
         "items with no text": len(items) - len(items.filter(pl.any_horizontal(texts.is_not_null()))),
@@ -158,14 +158,14 @@ def prepare(
         read=read.read,
         left_out=left_out,
         notes=notes,
-        sessions={name: len(part) for name, part in parts.items()},
-        interactions={name: len(part.items) for name, part in parts.items()},
+        sessions={name: len(part) for name, part in by_split.items()},
+        interactions={name: len(part.items) for name, part in by_split.items()},
         num_items=len(items),
         text_columns=read.text_columns,
         warnings=warnings,
     )
     facts = {key: value for key, value in asdict(summary).items() if key not in ("out", "num_items", "text_columns")}
-    Dataset.write(out, parts, items, read.text_columns, {**facts, "raw": str(raw)}, overwrite)
+    Dataset.write(out, by_split, items, read.text_columns, {**facts, "raw": str(raw)}, overwrite)
     return summary
 
 

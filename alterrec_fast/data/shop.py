@@ -24,9 +24,9 @@ import polars as pl
 
 from alterrec_fast.data.sessions import Dataset, Sessions
 
-PARTS = ("partner", "similar", "theme", "popular")
-TEXT_PARTS = ("similar", "theme", "popular")
-ID_PARTS = ("partner", "popular")
+SOURCES = ("partner", "similar", "theme", "popular")
+TEXT_SOURCES = ("similar", "theme", "popular")
+ID_SOURCES = ("partner", "popular")
 TEST_SHARE, VALIDATION_SHARE = 0.2, 0.1
 MAX_LENGTH = 50
 
@@ -176,23 +176,23 @@ class Shop:
         return session / len(self.sessions)
 
     def next_item_probabilities(
-        self, last: np.ndarray, first: np.ndarray, time: np.ndarray, parts: Collection[str] = PARTS
+        self, last: np.ndarray, first: np.ndarray, time: np.ndarray, sources: Collection[str] = SOURCES
     ) -> np.ndarray:
         """(B, V) float64: the probability of each next item after `last`, in a session that began with `first`.
 
-        last, first: (B,) catalog rows. time: (B,) of `time()`. parts: of PARTS, the sources to count; rows add up to 1
-        with all of them. TEXT_PARTS is the most that titles can tell, ID_PARTS what they can't. For small catalogs:
-        the result is dense.
+        last, first: (B,) catalog rows. time: (B,) of `time()`. sources: those of SOURCES to count; rows add up to 1 with
+        all of them. TEXT_SOURCES is the most that titles can tell, ID_SOURCES what they can't. For small catalogs: the
+        result is dense.
         """
-        unknown = set(parts) - set(PARTS)
+        unknown = set(sources) - set(SOURCES)
         if unknown:
-            raise ValueError(f"parts must be of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
+            raise ValueError(f"sources must be of {', '.join(SOURCES)}, got {', '.join(sorted(unknown))}")
         config, truth = self.config, self.truth
         B, V = len(last), len(truth.family)
         rows = np.arange(B)
         result = np.zeros((B, V))
         has_partners = truth.partners[last, 0] >= 0
-        if "partner" in parts:
+        if "partner" in sources:
             pick = rows[has_partners]
             result[pick[:, None], truth.partners[last[pick]]] += config.partner * truth.partner_odds
 
@@ -201,21 +201,21 @@ class Shop:
         similar[rows, last] = False
         others = similar.sum(1)
         to_family = np.where(has_partners, config.similar, config.partner + config.similar)
-        if "similar" in parts:
+        if "similar" in sources:
             result += similar * (to_family / np.maximum(others, 1))[:, None]
-        if "theme" in parts:
+        if "theme" in sources:
             share = truth.weight / np.bincount(truth.theme, truth.weight)[truth.theme].clip(min=np.finfo(float).tiny)
             result += config.theme * share * (truth.theme == truth.theme[first][:, None])
-        if "popular" in parts:
+        if "popular" in sources:
             rest = 1 - config.partner - config.similar - config.theme
             result += (rest + to_family * (others == 0))[:, None] * (truth.weight / truth.weight.sum())
         return result
 
-    def oracle_ranks(self, sessions: range, parts: Collection[str] = PARTS, block: int = 512) -> np.ndarray:
-        """(N,) int64: the 0-based rank an oracle that knows `parts` gives each target, for every prefix of `sessions`.
+    def oracle_ranks(self, sessions: range, sources: Collection[str] = SOURCES, block: int = 512) -> np.ndarray:
+        """(N,) int64: the 0-based rank an oracle that knows `sources` gives each target, for every prefix of `sessions`.
 
         Targets come session by session, oldest first. Ties go to the lower item. An average of ``ranks < 20`` is the
-        Hits@20 that no model can beat on average, where `parts` is all of them.
+        Hits@20 that no model can beat on average, where `sources` is all of them.
         """
         last, target, session = prefixes(self.sessions, sessions)
         first = self.sessions.items[self.sessions.offsets[session]]
@@ -224,7 +224,7 @@ class Shop:
         ids = np.arange(len(self.truth.family))
         for start in range(0, len(target), block):
             now = slice(start, start + block)
-            scores = self.next_item_probabilities(last[now], first[now], time[now], parts)
+            scores = self.next_item_probabilities(last[now], first[now], time[now], sources)
             goal = target[now][:, None]
             reached = np.take_along_axis(scores, goal, 1)
             ranks[now] = ((scores > reached) | ((scores == reached) & (ids < goal))).sum(1)
@@ -288,10 +288,10 @@ def _make_catalog(config: ShopConfig, rng: np.random.Generator) -> tuple[pl.Data
     names, brand = np.divmod(names, len(BRANDS))
     names, material = np.divmod(names, len(MATERIALS))
     product, theme_of_family = np.divmod(names, len(THEMES))
-    look = np.empty(V, np.int64)
+    looks = np.empty(V, np.int64)
     first_look = rng.integers(0, _LOOKS, num_families)
-    look[members] = (first_look[family_of_place] + _LOOK_STEP * (place - starts[family_of_place])) % _LOOKS
-    colour, style = np.divmod(look, len(STYLES))
+    looks[members] = (first_look[family_of_place] + _LOOK_STEP * (place - starts[family_of_place])) % _LOOKS
+    colour, style = np.divmod(looks, len(STYLES))
 
     def words(vocabulary: tuple[str, ...], index: np.ndarray) -> pl.Series:
         return pl.Series(vocabulary, dtype=pl.String).gather(index)

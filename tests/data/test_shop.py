@@ -7,10 +7,10 @@ import pytest
 
 from alterrec_fast.data.sessions import DataError, Dataset
 from alterrec_fast.data.shop import (
-    ID_PARTS,
+    ID_SOURCES,
     MAX_LENGTH,
-    PARTS,
-    TEXT_PARTS,
+    SOURCES,
+    TEXT_SOURCES,
     Shop,
     ShopConfig,
     generate,
@@ -138,11 +138,13 @@ def test_both_structures_show_and_text_alone_reaches_rare_items(
 
 
 def test_oracle_beats_its_halves_and_every_model(shop: Shop, test_range: range, hits: dict[str, np.ndarray]):
-    rate = {parts: (shop.oracle_ranks(test_range, parts) < 20).mean() for parts in (PARTS, TEXT_PARTS, ID_PARTS)}
-    assert 0.5 < rate[PARTS] < 0.75
-    assert rate[TEXT_PARTS] > 0.3 and rate[ID_PARTS] > 0.3
-    assert rate[PARTS] > 1.3 * max(rate[TEXT_PARTS], rate[ID_PARTS])
-    assert rate[PARTS] > 1.05 * max(hit.mean() for hit in hits.values())
+    rate = {
+        sources: (shop.oracle_ranks(test_range, sources) < 20).mean() for sources in (SOURCES, TEXT_SOURCES, ID_SOURCES)
+    }
+    assert 0.5 < rate[SOURCES] < 0.75
+    assert rate[TEXT_SOURCES] > 0.3 and rate[ID_SOURCES] > 0.3
+    assert rate[SOURCES] > 1.3 * max(rate[TEXT_SOURCES], rate[ID_SOURCES])
+    assert rate[SOURCES] > 1.05 * max(hit.mean() for hit in hits.values())
 
 
 def test_probabilities_add_up_and_parts_sum_to_the_whole(shop: Shop, test_range: range):
@@ -152,9 +154,9 @@ def test_probabilities_add_up_and_parts_sum_to_the_whole(shop: Shop, test_range:
     assert (whole >= 0).all()
     np.testing.assert_allclose(whole.sum(1), 1, atol=1e-12)
     np.testing.assert_allclose(
-        whole, sum(shop.next_item_probabilities(last, first, time, [part]) for part in PARTS), atol=1e-15
+        whole, sum(shop.next_item_probabilities(last, first, time, [source]) for source in SOURCES), atol=1e-15
     )
-    with pytest.raises(ValueError, match=r"parts must be of partner, .* got price"):
+    with pytest.raises(ValueError, match=r"sources must be of partner, .* got price"):
         shop.next_item_probabilities(last, first, time, ["price"])
 
 
