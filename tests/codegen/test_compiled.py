@@ -37,7 +37,7 @@ def launched_kernels() -> set[str]:
 
 def test_kernels_are_found_by_their_launches() -> None:
     found = launched_kernels()
-    assert {"_scan_kernel", "_partition_kernel", "_segment_kernel", "_loss_kernel"} <= found
+    assert {"_scan_kernel", "_lse_kernel", "_segment_kernel", "_loss_kernel"} <= found
     assert len(found) == 23
 
 

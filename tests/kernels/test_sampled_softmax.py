@@ -59,6 +59,27 @@ def test_sparse_gradients_int32_ids_strided_rows_no_positives(shared: bool) -> N
     assert grad.is_sparse and grad.is_coalesced() and (grad.indices()[0].diff() > 0).all()
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_ignored_rows_may_hold_anything_and_masked_items_are_no_negatives(shared: bool, sparse: bool) -> None:
+    """The gradient of an ignored row is zero, and every other one is what it is without it."""
+    query, catalog, options = problem(5, 40, 12, 20, shared)
+    del options["positives"]
+    options["target"] = torch.tensor([30, -100, 31, 32, 33])
+    masked = torch.arange(40) < 10
+    neg = options["neg"]
+    options |= {"sparse_grad": sparse, "bias": torch.linspace(-1.0, 1.0, 40)}
+    wanted = options | {"neg": torch.where((neg >= 0) & (neg < 10), -1, neg)}
+    want = call(sampled_softmax, query, catalog, backend="triton", **wanted)
+    query[1] = math.nan
+    options["bias"] = options["bias"].masked_fill(masked, -math.inf)
+    given = call(sampled_softmax, query, catalog, backend="triton", check=True, **options)
+    assert not given[1][1].any()
+    for a, b in zip(given, want, strict=True):
+        a, b = (x.to_dense() if x.is_sparse else x for x in (a, b))
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_no_rows_and_no_negatives() -> None:
     catalog = torch.randn(10, 4, requires_grad=True)
     for b, shape in ((0, (0, 5)), (0, (5,)), (3, (3, 0)), (3, (0,))):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from alterrec_fast.kernels import columns
+from alterrec_fast.kernels.losses import Problem
 from torch import Tensor
 
 from alterrec_fast.ops import RankSlice, slice_cross_entropy
@@ -172,3 +173,69 @@ def test_opcheck() -> None:
         (inputs[0], inputs[1], *rest, inputs[2], 0, -100, kept, False, True),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
+
+
+@pytest.mark.parametrize("form", ["bits", "all", "ids"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_ignored_rows_may_hold_anything(form: str, bad: float) -> None:
+    """Their gradient is zero, and every other one is what it is without them."""
+    query, catalog, options = problem(5, 70, 8, 0, form)
+    options |= {"bias": torch.linspace(-1.0, 1.0, 70), "check": True}
+    want = call(slice_cross_entropy, query, catalog, backend="triton", **options)
+    query[1] = bad  # whose target is ignored
+    given = call(slice_cross_entropy, query, catalog, backend="triton", **options)
+    assert not given[1][1].any()
+    assert all(torch.equal(a, b) for a, b in zip(given, want, strict=True))
+
+
+@pytest.mark.parametrize("form", ["bits", "all", "ids"])
+def test_items_masked_by_a_bias_are_no_negatives(form: str) -> None:
+    """As in a slice without them; a row without others has no loss."""
+    query, catalog, options = problem(5, 70, 8, 0, form)
+    del options["positives"]
+    options["target"] = torch.tensor([65, -100, 66, 67, 68])
+    masked = torch.arange(70) % 3 == 0
+    masked[65:69] = False
+    bias = torch.linspace(-1.0, 1.0, 70)
+    neg = torch.ones(5, 70, dtype=torch.bool) if form == "all" else options["neg"].mask()
+    want = call(
+        slice_cross_entropy,
+        query,
+        catalog,
+        backend="reference",
+        **options | {"neg": slice_of(neg & ~masked, "bits"), "bias": bias},
+    )
+    options["bias"] = bias.masked_fill(masked, -math.inf)
+    given = call(slice_cross_entropy, query, catalog, backend="triton", check=True, **options)
+    for a, b in zip(given, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert not given[2][masked].any()
+    options["bias"] = torch.full((70,), -math.inf)
+    nothing = call(slice_cross_entropy, query, catalog, backend="triton", check=False, **options)
+    assert not any(x.any() for x in nothing)
+
+
+def test_bits_that_are_too_short_are_refused() -> None:
+    query, catalog, options = problem(5, 70, 8, 0, "bits")
+    p = Problem.of(query, catalog, options["target"], None, 1.0, 1.0, None, None, -100, False, False)
+    for bits in (options["neg"].bits[:, :8], options["neg"].bits[:4]):
+        with pytest.raises(ValueError, match=r"neg.bits must be \(5, at least 9\) for 70 items"):
+            columns.Columns.of(p, 0, bits)
+    apart = torch.zeros(5, 40, dtype=torch.uint8)[:, 1:20]  # neither at a word nor of whole words
+    apart[:, :9] = options["neg"].bits[:, :9]
+    want = columns.Columns.of(p, 0, options["neg"].bits).bits
+    assert torch.equal(columns.Columns.of(p, 0, apart).bits[:, :3], want[:, :3])
+
+
+def test_any_strides() -> None:
+    _, catalog, options = problem(3, 70, 8, 0, "all")
+    line = torch.linspace(-1.0, 1.0, 100)
+    for rows, items in (
+        (line[:8].expand(3, 8), catalog.T.contiguous().T),
+        (line[:3, None].expand(3, 8), line[:77].unfold(0, 8, 1)),
+    ):
+        odd = {"bias": torch.stack([line, line], 1)[:70, 0], "target": options["target"].repeat_interleave(2)[::2]}
+        plain = {name: x.contiguous() for name, x in odd.items()}
+        given = slice_cross_entropy(rows, items, reduction="none", backend="triton", **odd)
+        want = slice_cross_entropy(rows.contiguous(), items.contiguous(), reduction="none", backend="triton", **plain)
+        assert torch.equal(given, want)
