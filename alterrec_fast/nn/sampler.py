@@ -339,7 +339,7 @@ class RankSliceSampler(KeepsDtype):
         return query, catalog
 
     def _excluded(self, target: Tensor, num_items: int, history: Tensor | None, rows: Tensor | None) -> Tensor:
-        """(T, m) ids that are no negatives of a row: its target and, where asked for, the session's items; -1 is none."""
+        """(T, m) ids that are never negatives of a row: its target and, if asked for, its session; -1 is none."""
         real = torch.where(target == self.ignore_index, -1, target)
         targets = take_rows(real, rows, 0).unsqueeze(1)
         if not self.exclude_history:
