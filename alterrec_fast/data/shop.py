@@ -180,9 +180,9 @@ class Shop:
     ) -> np.ndarray:
         """(B, V) float64: the probability of each next item after `last`, in a session that began with `first`.
 
-        last, first: (B,) catalog rows. time: (B,) of `time()`. sources: those of SOURCES to count; rows add up to 1 with
-        all of them. TEXT_SOURCES is the most that titles can tell, ID_SOURCES what they can't. For small catalogs: the
-        result is dense.
+        last, first: (B,) catalog rows. time: (B,) of `time()`. sources: those of SOURCES to count; rows add up to 1
+        with all of them. TEXT_SOURCES is the most that titles can tell, ID_SOURCES what they can't. For small catalogs:
+        the result is dense.
         """
         unknown = set(sources) - set(SOURCES)
         if unknown:
@@ -212,7 +212,7 @@ class Shop:
         return result
 
     def oracle_ranks(self, sessions: range, sources: Collection[str] = SOURCES, block: int = 512) -> np.ndarray:
-        """(N,) int64: the 0-based rank an oracle that knows `sources` gives each target, for every prefix of `sessions`.
+        """(N,) int64: the 0-based rank that an oracle of `sources` gives each target, for every prefix of `sessions`.
 
         Targets come session by session, oldest first. Ties go to the lower item. An average of ``ranks < 20`` is the
         Hits@20 that no model can beat on average, where `sources` is all of them.
