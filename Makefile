@@ -5,7 +5,7 @@ PIP = .venv/bin/pip --disable-pip-version-check install --quiet --constraint .ci
 PIP_REPLAY = .venv-replay/bin/pip --disable-pip-version-check install --quiet --constraint .ci/constraints-replay.txt
 PIP_RECOMMENDERS = .venv-recommenders/bin/pip --disable-pip-version-check install --quiet --constraint .ci/constraints-recommenders.txt
 
-.PHONY: bench demo test test-integrations integrations lint sanitize sanitize-python gpu-proof results clean
+.PHONY: bench demo fuzz test test-integrations integrations lint sanitize sanitize-python gpu-proof results clean
 
 # A demo that was broken off goes on, and one that is done is shown again.
 demo: .venv/ready
@@ -31,6 +31,11 @@ sanitize: sanitize-python
 
 sanitize-python: .venv/ready
 	csrc/tests/sanitize_python.sh
+
+# Random calls of every op on every engine against the reference; SEED=... starts at that case.
+SECONDS ?= 60
+fuzz: .venv/ready
+	.venv/bin/python -m tests.fuzz --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 # What can be proven of the GPU code without a GPU: docs/gpu.md. Needs the headers of the CUDA toolkit, in CUDA_HOME or
 # /usr/local/cuda. -rP shows the tables that the tests have asserted.

@@ -140,8 +140,8 @@ struct Arguments {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> sampled_softmax(
     const at::Tensor& query, const at::Tensor& catalog, const at::Tensor& target, const at::Tensor& negatives,
     const OptionalTensor& log_q, const OptionalTensor& positives, double positive_weight, double temperature,
-    const OptionalTensor& bias, int64_t ignore_index, bool /* sparse_grad: for the backward pass */, int64_t saved_size,
-    bool bf16, bool check) {
+    const OptionalTensor& bias, int64_t ignore_index, bool /* sparse_grad: for the backward pass */, bool bf16,
+    int64_t saved_size, bool check) {
   const c10::DeviceGuard guard(query.device());
   const Arguments arguments(
       {query, catalog, target, negatives, log_q, positives, positive_weight, temperature, bias, ignore_index, bf16});
@@ -249,6 +249,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sampled_softmax_backw
 }  // namespace alterrec::cuda
 
 TORCH_LIBRARY_IMPL(alterrec_fast, CUDA, m) {
-  m.impl("sampled_softmax", &alterrec::cuda::sampled_softmax);
-  m.impl("sampled_softmax_backward", &alterrec::cuda::sampled_softmax_backward);
+  m.impl("native_sampled_softmax", &alterrec::cuda::sampled_softmax);
+  m.impl("native_sampled_softmax_backward", &alterrec::cuda::sampled_softmax_backward);
 }

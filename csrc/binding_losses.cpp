@@ -209,7 +209,7 @@ struct FromForward {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> slice_cross_entropy(
     const at::Tensor& query, const at::Tensor& catalog, const at::Tensor& target, const OptionalTensor& members,
     const OptionalTensor& positives, double positive_weight, double temperature, const OptionalTensor& bias,
-    int64_t first_item, int64_t ignore_index, int64_t saved_size, bool bf16, bool check) {
+    int64_t first_item, int64_t ignore_index, bool bf16, int64_t saved_size, bool check) {
   Forward forward(query.size(0), saved_size);
   raising([&] {
     const Arguments arguments({query, catalog, target, positives, bias, std::nullopt, positive_weight, temperature,
@@ -258,8 +258,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> slice_cross_entropy_backward(
 std::tuple<at::Tensor, at::Tensor, at::Tensor> sampled_softmax(
     const at::Tensor& query, const at::Tensor& catalog, const at::Tensor& target, const at::Tensor& negatives,
     const OptionalTensor& log_q, const OptionalTensor& positives, double positive_weight, double temperature,
-    const OptionalTensor& bias, int64_t ignore_index, bool /* sparse_grad: for the backward pass */, int64_t saved_size,
-    bool bf16, bool check) {
+    const OptionalTensor& bias, int64_t ignore_index, bool /* sparse_grad: for the backward pass */, bool bf16,
+    int64_t saved_size, bool check) {
   Forward forward(query.size(0), saved_size);
   raising([&] {
     const Arguments arguments(
@@ -318,8 +318,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sampled_softmax_backw
 }  // namespace alterrec
 
 TORCH_LIBRARY_IMPL(alterrec_fast, CPU, m) {
-  m.impl("slice_cross_entropy", &alterrec::slice_cross_entropy);
-  m.impl("slice_cross_entropy_backward", &alterrec::slice_cross_entropy_backward);
-  m.impl("sampled_softmax", &alterrec::sampled_softmax);
-  m.impl("sampled_softmax_backward", &alterrec::sampled_softmax_backward);
+  m.impl("native_slice_cross_entropy", &alterrec::slice_cross_entropy);
+  m.impl("native_slice_cross_entropy_backward", &alterrec::slice_cross_entropy_backward);
+  m.impl("native_sampled_softmax", &alterrec::sampled_softmax);
+  m.impl("native_sampled_softmax_backward", &alterrec::sampled_softmax_backward);
 }

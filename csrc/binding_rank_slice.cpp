@@ -113,8 +113,7 @@ void write_ids(const uint64_t* bits, int64_t words, int32_t* out, int64_t size) 
 std::tuple<Tensor, Tensor, Tensor> rank_slice(const Tensor& query, const Tensor& catalog, int64_t start, int64_t stop,
                                               int64_t top, const Tensor& exclude_values, const Tensor& exclude_offsets,
                                               const std::optional<Tensor>& bias, int64_t first_item,
-                                              const std::optional<Tensor>& /* guess */, c10::string_view precision,
-                                              bool check) {
+                                              c10::string_view precision, bool check) {
   Arguments arguments({query, catalog, bias, first_item, precision, check});
   RankProblem& problem = arguments.problem;
   const int64_t rows = query.size(0), items = catalog.size(0), size = stop - start;
@@ -186,6 +185,6 @@ std::tuple<Tensor, Tensor> top_k(const Tensor& query, const Tensor& catalog, int
 }  // namespace alterrec
 
 TORCH_LIBRARY_IMPL(alterrec_fast, CPU, m) {
-  m.impl("rank_slice", alterrec::rank_slice);
-  m.impl("top_k", alterrec::top_k);
+  m.impl("native_rank_slice", alterrec::rank_slice);
+  m.impl("native_top_k", alterrec::top_k);
 }

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from alterrec_fast.ops import library
 from alterrec_fast.ops.checks import check_flag
 
 BACKENDS = ("auto", "reference", "native", "triton")
 PRECISIONS = (None, "fp32", "bf16")
+LOSSES = ("slice_cross_entropy", "sampled_softmax")  # the ops that gradients flow through
 
 
 class BackendError(RuntimeError):
@@ -62,7 +64,7 @@ def check_backend(name: str) -> None:
 
 def choose_backend(name: str | None, tensor: Tensor, op: str) -> str:
     """The engine that serves `op` on `tensor`: the one named, else that of the `backend` block around the call, or for
-    "auto" the best one that is there.
+    "auto" the best that is installed.
 
     Raises ValueError for an unknown name and BackendError for an engine that cannot serve this tensor.
     """
@@ -73,7 +75,9 @@ def choose_backend(name: str | None, tensor: Tensor, op: str) -> str:
     chosen = asked
     if asked == "auto":
         chosen = "native" if tensor.device.type == "cpu" or not why_not_native(tensor, op) else "triton"
-    why = why_not_native(tensor, op) if chosen == "native" else why_not_triton(tensor, op)
+    why = why_not_native(tensor, op) if chosen == "native" else why_not_triton(tensor)
+    if not why and op in LOSSES and transformed():
+        why = "it has no rules for torch.func transforms and forward-mode derivatives"
     if not why:
         return chosen
     if asked == "auto":
@@ -81,11 +85,21 @@ def choose_backend(name: str | None, tensor: Tensor, op: str) -> str:
     raise BackendError(f"backend={asked!r}: {why}; backend='auto' and backend='reference' always work")
 
 
+def transformed() -> bool:
+    """Whether the call is inside a torch.func transform (grad, vmap, jvp, ...) or a dual level of forward mode."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass may follow."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def why_not_native(tensor: Tensor, op: str) -> str:
     """Why the extension cannot serve `op` on this tensor; empty where it can."""
     if library.NO_EXTENSION:
         return (
-            f"the extension {library.EXTENSION} is not there ({library.NO_EXTENSION}); install again with a C++ "
+            f"the extension {library.EXTENSION} is missing ({library.NO_EXTENSION}); install again with a C++ "
             "compiler and without ALTERREC_FAST_NO_EXT=1"
         )
     # float64 is for gradcheck, which only the specification computes in.
@@ -96,10 +110,8 @@ def why_not_native(tensor: Tensor, op: str) -> str:
     return ""
 
 
-def why_not_triton(tensor: Tensor, op: str) -> str:
+def why_not_triton(tensor: Tensor) -> str:
     """Why the Triton kernels cannot serve this tensor; empty where they can."""
-    if op not in library.TRITON_OPS:
-        return f"it has no kernel for {op}"
     if not library.TRITON:
         return "triton is not installed"
     if tensor.device.type != "cuda" and not (library.INTERPRETED and tensor.device.type == "cpu"):
@@ -124,9 +136,10 @@ def choose_precision(precision: str | None, query: Tensor, catalog: Tensor) -> s
 
 
 def choose_check(check: bool | None, tensor: Tensor) -> bool:
-    """Whether values are checked: as asked for, else on the CPU only, since elsewhere it synchronises."""
+    """Whether values are checked: as asked for, else on the CPU only, since elsewhere it synchronises, and not under
+    vmap, which can't branch on values."""
     check_flag("check", check)
-    return tensor.device.type == "cpu" if check is None else bool(check)
+    return tensor.device.type == "cpu" and not transformed() if check is None else bool(check)
 
 
 def detached(query: Tensor, catalog: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from alterrec_fast.ops import checks, dispatch, library
+from alterrec_fast.ops import checks, dispatch
 from alterrec_fast.ops.checks import check_exclude_values
+from alterrec_fast.ops.library import Op
 from alterrec_fast.ops.reference import rank_slice_ref
 from alterrec_fast.ops.slices import RankSlice, bits_width, exclude_lists, uses_bits
-
-library.LIBRARY.define(
-    "rank_slice(Tensor query, Tensor catalog, int start, int stop, int top, Tensor exclude_values, "
-    "Tensor exclude_offsets, Tensor? bias, int first_item, Tensor? guess, str precision, bool check) "
-    "-> (Tensor members, Tensor top, Tensor thresholds)"
-)
 
 
 def rank_slice(
@@ -64,96 +61,76 @@ def rank_slice(
     checks.check_range("start, stop", start, stop, catalog.shape[0] - first_item)
     checks.check_integer("top", top)
     checks.check_range("top", 0, top, catalog.shape[0] - first_item)
-    left_out = exclude_lists(exclude, query.shape[0], query.device)
+    exclude_ids = exclude_lists(exclude, query.shape[0], query.device)
     checked = dispatch.choose_check(check, query)
     arithmetic = dispatch.choose_precision(precision, query, catalog)
     query, catalog, bias = dispatch.detached(query, catalog, bias)
     if engine == "reference":
         if checked:
-            check_exclude_values(left_out, catalog.shape[0])
-        return rank_slice_ref(query, catalog, start, stop, top, left_out, bias, first_item, arithmetic, checked)
-    op = _triton if engine == "triton" and query.device.type == "cpu" else torch.ops.alterrec_fast.rank_slice
-    members, best, thresholds = op(
-        query, catalog, start, stop, top, *left_out, bias, first_item, None, arithmetic, checked
-    )
+            check_exclude_values(exclude_ids, catalog.shape[0])
+        return rank_slice_ref(query, catalog, start, stop, top, exclude_ids, bias, first_item, arithmetic, checked)
+    inputs = _Inputs(query, catalog, start, stop, top, *exclude_ids, bias, first_item, arithmetic, checked)
+    members, best, thresholds = _op(inputs, engine)
     as_bits = uses_bits(catalog.shape[0], stop - start)
     return RankSlice(
         bits=members if as_bits else None,
         ids=None if as_bits else members,
         top=best,
         thresholds=thresholds,
-        exclude_values=left_out[0],
-        exclude_offsets=left_out[1],
+        exclude_values=exclude_ids[0],
+        exclude_offsets=exclude_ids[1],
         num_items=catalog.shape[0],
         first_item=first_item,
         size=stop - start,
     )
 
 
-def _fake(
-    query: Tensor,
-    catalog: Tensor,
-    start: int,
-    stop: int,
-    top: int,
-    exclude_values: Tensor,
-    exclude_offsets: Tensor,
-    bias: Tensor | None,
-    first_item: int,
-    guess: Tensor | None,
-    precision: str,
-    check: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    b, v = query.shape[0], catalog.shape[0]
-    if uses_bits(v, stop - start):
-        members = query.new_empty(b, bits_width(v), dtype=torch.uint8)
+class _Inputs(NamedTuple):
+    query: Tensor
+    catalog: Tensor
+    start: int
+    stop: int
+    top: int
+    exclude_values: Tensor
+    exclude_offsets: Tensor
+    bias: Tensor | None
+    first_item: int
+    precision: str
+    check: bool
+
+
+def _fake(x: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    (b, _), v, size = x.query.shape, x.catalog.shape[0], x.stop - x.start
+    if uses_bits(v, size):
+        members = x.query.new_empty(b, bits_width(v), dtype=torch.uint8)
     else:
-        members = query.new_empty(b, stop - start, dtype=torch.int32)
-    return members, query.new_empty(b, top, dtype=torch.int64), query.new_empty(b, 2, dtype=torch.float32)
+        members = x.query.new_empty(b, size, dtype=torch.int32)
+    return members, x.query.new_empty(b, x.top, dtype=torch.int64), x.query.new_empty(b, 2, dtype=torch.float32)
 
 
-torch.library.register_fake("alterrec_fast::rank_slice", _fake, lib=library.LIBRARY)
-
-
-def _triton(
-    query: Tensor,
-    catalog: Tensor,
-    start: int,
-    stop: int,
-    top: int,
-    exclude_values: Tensor,
-    exclude_offsets: Tensor,
-    bias: Tensor | None,
-    first_item: int,
-    guess: Tensor | None,
-    precision: str,
-    check: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The Triton engine; CPU tensors come here directly, under the interpreter."""
+def _triton(x: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
     from alterrec_fast.kernels.rank_slice import rank_slice_fwd
 
-    v = catalog.shape[0]
-    if check:
-        check_exclude_values((exclude_values, exclude_offsets), v)
-    *found, bad = rank_slice_fwd(
-        query,
-        catalog,
-        start,
-        stop,
-        top,
-        exclude_values,
-        exclude_offsets,
-        bias,
-        first_item,
-        precision,
-        check,
-        uses_bits(v, stop - start),
+    v = x.catalog.shape[0]
+    if x.check:
+        check_exclude_values((x.exclude_values, x.exclude_offsets), v)
+    members, best, thresholds, bad = rank_slice_fwd(
+        checks.plain_strides(x.query),
+        checks.plain_strides(x.catalog),
+        x.start,
+        x.stop,
+        x.top,
+        x.exclude_values,
+        x.exclude_offsets,
+        x.bias,
+        x.first_item,
+        x.precision,
+        x.check,
+        uses_bits(v, x.stop - x.start),
         bits_width(v),
     )
     checks.raise_not_finite(bad)
-    members, best, thresholds = found
     return members, best, thresholds
 
 
-torch.library.impl("alterrec_fast::rank_slice", "CUDA", _triton, lib=library.LIBRARY)
-library.TRITON_OPS.add("rank_slice")
+_op = Op("rank_slice", _Inputs, 3, _triton, _fake)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from alterrec_fast.ops.checks import check_ids_in, check_loss_ids
+from alterrec_fast.ops.dispatch import transformed
 from alterrec_fast.ops.slices import RankSlice, pack_bits, uses_bits
 
 P = ParamSpec("P")
@@ -49,17 +50,23 @@ class _Round(torch.autograd.Function):
 
 
 class _TouchedRows(torch.autograd.Function):
-    """catalog[ids] for unique ids, whose gradient is sparse: the touched rows alone, coalesced."""
+    """catalog[ids] for unique ids, whose gradient is sparse: the touched rows alone, coalesced. Where it needs a
+    gradient itself it is dense, since torch differentiates few functions of sparse tensors."""
 
     @staticmethod
-    def forward(ctx: Any, catalog: Tensor, ids: Tensor) -> Tensor:
-        ctx.save_for_backward(ids)
-        ctx.shape = catalog.shape
+    def forward(catalog: Tensor, ids: Tensor) -> Tensor:
         return catalog.index_select(0, ids)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.shape = inputs[0].shape
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (ids,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return grad.new_zeros(ctx.shape).index_add(0, ids, grad), None
         return torch.sparse_coo_tensor(
             ids.unsqueeze(0), grad, ctx.shape, check_invariants=False, is_coalesced=True
         ), None
@@ -252,7 +259,7 @@ def _blocks(rows: int, width: int) -> Iterator[tuple[int, int]]:
 
 def _bounded(block: Callable[..., Tensor], blocks: int, *args: Any) -> Tensor:
     """One row block of a loss; where there are several, its scores are computed again in the backward pass."""
-    if blocks == 1 or not torch.is_grad_enabled():
+    if blocks == 1 or not torch.is_grad_enabled() or transformed():  # torch.func knows no checkpoints
         return block(*args)
     result: Tensor = checkpoint(block, *args, use_reentrant=False)
     return result

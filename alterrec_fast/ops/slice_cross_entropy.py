@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from alterrec_fast.ops import checks, dispatch, library
-from alterrec_fast.ops.checks import check_ids_in
+from alterrec_fast.ops import checks, dispatch
+from alterrec_fast.ops.checks import check_loss_ids, plain_strides
+from alterrec_fast.ops.library import Op
 from alterrec_fast.ops.reference import reduce_loss, slice_cross_entropy_ref
 from alterrec_fast.ops.slices import RankSlice
 
@@ -35,8 +35,8 @@ def slice_cross_entropy(
     """Cross-entropy of each target, and of extra positives, against the same negatives.
 
     With y_i = (q . e_i + bias_i) / temperature and Z = logsumexp of y over the negatives N, the row's loss is
-    ``softplus(Z - y_t) + positive_weight * sum_k softplus(Z - y_k)``: AlterRec, Eqs. (8) to (11), one log-partition for
-    all positives. N is `neg` without the target; without `neg` every item from first_item on but the target, which is
+    ``softplus(Z - y_t) + positive_weight * sum_k softplus(Z - y_k)``: AlterRec, Eqs. (8) to (11), one Z for all
+    positives. N is `neg` without the target; without `neg` every item from first_item on but the target, which is
     ``F.cross_entropy((query @ catalog.T + bias) / temperature, target)``. A row without negatives has zero loss.
 
     Args:
@@ -84,208 +84,183 @@ def slice_cross_entropy(
             raise ValueError(f"neg must be on {query.device}, got {neg.device}")
         if neg.first_item < first_item:
             raise ValueError(f"neg must be made with first_item {first_item} or more, as here, got {neg.first_item}")
-    chosen, checked = dispatch.choose_precision(precision, query, catalog), dispatch.choose_check(check, query)
-    if engine != "reference":
-        members = None if neg is None else neg.ids if neg.bits is None else neg.bits
-        op, kept_size = (
-            torch.ops.alterrec_fast.slice_cross_entropy,
-            torch.sym_min(max_saved_bytes, _kept_bytes(b, v, d)),
-        )
-        if engine == "triton":
-            op, kept_size = torch.ops.alterrec_fast.slice_cross_entropy_triton, _kept_logits(b, members, positives)
-        if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in (query, catalog, bias)):
-            kept_size = 0
-        rows = op(
-            query,
-            catalog,
-            target,
-            members,
-            positives,
-            positive_weight,
-            temperature,
-            bias,
-            first_item,
-            ignore_index,
-            kept_size,
-            chosen == "bf16",
-            checked,
-        )[0]
-    else:
-        rows = slice_cross_entropy_ref(
-            query,
-            catalog,
-            target,
-            neg,
-            positives,
-            positive_weight,
-            temperature,
-            bias,
-            first_item,
-            ignore_index,
-            chosen,
-            checked,
-        )
-    return reduce_loss(rows, target, ignore_index, reduction)
-
-
-def _kept_bytes(rows: int, items: int, width: int) -> int:
-    """The most that the native engine can use: float32 logits of whole tiles of 512 items with a scale for each tile
-    and row; for a slice of ids, a softmax over them and a mean embedding."""
-    return rows * (-(-items // 512) * (512 + 1) + width) * 4
-
-
-def _kept_logits(rows: int, members: Tensor | None, positives: Tensor | None) -> int:
-    """What the Triton engine keeps: the logits of target and positives, and of a slice of ids."""
-    negatives = members.shape[1] if _are_ids(members) and members is not None else 0
-    return rows * (negatives + 1 + (0 if positives is None else positives.shape[1])) * 4
-
-
-def _are_ids(members: Tensor | None) -> bool:
-    return members is not None and members.dtype != torch.uint8
-
-
-def _forward_fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    losses = query.new_empty(query.shape[0], dtype=torch.float32)
-    return losses, torch.empty_like(losses), query.new_empty(rest[9], dtype=torch.uint8)
-
-
-def _backward_fake(_grad: Tensor, query: Tensor, catalog: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    bias, needs = rest[5], rest[-1]
-    return (
-        query.new_empty(query.shape if needs[0] else 0),
-        catalog.new_empty(catalog.shape if needs[1] else 0),
-        catalog.new_empty(catalog.shape[0] if needs[2] else 0, dtype=torch.float32 if bias is None else bias.dtype),
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, catalog, target, members, positives, ctx.positive_weight, ctx.temperature, bias, *static = inputs
-    ctx.first_item, ctx.ignore_index, _, ctx.bf16, _ = static
-    ctx.set_materialize_grads(False)  # there are none for what is kept, which may be large
-    ctx.save_for_backward(query, catalog, target, members, positives, bias, output[1], output[2])
-
-
-def _backward(backward_op: str, ctx: Any, grad_losses: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    query, catalog, target, members, positives, bias, log_partition, kept = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 7)]
-    grads = getattr(torch.ops.alterrec_fast, backward_op)(
-        grad_losses,
+    arithmetic, checked = dispatch.choose_precision(precision, query, catalog), dispatch.choose_check(check, query)
+    members = None if neg is None else neg.ids if neg.bits is None else neg.bits
+    problem = SliceLoss(
         query,
         catalog,
         target,
         members,
         positives,
-        ctx.positive_weight,
-        ctx.temperature,
+        positive_weight,
+        temperature,
         bias,
-        ctx.first_item,
-        ctx.ignore_index,
-        ctx.bf16,
-        log_partition,
-        kept,
-        needs,
+        first_item,
+        ignore_index,
+        arithmetic == "bf16",
     )
-    by_input: list[Tensor | None] = [None] * 13
-    for place, grad, needed in zip((0, 1, 7), grads, needs, strict=True):
-        by_input[place] = grad if needed else None
-    return tuple(by_input)
+    if engine == "reference":
+        losses = _reference(problem, neg, arithmetic, checked)
+    else:
+        saved_size = 0
+        if dispatch.needs_gradient(query, catalog, bias):
+            bounded = torch.sym_min(max_saved_bytes, _saved_by_native(b, v, d))
+            saved_size = bounded if engine == "native" else _saved_by_triton(problem)
+        losses = _op(_Forward(problem, saved_size, checked), engine)[0]
+    return reduce_loss(losses, target, ignore_index, reduction)
 
 
-def _define(name: str) -> None:
-    """Schemas, fakes and autograd of one engine's pair of ops."""
-    library.LIBRARY.define(
-        f"{name}(Tensor query, Tensor catalog, Tensor target, Tensor? members, Tensor? positives, "
-        "float positive_weight, float temperature, Tensor? bias, SymInt first_item, SymInt ignore_index, "
-        "SymInt kept_size, bool bf16, bool check) -> (Tensor losses, Tensor log_partition, Tensor kept)"
+class SliceLoss(NamedTuple):
+    """What forward and backward pass are given."""
+
+    query: Tensor
+    catalog: Tensor
+    target: Tensor
+    members: Tensor | None  # (B, W) uint8 bits or (B, n) int32 ids of a RankSlice; None: all items
+    positives: Tensor | None
+    positive_weight: float
+    temperature: float
+    bias: Tensor | None
+    first_item: int
+    ignore_index: int
+    bf16: bool
+
+    @property
+    def ids(self) -> Tensor | None:
+        """The members where they are ids."""
+        return None if self.members is None or self.members.dtype == torch.uint8 else self.members
+
+
+class _Forward(NamedTuple):
+    problem: SliceLoss
+    saved_size: int  # bytes of logits that may be saved for the backward pass
+    check: bool
+
+
+class _Backward(NamedTuple):
+    grad_losses: Tensor  # (B,)
+    problem: SliceLoss
+    lse: Tensor  # (B,) log-sum-exp of the negatives' logits
+    saved: Tensor  # uint8
+    needs: list[bool]  # whether the gradient of query, catalog, bias is asked for
+
+
+def _saved_by_native(rows: int, items: int, width: int) -> int:
+    """The most that the native engine can use: float32 logits of whole tiles of 512 items with a scale for each tile
+    and row; for a slice of ids, a softmax over them and a mean embedding."""
+    return rows * (-(-items // 512) * (512 + 1) + width) * 4
+
+
+def _saved_by_triton(p: SliceLoss) -> int:
+    """The logits of target and positives, and of a slice of ids."""
+    negatives = 0 if p.ids is None else p.ids.shape[1]
+    return p.query.shape[0] * (negatives + 1 + (0 if p.positives is None else p.positives.shape[1])) * 4
+
+
+def _reference(p: SliceLoss, neg: RankSlice | None, precision: str, check: bool) -> Tensor:
+    return slice_cross_entropy_ref(
+        p.query,
+        p.catalog,
+        p.target,
+        neg,
+        p.positives,
+        p.positive_weight,
+        p.temperature,
+        p.bias,
+        p.first_item,
+        p.ignore_index,
+        precision,
+        check,
     )
-    library.LIBRARY.define(
-        f"{name}_backward(Tensor grad_losses, Tensor query, Tensor catalog, Tensor target, Tensor? members, "
-        "Tensor? positives, float positive_weight, float temperature, Tensor? bias, SymInt first_item, "
-        "SymInt ignore_index, bool bf16, Tensor log_partition, Tensor kept, bool[3] needs) -> (Tensor, Tensor, Tensor)"
+
+
+def _forward_fake(x: _Forward) -> tuple[Tensor, Tensor, Tensor]:
+    query = x.problem.query
+    losses = query.new_empty(query.shape[0], dtype=torch.float32)
+    return losses, torch.empty_like(losses), query.new_empty(x.saved_size, dtype=torch.uint8)
+
+
+def _backward_fake(x: _Backward) -> tuple[Tensor, Tensor, Tensor]:
+    p = x.problem
+    return (
+        p.query.new_empty(p.query.shape if x.needs[0] else 0),
+        p.catalog.new_empty(p.catalog.shape if x.needs[1] else 0),
+        p.catalog.new_empty(
+            p.catalog.shape[0] if x.needs[2] else 0, dtype=torch.float32 if p.bias is None else p.bias.dtype
+        ),
     )
-    full = f"alterrec_fast::{name}"
-    torch.library.register_fake(full, _forward_fake, lib=library.LIBRARY)
-    torch.library.register_fake(f"{full}_backward", _backward_fake, lib=library.LIBRARY)
-    backward = functools.partial(_backward, f"{name}_backward")
-    torch.library.register_autograd(full, backward, setup_context=_setup_context, lib=library.LIBRARY)
 
 
-def _triton(
-    query: Tensor,
-    catalog: Tensor,
-    target: Tensor,
-    members: Tensor | None,
-    positives: Tensor | None,
-    positive_weight: float,
-    temperature: float,
-    bias: Tensor | None,
-    first_item: int,
-    ignore_index: int,
-    kept_size: int,
-    bf16: bool,
-    check: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _triton(x: _Forward) -> tuple[Tensor, Tensor, Tensor]:
     from alterrec_fast.kernels import sampled_softmax as gathered
     from alterrec_fast.kernels import slice_cross_entropy as dense
-    from alterrec_fast.kernels.losses import Problem, Saved
+    from alterrec_fast.kernels.losses import Saved
 
-    if check:
-        check_ids_in("target", target, first_item, catalog.shape[0], ignore_index)
-        if positives is not None:
-            check_ids_in("positives", positives, first_item, catalog.shape[0], -1)
-    p = Problem.of(
-        query, catalog, target, positives, positive_weight, temperature, bias, None, ignore_index, bf16, check
-    )
-    kept = Saved.empty(p, kept_size, members if _are_ids(members) else None)
-    if _are_ids(members):
-        losses, log_partition, logits = gathered.sampled_softmax_fwd(p, members, kept.neg)
+    p = x.problem
+    if x.check:
+        check_loss_ids(p.target, p.positives, p.bias, p.first_item, p.catalog.shape[0], p.ignore_index)
+    problem = _triton_problem(p, x.check)
+    saved = Saved.empty(problem, x.saved_size, p.ids)
+    if p.ids is not None:
+        losses, lse, logits = gathered.sampled_softmax_fwd(problem, p.ids, saved.neg)
     else:
-        losses, log_partition, logits = dense.slice_cross_entropy_fwd(p, dense.Columns.of(p, first_item, members))
-    kept.store(logits)
-    checks.raise_not_finite(p.bad)
-    return losses, log_partition, kept.memory
+        losses, lse, logits = dense.slice_cross_entropy_fwd(problem, dense.Columns.of(problem, p.first_item, p.members))
+    saved.store(logits)
+    checks.raise_not_finite(problem.bad)
+    return losses, lse, saved.memory
 
 
-def _triton_backward(
-    grad_losses: Tensor,
-    query: Tensor,
-    catalog: Tensor,
-    target: Tensor,
-    members: Tensor | None,
-    positives: Tensor | None,
-    positive_weight: float,
-    temperature: float,
-    bias: Tensor | None,
-    first_item: int,
-    ignore_index: int,
-    bf16: bool,
-    log_partition: Tensor,
-    kept: Tensor,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+def _triton_backward(x: _Backward) -> tuple[Tensor, Tensor, Tensor]:
     from alterrec_fast.kernels import sampled_softmax as gathered
     from alterrec_fast.kernels import slice_cross_entropy as dense
-    from alterrec_fast.kernels.losses import Dlogits, Problem, Saved
+    from alterrec_fast.kernels.losses import Dlogits, Saved
 
-    p = Problem.of(
-        query, catalog, target, positives, positive_weight, temperature, bias, None, ignore_index, bf16, False
-    )
-    if _are_ids(members):
-        logits = Saved.of(p, kept, members)
-        x = Dlogits.of(p, grad_losses, log_partition, logits.pos)
-        found = gathered.sampled_softmax_bwd(p, members, logits.neg, x, False, needs)
-        grads = found.query, found.catalog, found.bias
+    p = x.problem
+    problem = _triton_problem(p, False)
+    saved = Saved.of(problem, x.saved, p.ids)
+    dlogits = Dlogits.of(problem, x.grad_losses, x.lse, saved.pos)
+    if p.ids is not None:
+        grads = gathered.sampled_softmax_bwd(problem, p.ids, saved.neg, dlogits, False, x.needs)
+        query, catalog, bias = grads.query, grads.catalog, grads.bias
     else:
-        x = Dlogits.of(p, grad_losses, log_partition, Saved.of(p, kept, None).pos)
-        grads = dense.slice_cross_entropy_bwd(p, dense.Columns.of(p, first_item, members), x, needs)
-    return *grads[:2], grads[2] if bias is None else grads[2].to(bias.dtype)
+        columns = dense.Columns.of(problem, p.first_item, p.members)
+        query, catalog, bias = dense.slice_cross_entropy_bwd(problem, columns, dlogits, x.needs)
+    return query, catalog, bias if p.bias is None else bias.to(p.bias.dtype)
 
 
-# The first is the compiled CPU engine's and, on CUDA tensors, Triton's; the second always Triton's, which under the
-# interpreter serves CPU tensors.
-for name in ("slice_cross_entropy", "slice_cross_entropy_triton"):
-    _define(name)
-    for key in ("CUDA", "CPU") if name.endswith("triton") else ("CUDA",):
-        torch.library.impl(f"alterrec_fast::{name}", key, _triton, lib=library.LIBRARY)
-        torch.library.impl(f"alterrec_fast::{name}_backward", key, _triton_backward, lib=library.LIBRARY)
-library.TRITON_OPS.add("slice_cross_entropy")
+def _triton_problem(p: SliceLoss, check: bool) -> Any:
+    from alterrec_fast.kernels.losses import Problem
+
+    return Problem.of(
+        plain_strides(p.query),
+        plain_strides(p.catalog),
+        p.target,
+        p.positives,
+        p.positive_weight,
+        p.temperature,
+        p.bias,
+        None,
+        p.ignore_index,
+        p.bf16,
+        check,
+    )
+
+
+_op = Op("slice_cross_entropy", _Forward, 3, _triton, _forward_fake)
+_backward_op = Op("slice_cross_entropy_backward", _Backward, 3, _triton_backward, _backward_fake)
+
+
+def _backward(
+    p: SliceLoss, engine: str, grad_losses: Tensor, lse: Tensor, saved: Tensor, needs: list[bool]
+) -> tuple[Tensor, ...]:
+    return _backward_op(_Backward(grad_losses, p, lse, saved, needs), engine)
+
+
+def _losses(p: SliceLoss) -> Tensor:
+    neg = None
+    if p.members is not None:
+        neg = RankSlice.of_members(p.members, p.catalog.shape[0], p.first_item)
+    return _reference(p, neg, "bf16" if p.bf16 else "fp32", False)
+
+
+_op.differentiate(("query", "catalog", "bias"), _backward, _losses)

@@ -24,7 +24,7 @@ def bits_width(num_items: int) -> int:
 
 
 def uses_bits(num_items: int, size: int) -> bool:
-    """Whether a slice of `size` ranks is kept as bits (V / 8 bytes a row) rather than as int32 ids (4 n)."""
+    """Whether a slice of `size` ranks is stored as bits (V / 8 bytes a row) rather than as int32 ids (4 n)."""
     return bits_width(num_items) <= 4 * size
 
 
@@ -42,7 +42,7 @@ def unpack_bits(bits: Tensor, num_items: int) -> Tensor:
     """(B, W) uint8 -> (B, V) bool; the inverse of pack_bits."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     spread = bits.unsqueeze(2).bitwise_right_shift(shifts).bitwise_and_(1)
-    return spread.view(bits.shape[0], bits.shape[1] * 8)[:, :num_items].bool()
+    return spread.reshape(bits.shape[0], bits.shape[1] * 8)[:, :num_items].bool()
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -161,8 +161,8 @@ class RankSlice:
         """(B,) int64, members in each row."""
         if self.ids is not None:
             return (self.ids >= 0).sum(1)
-        parts = [self.mask_rows(begin, end).sum(1) for begin, end in self._row_blocks()]
-        return torch.cat(parts) if parts else self.top.new_zeros(0)
+        counts = [self.mask_rows(begin, end).sum(1) for begin, end in self._row_blocks()]
+        return torch.cat(counts) if counts else self.top.new_zeros(0)
 
     def indices(self) -> Tensor:
         """(B, n) int64, each row's members in ascending order; shorter rows end in -1.
@@ -230,7 +230,7 @@ class RankSlice:
             return replace(self, bits=stay | new & ~self.bits & self._open_bits())
         assert self.ids is not None
         stays = torch.rand(self.ids.shape, generator=generator, device=self.device) < hard_fraction
-        kept = torch.where(stays & (self.ids >= 0), self.ids.long(), self.num_items)
+        staying = torch.where(stays & (self.ids >= 0), self.ids.long(), self.num_items)
         new = (
             _bernoulli_ids(self.batch_size, self.first_item, self.num_items, enters, self.device, generator)
             if drawn is None
@@ -241,7 +241,7 @@ class RankSlice:
         members = torch.where(self.ids < 0, self.num_items, self.ids.long()) + rows * stride
         taken = torch.cat([members.flatten(), self._excluded_keys(stride)])
         new = torch.where(torch.isin(new + rows * stride, taken), self.num_items, new)
-        return replace(self, ids=_compact(torch.cat([kept, new], 1), self.num_items))
+        return replace(self, ids=_compact(torch.cat([staying, new], 1), self.num_items))
 
     @classmethod
     def uniform(
@@ -255,7 +255,7 @@ class RankSlice:
         device: torch.device | str = "cpu",
         weights: Tensor | None = None,
     ) -> RankSlice:
-        """Random sets of about `size` items: every item enters with probability size / V, each on its own.
+        """Random sets of about `size` items: every item enters with probability size / V, independently.
 
         The law of `mix(0.0)` on a slice of that size, whatever its members; with `weights` as there.
         """
@@ -290,7 +290,7 @@ class RankSlice:
         ordered = torch.where(ids < 0, num_items, ids.long()).sort(1).values
         repeat = torch.zeros_like(ordered, dtype=torch.bool)
         repeat[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-        return cls._plain(None, _compact(ordered.masked_fill(repeat, num_items), num_items), num_items, first_item)
+        return cls.of_members(_compact(ordered.masked_fill(repeat, num_items), num_items), num_items, first_item)
 
     @classmethod
     def from_mask(cls, mask: Tensor, first_item: int = 0) -> RankSlice:
@@ -299,28 +299,25 @@ class RankSlice:
             raise ValueError(f"mask must be (B, V) bool, got {tuple(mask.shape)} {mask.dtype}")
         if mask[:, :first_item].any():
             raise ValueError(f"mask: a column below first_item = {first_item} is set")
-        return cls._plain(pack_bits(mask), None, mask.shape[1], first_item)
+        made = cls.of_members(pack_bits(mask), mask.shape[1], first_item)
+        counts = made.counts()
+        return replace(made, size=int(counts.max()) if counts.numel() else 0)
 
     @classmethod
-    def _plain(cls, bits: Tensor | None, ids: Tensor | None, num_items: int, first_item: int) -> RankSlice:
-        members = bits if bits is not None else ids
-        assert members is not None
-        b, device = members.shape[0], members.device
-        made = cls(
-            bits=bits,
-            ids=ids,
+    def of_members(cls, members: Tensor, num_items: int, first_item: int) -> RankSlice:
+        """members: (B, W) uint8 as `bits` or (B, n) int32 as `ids` -> the slice, with no `top` and nothing excluded."""
+        b, device, as_bits = members.shape[0], members.device, members.dtype == torch.uint8
+        return cls(
+            bits=members if as_bits else None,
+            ids=None if as_bits else members,
             top=torch.empty(b, 0, dtype=torch.int64, device=device),
             thresholds=_no_thresholds(b, device),
             exclude_values=torch.empty(0, dtype=torch.int64, device=device),
             exclude_offsets=torch.zeros(b + 1, dtype=torch.int64, device=device),
             num_items=num_items,
             first_item=first_item,
-            size=0 if ids is None else ids.shape[1],
+            size=0 if as_bits else members.shape[1],
         )
-        if bits is None:
-            return made
-        counts = made.counts()
-        return replace(made, size=int(counts.max()) if counts.numel() else 0)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: t for name in TENSOR_FIELDS if (t := getattr(self, name)) is not None}
@@ -426,7 +423,7 @@ def _compact(ids: Tensor, num_items: int) -> Tensor:
 def _bernoulli_bits(
     shape: torch.Size, probability: float, device: torch.device, generator: torch.Generator | None
 ) -> Tensor:
-    """Bytes whose bits are 1 with the given probability, each on its own: shape (B, W) uint8.
+    """Bytes whose bits are 1 with the given probability, independently: shape (B, W) uint8.
 
     Random words are combined along the binary digits of the probability, least significant first: or-ing with a fair
     coin maps the chance x to (1 + x) / 2, and-ing maps it to x / 2. One half costs a single word for 64 items.
@@ -448,7 +445,7 @@ def _bernoulli_ids(
 ) -> Tensor:
     """In each row every id of [first, stop) with the given probability, ascending, filled up with `stop`.
 
-    Drawn by geometric gaps, so that the work follows the number of ids drawn and not the catalog.
+    Drawn by geometric gaps, so that the time follows the number of ids drawn and not the catalog.
     """
     span = stop - first
     if probability <= 0.0 or span == 0 or rows == 0:
@@ -458,23 +455,23 @@ def _bernoulli_ids(
     mean = span * probability
     width = int(mean + 6.0 * math.sqrt(mean) + 16.0)
     last = torch.full((rows, 1), first - 1, dtype=torch.int64, device=device)
-    parts = []
+    drawn: list[Tensor] = []
     while int(last.min()) < stop:
         uniform = 1.0 - torch.rand(rows, width, dtype=torch.float64, generator=generator, device=device)  # (0, 1]
         gaps = (uniform.log() / math.log1p(-probability)).floor().clamp_(max=span).long() + 1
-        parts.append(last + gaps.cumsum(1))
-        last = parts[-1][:, -1:]
-    return torch.cat(parts, 1).clamp_(max=stop)
+        drawn.append(last + gaps.cumsum(1))
+        last = drawn[-1][:, -1:]
+    return torch.cat(drawn, 1).clamp_(max=stop)
 
 
 def _weighted_ids(
     rows: int, first: int, number: float, weights: Tensor, device: torch.device, generator: torch.Generator | None
 ) -> Tensor:
-    """In each row every id i of [first, V) with probability number * w_i / sum(w), each on its own; sorted, each once,
+    """In each row every id i of [first, V) with probability number * w_i / sum(w), independently; sorted, each once,
     filled up with V.
 
     Item i is thrown Poisson(-log(1 - probability)) times, so that it turns up at all with that probability: all throws
-    of a row are a Poisson number of draws from one distribution, and the work follows the number of ids drawn.
+    of a row are a Poisson number of draws from one distribution, and the time follows the number of ids drawn.
     """
     stop = weights.shape[0]
     chance = weights.to(device, torch.float64).clone()

@@ -7,15 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from alterrec_fast.ops import checks, dispatch, library
+from alterrec_fast.ops import checks, dispatch
 from alterrec_fast.ops.checks import check_exclude_values
+from alterrec_fast.ops.library import Op
 from alterrec_fast.ops.reference import top_k_ref
 from alterrec_fast.ops.slices import exclude_lists
-
-library.LIBRARY.define(
-    "top_k(Tensor query, Tensor catalog, int k, Tensor exclude_values, Tensor exclude_offsets, Tensor? bias, "
-    "int first_item, str precision, bool check) -> (Tensor scores, Tensor indices)"
-)
 
 
 class TopK(NamedTuple):
@@ -56,58 +52,53 @@ def top_k(
     engine = dispatch.choose_backend(backend, query, "top_k")
     checks.check_matrices(query, catalog, bias, first_item, engine)
     checks.check_range("k", 0, k, catalog.shape[0] - first_item)
-    left_out = exclude_lists(exclude, query.shape[0], query.device)
+    exclude_ids = exclude_lists(exclude, query.shape[0], query.device)
     checked = dispatch.choose_check(check, query)
     arithmetic = dispatch.choose_precision(precision, query, catalog)
     query, catalog, bias = dispatch.detached(query, catalog, bias)
     if engine == "reference":
         if checked:
-            check_exclude_values(left_out, catalog.shape[0])
-        return TopK(*top_k_ref(query, catalog, k, left_out, bias, first_item, arithmetic, checked))
-    op = _triton if engine == "triton" and query.device.type == "cpu" else torch.ops.alterrec_fast.top_k
-    return TopK(*op(query, catalog, k, *left_out, bias, first_item, arithmetic, checked))
+            check_exclude_values(exclude_ids, catalog.shape[0])
+        return TopK(*top_k_ref(query, catalog, k, exclude_ids, bias, first_item, arithmetic, checked))
+    inputs = _Inputs(query, catalog, k, *exclude_ids, bias, first_item, arithmetic, checked)
+    return TopK(*_op(inputs, engine))
 
 
-def _fake(
-    query: Tensor,
-    catalog: Tensor,
-    k: int,
-    exclude_values: Tensor,
-    exclude_offsets: Tensor,
-    bias: Tensor | None,
-    first_item: int,
-    precision: str,
-    check: bool,
-) -> tuple[Tensor, Tensor]:
-    b = query.shape[0]
-    return query.new_empty(b, k, dtype=torch.float32), query.new_empty(b, k, dtype=torch.int64)
+class _Inputs(NamedTuple):
+    query: Tensor
+    catalog: Tensor
+    k: int
+    exclude_values: Tensor
+    exclude_offsets: Tensor
+    bias: Tensor | None
+    first_item: int
+    precision: str
+    check: bool
 
 
-torch.library.register_fake("alterrec_fast::top_k", _fake, lib=library.LIBRARY)
+def _fake(x: _Inputs) -> tuple[Tensor, Tensor]:
+    b = x.query.shape[0]
+    return x.query.new_empty(b, x.k, dtype=torch.float32), x.query.new_empty(b, x.k, dtype=torch.int64)
 
 
-def _triton(
-    query: Tensor,
-    catalog: Tensor,
-    k: int,
-    exclude_values: Tensor,
-    exclude_offsets: Tensor,
-    bias: Tensor | None,
-    first_item: int,
-    precision: str,
-    check: bool,
-) -> tuple[Tensor, Tensor]:
-    """The Triton engine; CPU tensors come here directly, under the interpreter."""
+def _triton(x: _Inputs) -> tuple[Tensor, Tensor]:
     from alterrec_fast.kernels.top_k import top_k_fwd
 
-    if check:
-        check_exclude_values((exclude_values, exclude_offsets), catalog.shape[0])
+    if x.check:
+        check_exclude_values((x.exclude_values, x.exclude_offsets), x.catalog.shape[0])
     scores, items, bad = top_k_fwd(
-        query, catalog, k, exclude_values, exclude_offsets, bias, first_item, precision, check
+        checks.plain_strides(x.query),
+        checks.plain_strides(x.catalog),
+        x.k,
+        x.exclude_values,
+        x.exclude_offsets,
+        x.bias,
+        x.first_item,
+        x.precision,
+        x.check,
     )
     checks.raise_not_finite(bad)
     return scores, items.masked_fill(scores == -torch.inf, -1)
 
 
-torch.library.impl("alterrec_fast::top_k", "CUDA", _triton, lib=library.LIBRARY)
-library.TRITON_OPS.add("top_k")
+_op = Op("top_k", _Inputs, 2, _triton, _fake)

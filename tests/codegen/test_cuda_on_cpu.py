@@ -78,7 +78,7 @@ def test_the_extension_has_it() -> None:
         pytest.skip("no nvcc")
     assert "sampled_softmax" in library.CUDA_OPS
     for op in ("sampled_softmax", "sampled_softmax_backward"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"alterrec_fast::{op}", "CUDA")
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"alterrec_fast::native_{op}", "CUDA")
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -154,11 +154,11 @@ def test_wrong_values(shared: bool, change: dict[str, float], message: str) -> N
 
 
 def test_wrong_shapes() -> None:
-    forward, ids = torch.ops.alterrec_fast.sampled_softmax, torch.zeros(1, dtype=torch.int64)
-    rest = (ids, ids[:, None], None, None, 1.0, 1.0, None, -100, False, 0, False, False)
+    forward, ids = torch.ops.alterrec_fast.native_sampled_softmax, torch.zeros(1, dtype=torch.int64)
+    rest = (ids, ids[:, None], None, None, 1.0, 1.0, None, -100, False, False, 0, False)
     with pytest.raises(ValueError, match=r"d must be at most 8192, got 9000"):
         forward(torch.zeros(1, 9000), torch.zeros(1, 9000), *rest)
     losses, partition, kept = forward(torch.zeros(1, 4), torch.zeros(1, 4), *rest)
-    backward = torch.ops.alterrec_fast.sampled_softmax_backward
+    backward = torch.ops.alterrec_fast.native_sampled_softmax_backward
     with pytest.raises(ValueError, match=r"kept must hold 8 bytes from the forward pass, got 0"):
-        backward(losses, torch.zeros(1, 4), torch.zeros(1, 4), *rest[:9], False, partition, kept, [True] * 3)
+        backward(losses, torch.zeros(1, 4), torch.zeros(1, 4), *rest[:10], partition, kept, [True] * 3)

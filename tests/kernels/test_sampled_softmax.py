@@ -113,7 +113,18 @@ def test_opcheck(shared: bool) -> None:
     rest = (options["target"], options["neg"], torch.randn(30), options["positives"], 0.5, 0.7)
     kept = 4 * (12 + 3) * 4 if not shared else 4 * 3 * 4
     torch.library.opcheck(
-        torch.ops.alterrec_fast.sampled_softmax_triton.default,
-        (query.requires_grad_(), catalog.requires_grad_(), *rest, torch.randn(30), -100, False, kept, False, True),
+        torch.ops.alterrec_fast.sampled_softmax.default,
+        (
+            query.requires_grad_(),
+            catalog.requires_grad_(),
+            *rest,
+            torch.randn(30),
+            -100,
+            False,
+            False,
+            kept,
+            True,
+            "triton",
+        ),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )

@@ -169,8 +169,8 @@ def test_opcheck() -> None:
     bias, kept = torch.randn(70), 4 * 4 * 4
     inputs = [x.requires_grad_() for x in (query, catalog, bias)]
     torch.library.opcheck(
-        torch.ops.alterrec_fast.slice_cross_entropy_triton.default,
-        (inputs[0], inputs[1], *rest, inputs[2], 0, -100, kept, False, True),
+        torch.ops.alterrec_fast.slice_cross_entropy.default,
+        (inputs[0], inputs[1], *rest, inputs[2], 0, -100, False, kept, True, "triton"),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 import alterrec_fast as af
+from alterrec_fast.ops import library
 from tests.ops.loss_helpers import call
 
-ENGINES = ["reference"]
+needs_native = pytest.mark.skipif(bool(library.NO_EXTENSION), reason="the extension is not built")
+ENGINES = ["reference", pytest.param("native", marks=needs_native)]
 B, V, D = 4, 60, 6
 
 

@@ -56,7 +56,7 @@ def test_sizes_at_their_extremes(b: int, v: int, d: int) -> None:
 
 @needs_native
 def test_a_buffer_overflows_where_all_scores_are_equal() -> None:
-    """Without any forcing: every item lies in the bracket, more than there is room for."""
+    """Without any forcing: every item lies between the limits, more than the buffer holds."""
     before = _C.counters()
     same_slice(torch.ones(6, 3), torch.ones(40_000, 3), 20, 20_000, 5)
     after = _C.counters()
@@ -190,8 +190,8 @@ except af.BackendError as error:
     print(error)
 """
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "lib"), "PYTHONSAFEPATH": "1"}
-    found = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
     ).stdout
-    assert found.startswith(f"{tmp_path / 'lib'}{os.sep}") and "True True True" in found
-    assert "install again with a C++ compiler and without ALTERREC_FAST_NO_EXT=1" in found
+    assert printed.startswith(f"{tmp_path / 'lib'}{os.sep}") and "True True True" in printed
+    assert "install again with a C++ compiler and without ALTERREC_FAST_NO_EXT=1" in printed

@@ -96,9 +96,9 @@ def test_shapes_at_their_extremes(b: int, v: int, d: int) -> None:
 
 def test_a_slice_of_few_ranks_is_a_list_of_ids() -> None:
     query, catalog = integers(7, 6, 1), integers(9_000, 6, 2)
-    found = same(query, catalog, 30, 200, 4, exclude=torch.arange(7 * 400).view(7, 400) * 3)
-    assert found.ids is not None
-    assert (found.ids[:, -1] == -1).any()  # excluded ids leave the list shorter
+    neg = same(query, catalog, 30, 200, 4, exclude=torch.arange(7 * 400).view(7, 400) * 3)
+    assert neg.ids is not None
+    assert (neg.ids[:, -1] == -1).any()  # excluded ids leave the list shorter
 
 
 @pytest.mark.parametrize("v", [500, 9_000])
@@ -204,27 +204,27 @@ def test_strides_and_mixed_dtypes(v: int) -> None:
 def test_any_number_of_threads_gives_the_same_slice(v: int, precision: str) -> None:
     generator = torch.Generator().manual_seed(7)
     query, catalog = torch.randn(150, 40, generator=generator), torch.randn(v, 40, generator=generator)
-    threads, found = torch.get_num_threads(), []
+    threads, slices = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(
+            slices.append(
                 af.rank_slice(query, catalog, start=20, stop=v // 2, top=5, precision=precision, backend="native")
             )
     finally:
         torch.set_num_threads(threads)
-    for other in found[1:]:
-        assert torch.equal(found[0].mask(), other.mask())
-        assert torch.equal(found[0].thresholds, other.thresholds)
-        assert torch.equal(found[0].top, other.top)
+    for other in slices[1:]:
+        assert torch.equal(slices[0].mask(), other.mask())
+        assert torch.equal(slices[0].thresholds, other.thresholds)
+        assert torch.equal(slices[0].top, other.top)
 
 
 def test_is_an_op() -> None:
     query, catalog = integers(4, 8, 1), integers(300, 8, 2)
     exclude = exclude_lists(torch.tensor([[1, -1], [2, 3], [4, 299], [-1, -1]]), 4, torch.device("cpu"))
     op = torch.ops.alterrec_fast.rank_slice.default
-    torch.library.opcheck(op, (query, catalog, 3, 200, 2, *exclude, None, 0, None, "fp32", True))
-    torch.library.opcheck(op, (query, catalog, 3, 5, 2, *exclude, catalog[:, 0], 9, torch.zeros(4, 2), "bf16", False))
+    torch.library.opcheck(op, (query, catalog, 3, 200, 2, *exclude, None, 0, "fp32", True, "native"))
+    torch.library.opcheck(op, (query, catalog, 3, 5, 2, *exclude, catalog[:, 0], 9, "bf16", False, "native"))
 
 
 def test_compiles_into_one_graph() -> None:
@@ -262,13 +262,13 @@ def test_the_op_itself_checks_what_it_is_given() -> None:
     none = exclude_lists(None, 4, torch.device("cpu"))
     op = torch.ops.alterrec_fast.rank_slice
     with pytest.raises(ValueError, match=r"query must be \(rows, 8\)"):
-        op(query[:, :4], catalog, 3, 50, 0, *none, None, 0, None, "fp32", True)
+        op(query[:, :4], catalog, 3, 50, 0, *none, None, 0, "fp32", True, "native")
     with pytest.raises(TypeError, match="float32 or bfloat16"):
-        op(query.half(), catalog, 3, 50, 0, *none, None, 0, None, "fp32", True)
+        op(query.half(), catalog, 3, 50, 0, *none, None, 0, "fp32", True, "native")
     with pytest.raises(ValueError, match="expected ranks in"):
-        op(query, catalog, 3, 91, 0, *none, None, 0, None, "fp32", True)
+        op(query, catalog, 3, 91, 0, *none, None, 0, "fp32", True, "native")
     with pytest.raises(ValueError, match="offsets must rise"):
-        op(query, catalog, 3, 9, 0, none[0], none[1] + 1, None, 0, None, "fp32", True)
+        op(query, catalog, 3, 9, 0, none[0], none[1] + 1, None, 0, "fp32", True, "native")
 
 
 def test_masked_items_may_score_minus_infinity_unchecked() -> None:

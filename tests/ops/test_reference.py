@@ -46,7 +46,7 @@ def test_rank_slice_is_the_slice_of_a_stable_sort(size: tuple[int, int, int], se
     top = data.draw(st.integers(0, v - first))
     query, catalog, bias = integers(b, d, seed), integers(v, d, seed + 1), integers(1, v, seed + 2)[0]
     exclude = torch.randint(-2, v, (b, 3), generator=torch.Generator().manual_seed(seed))
-    found = af.rank_slice(
+    neg = af.rank_slice(
         query,
         catalog,
         start=start,
@@ -61,12 +61,12 @@ def test_rank_slice_is_the_slice_of_a_stable_sort(size: tuple[int, int, int], se
     for row in range(b):
         order = [item + first for item in ranking(scores[row, first:])]
         expected = sorted(set(order[start:stop]) - set(exclude[row].tolist()))
-        assert found.indices()[row].tolist() == expected + [-1] * (stop - start - len(expected))
-        assert found.top[row].tolist() == order[:top]
+        assert neg.indices()[row].tolist() == expected + [-1] * (stop - start - len(expected))
+        assert neg.top[row].tolist() == order[:top]
         if start == stop:
-            assert found.thresholds[row].tolist() == [math.inf, -math.inf]
+            assert neg.thresholds[row].tolist() == [math.inf, -math.inf]
         else:
-            assert found.thresholds[row].tolist() == [scores[row, order[start]], scores[row, order[stop - 1]]]
+            assert neg.thresholds[row].tolist() == [scores[row, order[start]], scores[row, order[stop - 1]]]
 
 
 @given(sizes, st.integers(0, 99), st.data())
@@ -80,9 +80,9 @@ def test_top_k_is_the_head_of_a_stable_sort(size: tuple[int, int, int], seed: in
     dense = query @ catalog.T
     for row in range(b):
         order = [item + first for item in ranking(dense[row, first:])]
-        kept = [item for item in order if item not in exclude[row].tolist()][:k]
-        assert items[row].tolist() == kept + [-1] * (k - len(kept))
-        assert scores[row].tolist() == [float(dense[row, i]) for i in kept] + [-math.inf] * (k - len(kept))
+        allowed = [item for item in order if item not in exclude[row].tolist()][:k]
+        assert items[row].tolist() == allowed + [-1] * (k - len(allowed))
+        assert scores[row].tolist() == [float(dense[row, i]) for i in allowed] + [-math.inf] * (k - len(allowed))
 
 
 def test_the_three_forms_of_exclude_agree() -> None:
@@ -334,5 +334,5 @@ def test_a_score_that_is_not_finite_is_named(value: float) -> None:
 def test_non_contiguous_rows() -> None:
     wide = torch.randn(20, 16)
     expected = af.top_k(wide[:4, :7].contiguous(), wide[4:, :7].contiguous(), k=5, backend="reference")
-    found = af.top_k(wide[:4, :7], wide[4:, :7], k=5, backend="reference")
-    assert torch.equal(expected[1], found[1])
+    strided = af.top_k(wide[:4, :7], wide[4:, :7], k=5, backend="reference")
+    assert torch.equal(expected[1], strided[1])

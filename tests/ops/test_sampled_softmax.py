@@ -235,17 +235,17 @@ def test_opcheck(shared: bool) -> None:
     bias, log_q = torch.randn(60, requires_grad=True), torch.randn(60)
     forward = torch.ops.alterrec_fast.sampled_softmax
     rest = (*ids, log_q, options["positives"], 0.5, 0.7)
-    kept = 0 if shared else 9 * (20 + 8) * 4  # of shared negatives not all that is kept is filled
+    saved = 0 if shared else 9 * (20 + 8) * 4  # of shared negatives not all that is saved is filled
     torch.library.opcheck(
         forward.default,
-        (query.requires_grad_(), catalog.requires_grad_(), *rest, bias, -100, False, kept, False, True),
+        (query.requires_grad_(), catalog.requires_grad_(), *rest, bias, -100, False, False, saved, True, "native"),
     )
     query, catalog, bias = query.detach(), catalog.detach(), bias.detach()
-    _, log_partition, kept = forward(query, catalog, *rest, bias, -100, False, kept, False, True)
+    _, lse, saved = forward(query, catalog, *rest, bias, -100, False, False, saved, True, "native")
     for sparse_grad in (False, True):
         torch.library.opcheck(
             torch.ops.alterrec_fast.sampled_softmax_backward.default,
-            (torch.ones(9), query, catalog, *rest, bias, -100, sparse_grad, False, log_partition, kept, [True] * 3),
+            (torch.ones(9), query, catalog, *rest, bias, -100, sparse_grad, False, lse, saved, [True] * 3, "native"),
         )
 
 

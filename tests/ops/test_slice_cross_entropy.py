@@ -48,7 +48,7 @@ def compare(query: Tensor, catalog: Tensor, options: dict[str, Any], **more: Any
     ours = native(query, catalog, **options, **more)
     temperature = more.get("temperature", 1.0)
     fp32_least = 2e-6 / min(1.0, temperature)  # the rounding of a logit, which is that much larger
-    # The wanted items pull with a slope of 1.5 / temperature at most each, and what the negatives push sums up to that.
+    # Each dlogit of target and positives is 1.5 / temperature at most, and those of the negatives sum up to that.
     largest = max(float(x.abs().max()) for x in (query, catalog))
     term = (1 + options["positives"].shape[1]) * 1.5 / temperature * largest
     assert_no_worse(ours, theirs, exact, 2.0, BF16_LEAST if bf16 else fp32_least, term)
@@ -95,7 +95,7 @@ def test_any_shape_and_option(
 
 @needs_native
 @pytest.mark.parametrize("max_saved_bytes", [0, 2_000_000, 1 << 28])
-def test_what_is_kept_changes_rounding_only(max_saved_bytes: int) -> None:
+def test_what_is_saved_changes_rounding_only(max_saved_bytes: int) -> None:
     query, catalog, options = problem(120, 2_500, 48, "bits")
     compare(query, catalog, options, max_saved_bytes=max_saved_bytes)
     compare(query, catalog, options, max_saved_bytes=max_saved_bytes, precision="bf16")
@@ -281,13 +281,13 @@ def test_opcheck(form: str) -> None:
     bias = torch.randn(600, requires_grad=True)
     inputs = (query.requires_grad_(), catalog.requires_grad_(), options["target"], members, options["positives"])
     forward = torch.ops.alterrec_fast.slice_cross_entropy
-    # Nothing is kept: what has not been filled differs from call to call.
-    torch.library.opcheck(forward.default, (*inputs, 0.5, 0.7, bias, 1, -100, 0, False, True))
+    # Nothing is saved: what has not been filled differs from call to call.
+    torch.library.opcheck(forward.default, (*inputs, 0.5, 0.7, bias, 1, -100, False, 0, True, "native"))
     detached = [x if x is None else x.detach() for x in (*inputs, bias)]
-    _, log_partition, kept = forward(*detached[:5], 0.5, 0.7, detached[5], 1, -100, 100_000, False, True)
+    _, lse, saved = forward(*detached[:5], 0.5, 0.7, detached[5], 1, -100, False, 100_000, True, "native")
     torch.library.opcheck(
         torch.ops.alterrec_fast.slice_cross_entropy_backward.default,
-        (torch.ones(9), *detached[:5], 0.5, 0.7, detached[5], 1, -100, False, log_partition, kept, [True, True, True]),
+        (torch.ones(9), *detached[:5], 0.5, 0.7, detached[5], 1, -100, False, lse, saved, [True] * 3, "native"),
     )
 
 
