@@ -178,7 +178,7 @@ def read_report(path: Path) -> list[dict[str, str]]:
     """pytest's JUnit XML -> {"name", "result": one of RESULTS, "why"} of each test."""
     records = []
     for case in ElementTree.parse(path).iter("testcase"):
-        result, why = "passed", ""
+        result, why = "passed", ", ".join(p.get("value", "") for p in case.iter("property"))
         for child in case:
             if child.tag in ("failure", "error", "skipped"):
                 result, why = "skipped" if child.tag == "skipped" else "failed", child.get("message", "")

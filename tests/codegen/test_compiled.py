@@ -1,4 +1,4 @@
-"""The GPU kernels' machine code, read without a GPU; `python -m alterrec_fast.benchmarks.gpu_proof` prints it."""
+"""The GPU kernels' machine code, read without a GPU; `python -m tests.codegen.compiled` prints it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 
 pytest.importorskip("triton")
 
-from alterrec_fast.benchmarks import gpu_proof
 from alterrec_fast.kernels import tiles
 
 from alterrec_fast.ops import library
+from tests.codegen import compiled
 
 pytestmark = [
     pytest.mark.proof,
@@ -41,19 +41,19 @@ def test_kernels_are_found_by_their_launches() -> None:
     assert len(found) == 23
 
 
-@pytest.mark.parametrize("gpu", gpu_proof.GPUS, ids=lambda gpu: gpu.name)
-def test_every_kernel_compiles_as_it_should(gpu: gpu_proof.Gpu) -> None:
-    rows = gpu_proof.prove(gpus=(gpu,))
-    print(gpu_proof.table(rows))
-    assert not [row for row in rows if row.faults()], gpu_proof.table([row for row in rows if row.faults()])
+@pytest.mark.parametrize("gpu", compiled.GPUS, ids=lambda gpu: gpu.name)
+def test_every_kernel_compiles_as_it_should(gpu: compiled.Gpu) -> None:
+    rows = compiled.prove(gpus=(gpu,))
+    print(compiled.table(rows))
+    assert not [row for row in rows if row.faults()], compiled.table([row for row in rows if row.faults()])
     assert launched_kernels() <= {row.kernel for row in rows}
     assert {row.product for row in rows} == {"bf16", "tf32", "ieee", ""}
 
 
 def test_faults_are_found() -> None:
     """The readers are not blind: a kernel with a product, and what each check makes of code that is worse."""
-    gpu = gpu_proof.GPUS[0]
-    (good,) = [row for row in gpu_proof.prove("rank_slice 20:500 d=300", (gpu,)) if row.kernel == "_sample_kernel"]
+    gpu = compiled.GPUS[0]
+    (good,) = [row for row in compiled.prove("rank_slice 20:500 d=300", (gpu,)) if row.kernel == "_sample_kernel"]
     assert not good.faults()
     for worse, word in (
         (replace(good, spills=1), "spills"),
@@ -64,9 +64,9 @@ def test_faults_are_found() -> None:
     ):
         assert any(word in fault for fault in worse.faults())
     assert not replace(good, copies=0, steps=1).faults()  # nothing to copy while another step is multiplied
-    assert gpu_proof.occupancy(gpu, 8, 128, 48 << 10) == 2 * 8 / 64  # two blocks by registers, three by shared memory
-    assert gpu_proof.occupancy(gpu, 8, 32, 100 << 10) == 8 / 64
-    assert gpu_proof.occupancy(gpu, 8, 255, 164 << 10) == 0.0
+    assert compiled.occupancy(gpu, 8, 128, 48 << 10) == 2 * 8 / 64  # two blocks by registers, three by shared memory
+    assert compiled.occupancy(gpu, 8, 32, 100 << 10) == 8 / 64
+    assert compiled.occupancy(gpu, 8, 255, 164 << 10) == 0.0
 
 
 # On Hopper, what the older Triton compiles: every kernel, arithmetic, and shape of the stream and the losses.
@@ -87,9 +87,14 @@ SHIPPED = "|".join(
 @pytest.mark.skipif(not os.environ.get("TRITON_3_6"), reason="TRITON_3_6 names no folder with Triton 3.6.0")
 def test_triton_3_6_compiles_the_kernels_too() -> None:
     folder = Path(os.environ["TRITON_3_6"])
-    command = [sys.executable, "-m", "alterrec_fast.benchmarks.gpu_proof", "--cases", SHIPPED, "--gpus", "sm_90"]
+    command = [sys.executable, "-m", "tests.codegen.compiled", "--cases", SHIPPED, "--gpus", "sm_90"]
     done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True, check=False
+        command,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert "Triton 3.6.0" in done.stdout, done.stderr
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""What can be said of the GPU kernels without a GPU: `python -m alterrec_fast.benchmarks.gpu_proof`.
+"""What can be said of the GPU kernels without a GPU: `python -m tests.codegen.compiled`.
 
 Runs the launchers themselves on tensors without memory, compiles every kernel that they launch for four GPUs, and reads
 the machine code: no spills, memory and registers within limits, matrix-unit instructions and asynchronous copies where

@@ -35,7 +35,7 @@ class Arithmetic:
 
     @property
     def least(self) -> float:
-        """What an error may be of the largest value, however small torch's is: tests/loss_helpers.py has the rule."""
+        """What an error may be of the largest value, however small torch's is (tests/ops/loss_helpers.py)."""
         return 2.0**-7 if self.bf16 else 2.0**-9 if self.tf32 else 4e-6
 
     @contextmanager
@@ -159,26 +159,26 @@ class Loss:
     Columns are the distinct items that any session meets, so that the truth of a huge catalog stays small.
     """
 
-    columns: Tensor  # (C,) int64, ascending, holds the wanted items too
+    columns: Tensor  # (C,) int64, ascending, holds the target and positives too
     counts: Tensor  # (B, C) float32, 0 at the target
-    wanted: Tensor  # (B, 1 + P) places in columns of target and positives, -1 for none
+    pos_places: Tensor  # (B, 1 + P) places in columns of target and positives, -1 for none
     weight: float
     temperature: float
 
     @classmethod
     def of(cls, counted: Tensor, target: Tensor, positives: Tensor | None, weight: float, temperature: float) -> Loss:
         """counted (B, V) float32, or ids (B, n) int64 with -1 for none; a negative target stands for no row."""
-        wanted = target[:, None] if positives is None else torch.cat([target[:, None], positives], 1).long()
-        wanted = wanted.masked_fill(target[:, None] < 0, -1)
+        pos_ids = target[:, None] if positives is None else torch.cat([target[:, None], positives], 1).long()
+        pos_ids = pos_ids.masked_fill(target[:, None] < 0, -1)
         if counted.dtype == torch.int64:
-            columns = torch.cat([counted.flatten(), wanted.flatten()]).unique()
+            columns = torch.cat([counted.flatten(), pos_ids.flatten()]).unique()
             columns = columns[columns >= 0]
             counts = torch.zeros(target.shape[0], columns.numel(), device=target.device)
             counts.scatter_add_(1, torch.searchsorted(columns, counted.clamp(min=0)).clamp(max=columns.numel() - 1),
                                 (counted >= 0).float())  # fmt: skip
         else:
             columns, counts = torch.arange(counted.shape[1], device=target.device), counted.clone()
-        places = torch.searchsorted(columns, wanted.clamp(min=0)).masked_fill(wanted < 0, -1)
+        places = torch.searchsorted(columns, pos_ids.clamp(min=0)).masked_fill(pos_ids < 0, -1)
         counts.scatter_(1, places[:, :1].clamp(min=0), counts.gather(1, places[:, :1].clamp(min=0))
                         * (places[:, :1] < 0))  # fmt: skip
         return cls(columns, counts, places, weight, temperature)
@@ -196,10 +196,10 @@ class Loss:
         some = self.counts.sum(1, keepdim=True) > 0
         counts = torch.where(some, self.counts, 1.0).to(y.dtype)
         z = (y + counts.log()).logsumexp(1, keepdim=True)
-        losses = -F.logsigmoid(y.gather(1, self.wanted.clamp(min=0)) - z)
+        losses = -F.logsigmoid(y.gather(1, self.pos_places.clamp(min=0)) - z)
         weights = torch.full_like(losses, self.weight)
         weights[:, 0] = 1.0
-        return torch.where((self.wanted >= 0) & some, losses * weights, 0.0).sum(1)
+        return torch.where((self.pos_places >= 0) & some, losses * weights, 0.0).sum(1)
 
     def with_gradients(
         self, query: Tensor, catalog: Tensor, bias: Tensor | None, log_q: Tensor | None, dtype: torch.dtype
