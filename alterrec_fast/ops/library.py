@@ -6,6 +6,7 @@ its fakes and its gradients name them.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -154,7 +155,7 @@ def _differentiable_gradients(
 def _arguments(inputs: type[tuple[Any, ...]]) -> dict[str, Any]:
     """Names and types of a NamedTuple's fields, those of a NamedTuple among them in its place."""
     arguments: dict[str, Any] = {}
-    for name, kind in get_type_hints(inputs).items():
+    for name, kind in _field_types(inputs).items():
         arguments |= _arguments(kind) if hasattr(kind, "_fields") else {name: kind}
     return arguments
 
@@ -169,5 +170,9 @@ def _flattened(inputs: tuple[Any, ...]) -> list[Any]:
 
 def _pack(kind: type[tuple[Any, ...]], values: Iterator[Any]) -> tuple[Any, ...]:
     """The inverse of `_flattened`."""
-    kinds = get_type_hints(kind).values()
-    return kind(*(_pack(k, values) if hasattr(k, "_fields") else next(values) for k in kinds))
+    return kind(*(_pack(k, values) if hasattr(k, "_fields") else next(values) for k in _field_types(kind).values()))
+
+
+@functools.cache
+def _field_types(kind: type[tuple[Any, ...]]) -> dict[str, Any]:
+    return get_type_hints(kind)

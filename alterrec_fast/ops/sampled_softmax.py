@@ -37,6 +37,9 @@ def sampled_softmax(
     The loss of `slice_cross_entropy` with logits ``(q . e_i + bias_i) / temperature - log_q_i`` (Bengio and Senecal,
     2008; TensorFlow's sampled_softmax_loss). A repeated negative counts each time; one equal to the target is dropped.
 
+    Gradients have gradients (``create_graph=True``), and torch.func transforms and forward mode work: the reference
+    engine computes those.
+
     Args:
         query: (B, d) float32 or bfloat16, any strides; gets a gradient.
         catalog: (V, d) float32 or bfloat16, any strides; gets a gradient.

@@ -39,6 +39,9 @@ def slice_cross_entropy(
     positives. N is `neg` without the target; without `neg` every item from first_item on but the target, which is
     ``F.cross_entropy((query @ catalog.T + bias) / temperature, target)``. A row without negatives has zero loss.
 
+    Gradients have gradients (``create_graph=True``), and torch.func transforms and forward mode work: the reference
+    engine computes those.
+
     Args:
         query: (B, d) float32 or bfloat16, any strides; gets a gradient.
         catalog: (V, d) float32 or bfloat16, any strides; gets a gradient.
