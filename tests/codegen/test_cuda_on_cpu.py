@@ -50,10 +50,10 @@ def cuda_engine(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(autouse=True)
-def kept_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is kept for the backward pass is what engines for CUDA tensors keep."""
+def saved_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved for the backward pass is what engines for CUDA tensors save."""
     module = sys.modules["alterrec_fast.ops.sampled_softmax"]
-    monkeypatch.setattr(module, "_kept_on_cpu", module._kept_logits)
+    monkeypatch.setattr(module, "_saved_on_cpu", module._saved_logits)
 
 
 @pytest.fixture(params=[False, True], ids=["fast", "deterministic"])
@@ -160,5 +160,5 @@ def test_wrong_shapes() -> None:
         forward(torch.zeros(1, 9000), torch.zeros(1, 9000), *rest)
     losses, partition, kept = forward(torch.zeros(1, 4), torch.zeros(1, 4), *rest)
     backward = torch.ops.alterrec_fast.native_sampled_softmax_backward
-    with pytest.raises(ValueError, match=r"kept must hold 8 bytes from the forward pass, got 0"):
+    with pytest.raises(ValueError, match=r"saved must hold 8 bytes from the forward pass, got 0"):
         backward(losses, torch.zeros(1, 4), torch.zeros(1, 4), *rest[:10], partition, kept, [True] * 3)
