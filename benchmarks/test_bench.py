@@ -7,7 +7,6 @@ and lets them take turns, which is fairer, and measures memory.
 
 from __future__ import annotations
 
-import importlib
 import re
 from dataclasses import replace
 from functools import lru_cache
@@ -20,19 +19,8 @@ from alterrec_fast.benchmarks.harness.op import Implementation, Op
 from alterrec_fast.benchmarks.harness.worker import Case, Tensors
 from alterrec_fast.benchmarks.ops import OPS
 
-
-def identifier(*words: str) -> str:
-    """For -k, which takes no commas."""
-    return re.sub(r"[^\w.:+-]+", "_", "-".join(words).replace(" = ", "").replace(", ", "-").replace(",", ""))
-
-
-def skipped(one: Implementation) -> list[pytest.MarkDecorator]:
-    reason = f"needs an interpreter of its own: alterrec-fast bench --python {one.python}=PATH"
-    return [pytest.mark.skip(reason)] if one.python else []
-
-
 CASES = [
-    pytest.param(op, case, one, id=identifier(op.name, case.label, one.name), marks=skipped(one))
+    pytest.param(op, case, one, id=re.sub(r"[^\w.:+]+", "_", f"{op.name} {case.label} {one.name}"))
     for op in OPS
     for case in op.quick or op.full[:1]
     for one in op.implementations
@@ -55,11 +43,10 @@ def test_implementation(
     monkeypatch.chdir(tmp_path)  # a trainer leaves files where it runs
     case = replace(case, threads=torch.get_num_threads())
     benchmark.group = f"{op.name}: {case.label}"
+    if implementation.python:
+        pytest.skip(f"needs an interpreter of its own: alterrec-fast bench --python {implementation.python}=PATH")
     for module in implementation.modules:
-        try:
-            importlib.import_module(module)
-        except ImportError as missing:
-            pytest.skip(f"{type(missing).__name__}: {missing}")
+        pytest.importorskip(module, exc_type=ImportError)
     inputs, truth = inputs_of(op.name, case)
     call = implementation.job().prepare(case, inputs)
     error = op.error_of(implementation, call.read(call.run(0)), truth)

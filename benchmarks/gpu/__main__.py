@@ -103,6 +103,7 @@ def install(root: Path, work: Path, seconds: float) -> tuple[Path, str, list[str
         else:
             shutil.copy(root / name, source / name)
     failed = "" if shutil.which(os.environ.get("CXX", "c++").split()[0]) else "there is no C++ compiler"
+    failed = "ALTERREC_FAST_NO_EXT=1 is set" if os.environ.get("ALTERREC_FAST_NO_EXT") == "1" else failed
     if not failed:
         failed = run_limited([*PIP, "--target", str(work / "compiled"), str(source)], dict(os.environ), work, seconds)
     if not failed:
