@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from alterrec_fast.ops.checks import check_integer, check_tensor
+from alterrec_fast.ops.checks import check_integer, check_number, check_tensor
+from alterrec_fast.ops.random_sets import bernoulli_bits, bernoulli_ids, weighted_ids
 
 WORD = 64  # items a row of bits is padded to, so that engines may read it as bytes, int32 or int64 words
-BERNOULLI_BITS = 24  # probabilities of random sets are rounded to multiples of 2 ** -24
 BLOCK_BYTES = 32 << 20  # what one row block of an unpacked slice may take
 
 
@@ -183,6 +183,7 @@ class RankSlice:
 
     def sample(self, m: int, generator: torch.Generator | None = None) -> Tensor:
         """(B, m) int64: m members of each row, uniformly without replacement; a row with fewer ends in -1."""
+        check_integer("m", m)
         if m < 0:
             raise ValueError(f"m must be at least 0, got {m}")
         out = torch.full((self.batch_size, m), -1, dtype=torch.int64, device=self.device)
@@ -209,6 +210,7 @@ class RankSlice:
         below first_item enters with probability (1 - f) n / V, or (1 - f) n w_i / sum(w) where weights (V,) are given
         (at most 1 - 2 ** -24 then, and never where the weight is zero). f = 1 returns this slice itself.
         """
+        check_number("hard_fraction", hard_fraction)
         if not 0.0 <= hard_fraction <= 1.0:
             raise ValueError(f"hard_fraction must lie in [0, 1], got {hard_fraction}")
         if weights is not None:
@@ -219,11 +221,11 @@ class RankSlice:
         enters = number / self.num_items
         drawn = None
         if weights is not None:
-            drawn = _weighted_ids(self.batch_size, self.first_item, number, weights, self.device, generator)
+            drawn = weighted_ids(self.batch_size, self.first_item, number, weights, self.device, generator)
         if self.bits is not None:
-            stay = self.bits & _bernoulli_bits(self.bits.shape, hard_fraction, self.device, generator)
+            stay = self.bits & bernoulli_bits(self.bits.shape, hard_fraction, self.device, generator)
             new = (
-                _bernoulli_bits(self.bits.shape, enters, self.device, generator)
+                bernoulli_bits(self.bits.shape, enters, self.device, generator)
                 if drawn is None
                 else self._bits_of(drawn)
             )
@@ -232,7 +234,7 @@ class RankSlice:
         stays = torch.rand(self.ids.shape, generator=generator, device=self.device) < hard_fraction
         staying = torch.where(stays & (self.ids >= 0), self.ids.long(), self.num_items)
         new = (
-            _bernoulli_ids(self.batch_size, self.first_item, self.num_items, enters, self.device, generator)
+            bernoulli_ids(self.batch_size, self.first_item, self.num_items, enters, self.device, generator)
             if drawn is None
             else drawn
         )
@@ -259,6 +261,8 @@ class RankSlice:
 
         The law of `mix(0.0)` on a slice of that size, whatever its members; with `weights` as there.
         """
+        for name, value in (("batch_size", batch_size), ("num_items", num_items), ("size", size)):
+            check_integer(name, value)
         if not 0 <= size <= num_items - first_item:
             raise ValueError(f"size must lie in [0, {num_items - first_item}], the number of items, got {size}")
         values, offsets = exclude_lists(exclude, batch_size, torch.device(device))
@@ -280,6 +284,7 @@ class RankSlice:
     @classmethod
     def from_indices(cls, ids: Tensor, num_items: int, first_item: int = 0) -> RankSlice:
         """ids (B, n) int32 or int64 in any order, repeats count once, -1 is no item -> the same sets as a RankSlice."""
+        check_tensor("ids", ids)
         if ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"ids must be (B, n) int32 or int64, got {tuple(ids.shape)} {ids.dtype}")
         bad = (ids < -1) | (ids >= num_items) | ((ids >= 0) & (ids < first_item))
@@ -295,6 +300,7 @@ class RankSlice:
     @classmethod
     def from_mask(cls, mask: Tensor, first_item: int = 0) -> RankSlice:
         """mask (B, V) bool -> the same sets as a RankSlice; columns below first_item must be False."""
+        check_tensor("mask", mask)
         if mask.ndim != 2 or mask.dtype != torch.bool:
             raise ValueError(f"mask must be (B, V) bool, got {tuple(mask.shape)} {mask.dtype}")
         if mask[:, :first_item].any():
@@ -397,6 +403,7 @@ def exclude_lists(
 
 def check_weights(name: str, weights: Tensor, num_items: int, first_item: int) -> None:
     """Raises ValueError unless there is a finite weight of at least 0 for each item, and one above 0."""
+    check_tensor(name, weights)
     if weights.shape != (num_items,):
         raise ValueError(f"{name} must be ({num_items},), got {tuple(weights.shape)}")
     ranked = weights[first_item:].double()
@@ -418,74 +425,6 @@ def _compact(ids: Tensor, num_items: int) -> Tensor:
     ordered = ids.sort(1).values
     longest = int((ordered < num_items).sum(1).max()) if ordered.numel() else 0
     return ordered[:, :longest].masked_fill(ordered[:, :longest] == num_items, -1).int()
-
-
-def _bernoulli_bits(
-    shape: torch.Size, probability: float, device: torch.device, generator: torch.Generator | None
-) -> Tensor:
-    """Bytes whose bits are 1 with the given probability, independently: shape (B, W) uint8.
-
-    Random words are combined along the binary digits of the probability, least significant first: or-ing with a fair
-    coin maps the chance x to (1 + x) / 2, and-ing maps it to x / 2. One half costs a single word for 64 items.
-    """
-    digits = round(probability * 2**BERNOULLI_BITS)
-    if digits == 2**BERNOULLI_BITS:
-        return torch.full(shape, 255, dtype=torch.uint8, device=device)
-    words = (shape[0], shape[1] // 8)
-    bits = torch.zeros(words, dtype=torch.int64, device=device)
-    trailing = (digits & -digits).bit_length() - 1 if digits else BERNOULLI_BITS
-    for place in range(trailing, BERNOULLI_BITS):
-        coins = torch.empty(words, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
-        bits = bits | coins if digits >> place & 1 else bits & coins
-    return bits.view(torch.uint8)
-
-
-def _bernoulli_ids(
-    rows: int, first: int, stop: int, probability: float, device: torch.device, generator: torch.Generator | None
-) -> Tensor:
-    """In each row every id of [first, stop) with the given probability, ascending, filled up with `stop`.
-
-    Drawn by geometric gaps, so that the time follows the number of ids drawn and not the catalog.
-    """
-    span = stop - first
-    if probability <= 0.0 or span == 0 or rows == 0:
-        return torch.empty(rows, 0, dtype=torch.int64, device=device)
-    if probability >= 1.0:
-        return torch.arange(first, stop, device=device).expand(rows, -1)
-    mean = span * probability
-    width = int(mean + 6.0 * math.sqrt(mean) + 16.0)
-    last = torch.full((rows, 1), first - 1, dtype=torch.int64, device=device)
-    drawn: list[Tensor] = []
-    while int(last.min()) < stop:
-        uniform = 1.0 - torch.rand(rows, width, dtype=torch.float64, generator=generator, device=device)  # (0, 1]
-        gaps = (uniform.log() / math.log1p(-probability)).floor().clamp_(max=span).long() + 1
-        drawn.append(last + gaps.cumsum(1))
-        last = drawn[-1][:, -1:]
-    return torch.cat(drawn, 1).clamp_(max=stop)
-
-
-def _weighted_ids(
-    rows: int, first: int, number: float, weights: Tensor, device: torch.device, generator: torch.Generator | None
-) -> Tensor:
-    """In each row every id i of [first, V) with probability number * w_i / sum(w), independently; sorted, each once,
-    filled up with V.
-
-    Item i is thrown Poisson(-log(1 - probability)) times, so that it turns up at all with that probability: all throws
-    of a row are a Poisson number of draws from one distribution, and the time follows the number of ids drawn.
-    """
-    stop = weights.shape[0]
-    chance = weights.to(device, torch.float64).clone()
-    chance[:first] = 0.0
-    chance = (number * chance / chance.sum()).clamp(max=1.0 - 2.0**-BERNOULLI_BITS)
-    cumulated = (-torch.log1p(-chance)).cumsum(0)
-    total = cumulated[-1:]
-    throws = torch.poisson(total.expand(rows), generator=generator).long()
-    width = int(throws.max()) if rows else 0
-    places = torch.rand(rows, width, dtype=torch.float64, generator=generator, device=device) * total
-    ids = torch.searchsorted(cumulated, places, right=True)
-    ids = ids.masked_fill(torch.arange(width, device=device) >= throws.unsqueeze(1), stop).sort(1).values
-    ids[:, 1:].masked_fill_(ids[:, 1:] == ids[:, :-1], stop)
-    return ids
 
 
 def _flatten(slice_: RankSlice) -> tuple[list[Any], tuple[int, int, int]]:

@@ -260,6 +260,21 @@ def wrong_kinds() -> dict[str, Callable[[Tensor, Tensor, Tensor], object]]:
     }
 
 
+def test_methods_of_a_slice_name_arguments_of_a_wrong_kind() -> None:
+    neg = af.RankSlice.uniform(B, V, 9)
+    calls: dict[str, Callable[[], object]] = {
+        "m must be an integer, got float 2.0": lambda: neg.sample(2.0),  # type: ignore[arg-type]
+        "hard_fraction must be a number, got str 'half'": lambda: neg.mix("half"),  # type: ignore[arg-type]
+        "weights must be a torch.Tensor, got list": lambda: neg.mix(0.5, weights=[1.0] * V),  # type: ignore[arg-type]
+        "size must be an integer, got float 9.0": lambda: af.RankSlice.uniform(B, V, 9.0),  # type: ignore[arg-type]
+        "ids must be a torch.Tensor, got list": lambda: af.RankSlice.from_indices([[1]], V),  # type: ignore[arg-type]
+        "mask must be a torch.Tensor, got numpy": lambda: af.RankSlice.from_mask(np.ones((2, 3), bool)),  # type: ignore[arg-type]
+    }
+    for message, make in calls.items():
+        with pytest.raises(TypeError, match=message):
+            make()
+
+
 @pytest.mark.parametrize("message", wrong_kinds())
 def test_arguments_of_a_wrong_kind_are_named(message: str) -> None:
     with pytest.raises(TypeError, match=message):
