@@ -15,7 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pydantic  # noqa: F401  training imports these three where it uses them; a missing one is told before a run
+import safetensors  # noqa: F401
 import torch
+import tqdm  # noqa: F401
 from filelock import FileLock, Timeout
 from torch import Tensor
 

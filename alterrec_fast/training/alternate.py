@@ -16,14 +16,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor
-from tqdm import tqdm
 
 from alterrec_fast.data.batches import Batch, most_tokens, pack, plan
 from alterrec_fast.data.sessions import SPLITS, DataError, Dataset
@@ -41,6 +39,9 @@ from alterrec_fast.training.evaluate import evaluate, training_counts
 from alterrec_fast.training.records import HISTORY
 from alterrec_fast.training.steps import GraphedStep, Inputs, StaticBatch, Step, side_stream
 from alterrec_fast.training.variants import Epoch, build, epochs
+
+if TYPE_CHECKING:  # packages of the extra "train" are imported where they are used: a step needs none of them
+    from pydantic import ConfigDict
 
 LAST, BEST = "checkpoints/last.safetensors", "checkpoints/best.safetensors"
 
@@ -67,6 +68,8 @@ class State:
     @classmethod
     def of(cls, header: dict[str, Any], file: Path) -> State:
         """The state in a checkpoint's header; raises FileError where it cannot be one."""
+        from pydantic import TypeAdapter
+
         with naming(file, "the checkpoint of a run"):
             state = TypeAdapter(cls).validate_python(header)
         numbers = [state.best, *state.sums.values()]
@@ -161,6 +164,8 @@ class Trainer:
 
     def _run_epoch(self, epoch: Epoch) -> dict[str, Any]:
         """One pass over the training targets; returns the epoch's line of the history, without validation."""
+        from tqdm import tqdm
+
         config, state = self.config, self.state
         student = self.recommender.network(epoch.student).train()
         run_step = self.stepper(epoch, self.teacher_catalog(epoch))

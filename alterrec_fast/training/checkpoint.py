@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from alterrec_fast.errors import FileError
@@ -22,6 +20,9 @@ KEY = "alterrec_fast"  # the only one in the header: safetensors writes several 
 
 def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Writes tensors, and `state` as JSON in the file's header, whole or not at all. Raises FileError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(state, allow_nan=False)
     header = {"format": FORMAT, "checksum": _checksum(ready, text), "state": text}
@@ -37,6 +38,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) ->
 
 def load(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save` wrote; raises FileError where the file is missing, of another format, or differs in a single bit."""
+    from safetensors import safe_open
+
     regular_size(path)
     with naming(path, "a checkpoint that can be read"), safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get(KEY)

@@ -6,96 +6,25 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import TYPE_CHECKING, Any
 
 from alterrec_fast import files
 from alterrec_fast.errors import FileError
-from alterrec_fast.training.config import METRICS, Variant
+
+if TYPE_CHECKING:  # schemas.py needs pydantic, of the extra "train"; writing a history does not
+    from pydantic import BaseModel
 
 HISTORY, METRICS_FILE = "history.jsonl", "metrics.json"
 TIMES = ("seconds", "targets_per_second", "validation_seconds", "peak_memory")  # of the machine, not of the result
 _log = logging.getLogger(__name__)
 
-Measure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=0)]
-Scores = Annotated[
-    dict[Annotated[str, Field(pattern=f"^({'|'.join(METRICS)})$")], Share],
-    Field(min_length=len(METRICS), max_length=len(METRICS)),
-]
-Bounds = Annotated[list[Count], Field(min_length=2, max_length=2)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class _Views(_Strict):
-    fused: Scores
-    id: Scores | None
-    text: Scores | None
-
-
-class _Group(_Strict):
-    targets: Measure  # a mean over seeds need not be whole
-    share: Share
-    fused: Scores | None
-    id: Scores | None
-    text: Scores | None
-
-
-Groups = Annotated[dict[Annotated[str, Field(pattern=r"^\d+(-\d+|\+)$")], _Group], Field(min_length=1)]
-
-
-class _Untrained(_Strict):
-    """The line of epoch 0. Times are None where history.jsonl was lost."""
-
-    epoch: Count
-    validation: _Views
-    validation_seconds: Measure | None
-    peak_memory: Count | None
-
-
-class _Trained(_Untrained):
-    student: Literal["id", "text", "fused"]
-    negatives: Annotated[str, Field(pattern=r"^(uniform|ranks \d+:\d+ of (id|text))$")]
-    learning_rate: Measure
-    loss: Annotated[float, Field(allow_inf_nan=False)]
-    loss_id: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    loss_text: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    seconds: Measure | None
-    targets_per_second: Measure | None
-    padding: Measure
-
-
-class _Metrics(_Strict):
-    variant: Variant
-    items: Annotated[int, Field(ge=1)]
-    slice: Bounds
-    best_epoch: Measure
-    validation: _Views
-    test: _Views
-    groups: Groups
-
-
-class _OfOne(_Metrics):
-    seed: Count
-    best_epoch: Count
-
-
-class _OfSeveral(_Metrics):
-    seeds: Annotated[list[Count], Field(min_length=1)]
-    validation_std: _Views
-    test_std: _Views
-    groups_std: Groups
-
 
 def check_history(lines: Sequence[Any], where: str) -> None:
     """Raises FileError unless `lines` are those of epochs 0, 1, ... as a run writes them; they may be none."""
+    from alterrec_fast.training.schemas import Trained, Untrained
+
     for number, line in enumerate(lines):
-        _check(_Trained if number else _Untrained, line, f"{where}, line {number + 1}")
+        _check(Trained if number else Untrained, line, f"{where}, line {number + 1}")
         if line["epoch"] != number:
             raise FileError(f"{where}, line {number + 1}: epoch {line['epoch']}, expected {number}")
 
@@ -139,8 +68,10 @@ def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
 
 def read_metrics(path: Path) -> dict[str, Any]:
     """metrics.json of a run over one seed or several; raises FileError where it is missing, or holds anything else."""
+    from alterrec_fast.training.schemas import OfOne, OfSeveral
+
     metrics = files.read_sealed(path)
-    _check(_OfSeveral if "seeds" in metrics else _OfOne, metrics, str(path))
+    _check(OfSeveral if "seeds" in metrics else OfOne, metrics, str(path))
     variant, test = metrics["variant"], metrics["test"]
     need = {"id_only": ("id",), "text_only": ("text",), "nfrec_sum": ()}.get(variant, ("id", "text"))
     if any((test[view] is not None) != (view in need) for view in ("id", "text")):
@@ -151,6 +82,8 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
 
 def _check(model: type[BaseModel], values: Any, where: str) -> None:
+    from pydantic import ValidationError
+
     try:
         model.model_validate(values)
     except ValidationError as error:
