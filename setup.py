@@ -84,7 +84,7 @@ def compiled() -> dict[str, object]:
     flags.append("-Wno-maybe-uninitialized")  # GCC bug 105593: wrong within its own AVX-512 headers
     link = ["-fopenmp", "-s"]
     if os.environ.get("ALTERREC_FAST_SANITIZE") == "1":
-        sanitize = ["-fsanitize=address", "-fno-omit-frame-pointer", "-g", "-DALTERREC_FAST_SANITIZED"]
+        sanitize = ["-fsanitize=address", "-fno-omit-frame-pointer", "-g", "-w", "-DALTERREC_FAST_SANITIZED"]
         flags, link = [*flags, "-O1", *sanitize], ["-fopenmp", "-fsanitize=address"]
     extension = CppExtension(
         "alterrec_fast._C",

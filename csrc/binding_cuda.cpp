@@ -157,16 +157,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sampled_softmax(
   }
   const at::Tensor losses = arguments.floats({p.rows}), lse = arguments.floats({p.rows});
   const at::Tensor saved = at::empty({saved_size}, query.options().dtype(at::kByte));
-  const bool keeps = saved_size > 0 && saved_size >= arguments.saved_bytes();
-  float* logits = keeps ? static_cast<float*>(saved.data_ptr()) : nullptr;
+  const bool saves = saved_size > 0 && saved_size >= arguments.saved_bytes();
+  float* logits = saves ? static_cast<float*>(saved.data_ptr()) : nullptr;
   const at::Tensor fault = check ? at::full({1}, -1, target.options().dtype(at::kLong)) : at::Tensor();
-  forward(p, logits, keeps ? logits + p.rows * p.count : nullptr, losses.data_ptr<float>(), lse.data_ptr<float>(),
-          check ? reinterpret_cast<uint64_t*>(fault.data_ptr<int64_t>()) : nullptr, stream_of(query));
-  const uint64_t found = check ? static_cast<uint64_t>(fault.item<int64_t>()) : kNoFault;
-  const uint32_t bits = static_cast<uint32_t>(found);
+  forward(p,
+          {logits, saves ? logits + p.rows * p.count : nullptr, losses.data_ptr<float>(), lse.data_ptr<float>(),
+           check ? reinterpret_cast<uint64_t*>(fault.data_ptr<int64_t>()) : nullptr},
+          stream_of(query));
+  const uint64_t first_fault = check ? static_cast<uint64_t>(fault.item<int64_t>()) : kNoFault;
+  const uint32_t bits = static_cast<uint32_t>(first_fault);
   float score;
   std::memcpy(&score, &bits, sizeof(score));  // torch before 2.13 compiles extensions as C++17, without std::bit_cast
-  TORCH_CHECK_VALUE(found == kNoFault, "scores: row ", found >> 32, " has a score of ", score,
+  TORCH_CHECK_VALUE(first_fault == kNoFault, "scores: row ", first_fault >> 32, " has a score of ", score,
                     ", expected a finite one");
   return {losses, lse, saved};
 }
@@ -227,13 +229,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sampled_softmax_backw
     if (p.shared) {
       shared_rows = arguments.floats({p.count, p.width});
       shared_totals = arguments.floats({p.count});
-      shared_gradient(p, x, shared_rows.data_ptr<float>(), shared_totals.data_ptr<float>(), stream);
+      shared_gradient(p, x, {shared_rows.data_ptr<float>(), shared_totals.data_ptr<float>()}, stream);
     }
     const at::Tensor scratch = arguments.floats({segment_scratch(rows.numel(), p.width)});
     const Sorted sorted{rows.const_data_ptr<int32_t>(), order.const_data_ptr<int64_t>(), rows.numel(),
                         static_cast<int32_t>(limit)};
     const RowGradients out{needs[1] ? grad_catalog.data_ptr() : nullptr, narrow, data_or_null<float>(grad_bias)};
-    segment_gradients(p, x, data_or_null<float>(shared_rows), data_or_null<float>(shared_totals), sorted,
+    segment_gradients(p, x, {data_or_null<float>(shared_rows), data_or_null<float>(shared_totals)}, sorted,
                       scratch.data_ptr<float>(), out, stream);
     if (sparse && needs[2]) {
       grad_bias = at::zeros({p.items}, grad_bias.options()).index_copy_(0, items, grad_bias);

@@ -91,7 +91,7 @@ void raising(const Body& body) {
   }
 }
 
-// The sets of negatives of a slice, checked and kept; all items where there is none.
+// The negatives of a slice, checked, together with their tensor; all items where there is no slice.
 struct Slice {
   at::Tensor tensor;
   Members members;

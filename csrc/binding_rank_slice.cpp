@@ -136,12 +136,12 @@ std::tuple<Tensor, Tensor, Tensor> rank_slice(const Tensor& query, const Tensor&
   int64_t* best_items = best.mutable_data_ptr<int64_t>();
   float* limits = thresholds.mutable_data_ptr<float>();
 
-  arguments.run([&](int64_t row, uint64_t* bits, const RowRanks& found) {
-    int64_t* next = std::transform(found.best.begin(), found.best.end(), best_items + row * top,
+  arguments.run([&](int64_t row, uint64_t* bits, const RowRanks& selected) {
+    int64_t* next = std::transform(selected.best.begin(), selected.best.end(), best_items + row * top,
                                    [](uint64_t key) { return int64_t{from_key(key).id}; });
     std::fill(next, best_items + (row + 1) * top, int64_t{-1});
-    limits[2 * row] = size == 0 ? kInfinity : empty ? -kInfinity : found.first.score;
-    limits[2 * row + 1] = stop > problem.stop || empty ? -kInfinity : found.last.score;
+    limits[2 * row] = size == 0 ? kInfinity : empty ? -kInfinity : selected.first.score;
+    limits[2 * row + 1] = stop > problem.stop || empty ? -kInfinity : selected.last.score;
     if (bits == nullptr) return;
     clear_bits(bits, exclude.begin() + exclude.bounds()[row], exclude.begin() + exclude.bounds()[row + 1], items);
     if (ids != nullptr) write_ids(bits, words, ids + row * size, size);
@@ -164,12 +164,12 @@ std::tuple<Tensor, Tensor> top_k(const Tensor& query, const Tensor& catalog, int
   Tensor best = arguments.empty({rows, k}, at::kLong);
   float* score = scores.mutable_data_ptr<float>();
   int64_t* item = best.mutable_data_ptr<int64_t>();
-  arguments.run([&](int64_t row, uint64_t*, const RowRanks& found) {
+  arguments.run([&](int64_t row, uint64_t*, const RowRanks& selected) {
     std::vector<int64_t> excluded(exclude.begin() + exclude.bounds()[row], exclude.begin() + exclude.bounds()[row + 1]);
     std::sort(excluded.begin(), excluded.end());
     int64_t place = row * k;
     const int64_t end = place + k;
-    for (auto key = found.best.begin(); key != found.best.end() && place < end; ++key) {
+    for (auto key = selected.best.begin(); key != selected.best.end() && place < end; ++key) {
       const Item next = from_key(*key);
       if (std::binary_search(excluded.begin(), excluded.end(), int64_t{next.id})) continue;
       score[place] = next.score;

@@ -7,10 +7,16 @@
 
 namespace alterrec {
 
-// Row-major C (m x n) = op(A) (m x k) op(B) (k x n) + (accumulate ? C : 0), op the transpose where asked for; ld* are
-// the row strides of A, B and C as stored. Runs on as many threads as it is called from: inside parallel_for, on one.
-void sgemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
-           int64_t ldb, float* c, int64_t ldc, bool accumulate);
+// A row-major factor of a product, with its row stride as stored; its transpose is multiplied where asked for.
+struct Factor {
+  const float* data;
+  int64_t stride;
+  bool transposed = false;
+};
+
+// Row-major C (m x n) = A (m x k) B (k x n) + (accumulate ? C : 0); ldc is the row stride of C. Inside parallel_for it
+// runs on one thread.
+void sgemm(int64_t m, int64_t n, int64_t k, const Factor& a, const Factor& b, float* c, int64_t ldc, bool accumulate);
 
 // Row-major C (m x n) = A (m x k) B (k x n) for a B that fits in the nearest cache; for such, and for few rows of A,
 // faster than sgemm, which packs its operands in each call. Only where has_packed_product().
@@ -18,7 +24,7 @@ bool has_packed_product();
 void packed_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                  int64_t ldc);
 
-// Whether bf16_gemm has instructions for it on this CPU: matrix units (AMX), or dot products of pairs (AVX512_BF16).
+// Whether this CPU has instructions for bf16_gemm: those of AMX, or dot products of pairs (AVX512_BF16).
 bool has_bf16_product();
 
 // Row-major C (m x n) = A (m x k) B (+ C), bf16 bits accumulated in float32. B is stored in pairs of rows: element

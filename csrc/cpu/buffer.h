@@ -12,9 +12,9 @@ struct Block {
   std::size_t bytes = 0;
 };
 
-// Uninitialised memory on cache lines. The system hands out fresh memory page by page and fills it with zeros first,
-// which for what is written and read once takes as long as that; so large blocks that are given back are kept for the
-// next call, up to 256 MiB in all. From any thread.
+// Uninitialised memory on cache lines. The system fills fresh memory with zeros, page by page, which takes as long as
+// writing and reading it once; so large blocks that are given back are kept for the next call, up to 256 MiB in all.
+// From any thread.
 Block take_block(std::size_t bytes);
 void give_back(Block block) noexcept;
 

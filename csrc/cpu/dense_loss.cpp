@@ -178,8 +178,8 @@ void DenseLoss::logits(const Tile& tile, int64_t begin, int64_t end, float* y, S
   } else if (arithmetic_ == Arithmetic::kBf16) {
     scratch.bf16.logits(query_bf16_.get() + begin * padded_, rows, y, kTileColumns);
   } else {
-    sgemm(false, true, rows, tile.count, width_, query_ + begin * query_stride_, query_stride_, scratch.tile,
-          scratch.tile_stride, y, kTileColumns, false);
+    sgemm(rows, tile.count, width_, {query_ + begin * query_stride_, query_stride_},
+          {scratch.tile, scratch.tile_stride, true}, y, kTileColumns, false);
   }
   const float* shift = columns_.shift ? columns_.shift + tile.begin : nullptr;
   const bool plain = problem_.temperature == 1.0f && !shift;
@@ -283,11 +283,11 @@ void DenseLoss::add_products(const Tile& tile, int64_t begin, int64_t end, const
                    weighted + i * kTileColumns);
     }
     if (catalog_sum) {
-      sgemm(true, false, tile.count, width_, rows, weighted, kTileColumns, query_ + begin * query_stride_,
-            query_stride_, catalog_sum, padded_, accumulate);
+      sgemm(tile.count, width_, rows, {weighted, kTileColumns, true}, {query_ + begin * query_stride_, query_stride_},
+            catalog_sum, padded_, accumulate);
     }
     if (query_sum) {
-      sgemm(false, false, rows, width_, tile.count, weighted, kTileColumns, scratch.tile, scratch.tile_stride,
+      sgemm(rows, width_, tile.count, {weighted, kTileColumns}, {scratch.tile, scratch.tile_stride},
             query_sum + begin * width_, width_, true);
     }
     return;
@@ -310,8 +310,8 @@ void DenseLoss::add_products(const Tile& tile, int64_t begin, int64_t end, const
   }
 }
 
-void DenseLoss::backward_tile(const Tile& tile, const Saved& saved, const float* lse, const PosByTile& by_tile,
-                              float* query_sum, const Gradients& gradients, bool by_item, Scratch& scratch) const {
+void DenseLoss::backward_tile(const Tile& tile, const BackwardPass& pass, float* query_sum, Scratch& scratch) const {
+  const auto& [saved, lse, positives, gradients, by_item] = pass;
   const LossKernels& kernel = loss_kernels();
   const bool keeps = tile.index < saved.tiles, bf16 = arithmetic_ == Arithmetic::kBf16;
   const int64_t words = (tile.count + 63) / 64;
@@ -367,8 +367,8 @@ void DenseLoss::backward_tile(const Tile& tile, const Saved& saved, const float*
     added = true;
   }
   if (catalog_sum && !added) std::fill(catalog_sum, catalog_sum + tile.count * padded_, 0.0f);
-  for (int64_t i = by_tile.begin[tile.index]; i < by_tile.begin[tile.index + 1]; ++i) {
-    const int64_t row = by_tile.entries[i] / positives_.width(), place = by_tile.entries[i] % positives_.width();
+  for (int64_t i = positives.begin[tile.index]; i < positives.begin[tile.index + 1]; ++i) {
+    const int64_t row = positives.entries[i] / positives_.width(), place = positives.entries[i] % positives_.width();
     const int64_t column = column_of(positives_.item(row, place)) - tile.begin;
     const float dlogit = positives_.dlogit(row, place) / problem_.temperature;
     if (catalog_sum) kernel.add_scaled(dlogit, query_ + row * query_stride_, width_, catalog_sum + column * padded_);
@@ -402,9 +402,8 @@ void DenseLoss::finish_query(const float* parts, int64_t chunks, const Gradients
 
 void DenseLoss::backward(const float* grad_losses, const float* lse, const uint8_t* bytes, int64_t size,
                          const Gradients& gradients, bool by_item) {
-  const Saved keep = saved(bytes, size);
   positives_.differentiate(grad_losses, lse);
-  const PosByTile by_tile = sort_positives();
+  const BackwardPass pass{saved(bytes, size), lse, sort_positives(), gradients, by_item};
   const int64_t part_bytes = std::max<int64_t>(1, rows_ * width_ * static_cast<int64_t>(sizeof(float)));
   const int64_t chunks = std::min(tiles_, std::clamp<int64_t>(kPartBytes / part_bytes, 1, kBackwardChunks));
   Buffer<float> parts_memory;
@@ -414,7 +413,7 @@ void DenseLoss::backward(const float* grad_losses, const float* lse, const uint8
     float* query_sum = gradients.query ? parts + chunk * rows_ * width_ : nullptr;
     if (query_sum) std::fill(query_sum, query_sum + rows_ * width_, 0.0f);
     for (int64_t t = part(tiles_, chunk, chunks); t < part(tiles_, chunk + 1, chunks); ++t) {
-      backward_tile(tile(t), keep, lse, by_tile, query_sum, gradients, by_item, scratch);
+      backward_tile(tile(t), pass, query_sum, scratch);
     }
   });
   if (gradients.query) finish_query(parts, chunks, gradients);

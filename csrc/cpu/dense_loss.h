@@ -58,8 +58,8 @@ class DenseLoss {
   // Fills `saved` with the exponentials of as many tiles as it has room for; backward() computes the others again.
   void forward(uint8_t* saved, int64_t saved_size, float* losses, float* lse) const;
 
-  // The gradients of catalog and bias have one row for each column; with `by_item` column c's is row items[c], and
-  // other rows are left alone.
+  // Once, since the logits of targets and positives give way to their gradients. The gradients of catalog and bias have
+  // one row for each column; with `by_item` column c's is row items[c], and other rows are left alone.
   void backward(const float* grad_losses, const float* lse, const uint8_t* saved, int64_t saved_size,
                 const Gradients& gradients, bool by_item = false);
 
@@ -83,6 +83,15 @@ class DenseLoss {
     uint8_t* values;  // (tiles, B, kTileColumns) float32, or bfloat16 in bf16 arithmetic
   };
 
+  // What a backward pass has for all tiles.
+  struct BackwardPass {
+    Saved saved;
+    const float* lse;
+    PosByTile positives;
+    const Gradients& gradients;
+    bool by_item;
+  };
+
   Saved saved(const uint8_t* bytes, int64_t size) const;
   int64_t saved_tile_bytes() const;
   Tile tile(int64_t index) const;
@@ -93,8 +102,7 @@ class DenseLoss {
   void fill_mask(const Tile& tile, int64_t row, uint64_t* words) const;
   void logits(const Tile& tile, int64_t begin, int64_t end, float* y, Scratch& scratch) const;
   void forward_tile(const Tile& tile, const Saved& saved, float* top, float* sum, Fault& fault, Scratch& scratch) const;
-  void backward_tile(const Tile& tile, const Saved& saved, const float* lse, const PosByTile& by_tile, float* query_sum,
-                     const Gradients& gradients, bool by_item, Scratch& scratch) const;
+  void backward_tile(const Tile& tile, const BackwardPass& pass, float* query_sum, Scratch& scratch) const;
   void add_products(const Tile& tile, int64_t begin, int64_t end, const void* p, float* catalog_sum, bool accumulate,
                     float* query_sum, Scratch& scratch) const;
   void finish_query(const float* parts, int64_t chunks, const Gradients& gradients) const;

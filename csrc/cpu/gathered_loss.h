@@ -29,7 +29,8 @@ class GatheredLoss {
   // The items whose rows of the catalog get a gradient, ascending.
   std::vector<int64_t> touched() const;
 
-  // The gradients of catalog and bias have a row for each item, or for each of `touched` where it is given.
+  // Once, since the logits give way to their gradients. The gradients of catalog and bias have a row for each item, or
+  // for each of `touched` where it is given.
   void backward(const float* grad_losses, const float* lse, const uint8_t* saved, const std::vector<int64_t>* touched,
                 const Gradients& gradients);
 

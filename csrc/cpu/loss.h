@@ -94,7 +94,8 @@ class Positives {
 
   void losses(const float* lse, float* out) const;
 
-  // Computes the weights and the gradients of these items' logits: d loss / d y, times the gradient of the row's loss.
+  // Computes the weights, and in place of these items' logits their gradients: d loss / d y times the gradient of the
+  // row's loss.
   void differentiate(const float* grad_losses, const float* lse);
   // The gradient of a negative's logit, over exp(y - Z); zero for rows without loss.
   const float* weights() const { return weights_.data(); }

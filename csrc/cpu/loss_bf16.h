@@ -1,4 +1,4 @@
-// One catalog tile of the streamed loss multiplied in bfloat16 by the CPU: its three products.
+// One catalog tile of the dense loss multiplied in bfloat16 by the CPU: its three products.
 #pragma once
 
 #include <cstdint>

@@ -18,9 +18,9 @@ namespace {
 // All sizes are the same for any number of threads, so that every product has the same shape and the same rounding.
 constexpr int64_t kBlockRows = 512;              // sessions that scan together: enough for products at full speed
 constexpr int64_t kSampleRows = 256;             // sessions of one task while sampling
-constexpr int64_t kStoredRows = 128;             // and while whole rows of scores are kept
+constexpr int64_t kStoredRows = 128;             // and while whole rows of scores are stored
 constexpr int64_t kSelectRows = 8;               // and while selecting
-constexpr int64_t kSmallCatalog = 8192;          // items up to which whole rows of scores are kept in cache
+constexpr int64_t kSmallCatalog = 8192;          // items up to which whole rows of scores stay in cache
 constexpr int64_t kBufferBytes = 48 << 20;       // for candidates, of each thread
 constexpr int64_t kBeyond = kScanTile + kGroup;  // room of a list beyond its capacity
 constexpr int64_t kPrefetch = 80;                // candidates of one tile, more or less
@@ -39,7 +39,7 @@ double product_cost(const RankProblem& problem) {
   return static_cast<double>(problem.query.cols) / (!bf16 ? 32.0 : isa() == Isa::kAmx ? 128.0 : 64.0);
 }
 
-// Adds the wall-clock time since the last phase ended to `total`. A few calls for some hundred sessions cost nothing.
+// Adds the wall-clock time since the last phase ended to `total`. It is called a few times for a block of sessions.
 class Stopwatch {
  public:
   void end_of(std::atomic<int64_t>& total) {
@@ -64,6 +64,7 @@ class Engine {
 
   NotFinite run() {
     const int64_t rows = problem_.query.rows;
+    if (rows == 0) return not_finite_;
     total_rows += rows;
     if (problem_.ranked == 0) {
       for (int64_t row = 0; row < rows; ++row) receive_(row, nullptr, RowRanks{});
@@ -97,7 +98,7 @@ class Engine {
   }
 
   int64_t block_rows() const {
-    const int64_t rows = std::max<int64_t>(1, problem_.query.rows);
+    const int64_t rows = problem_.query.rows;
     int64_t limit = kBlockRows;
     if (items_ > kSmallCatalog) {
       const int64_t expected = std::max<int64_t>(plan_of(0, rows).expected, 1);
@@ -174,7 +175,7 @@ class Engine {
       Buffer<int32_t> bins;
       QueryBlock::Scratch scratch;
       Selector selector;
-      RowRanks found;
+      RowRanks selected;
       const QueryBlock queries(problem_.query, first, n, problem_.arithmetic);
       queries.scores(problem_.catalog, base_, end - base_, scores.reserve(n * width), width, scratch);
       sample.reserve(sampled_);
@@ -193,12 +194,12 @@ class Engine {
         clear_padding(bits);
         Candidates list{list_scores.get(), list_ids.get(), usable(items_), 0, 0, 0, false};
         filter(plan, limits, x, base_, end - base_, row, bits, list);
-        if (!selector.from_candidates(ranks, plan.filter, limits, &list, 1, bits, found)) {
+        if (!selector.from_candidates(ranks, plan.filter, limits, &list, 1, bits, selected)) {
           count_fallback(list.overflow);
           selector.from_scores(ranks, x + (problem_.first_item - base_), items_,
-                               static_cast<int32_t>(problem_.first_item), bits, found);
+                               static_cast<int32_t>(problem_.first_item), bits, selected);
         }
-        receive_(row, bits, found);
+        receive_(row, bits, selected);
       }
     });
   }
@@ -254,7 +255,7 @@ class Engine {
     std::vector<char> missed(count, 0);
     parallel_for(ceil_div(count, kSelectRows), [&](int64_t task) {
       Selector selector;
-      RowRanks found;
+      RowRanks selected;
       for (int64_t r = task * kSelectRows; r < std::min(count, (task + 1) * kSelectRows); ++r) {
         uint64_t* bits = bits_of(begin, begin + r);
         clear_padding(bits);
@@ -263,8 +264,8 @@ class Engine {
         const bool overflow = std::any_of(runs, runs + workers, [](const Candidates& list) { return list.overflow; }) ||
                               total_count(runs, workers) > capacity;
         if (!overflow &&
-            selector.from_candidates(ranks_of(begin + r), plan.filter, limits[r], runs, workers, bits, found)) {
-          receive_(begin + r, bits, found);
+            selector.from_candidates(ranks_of(begin + r), plan.filter, limits[r], runs, workers, bits, selected)) {
+          receive_(begin + r, bits, selected);
         } else {
           missed[r] = 1;
           count_fallback(overflow);
@@ -304,13 +305,13 @@ class Engine {
       });
       parallel_for(n, [&](int64_t r) {
         Selector selector;
-        RowRanks found;
+        RowRanks selected;
         float* x = scores.get() + r * width;
         const int64_t row = rows[done + r];
         finish_scores(x, base_, end - base_);
         selector.from_scores(ranks_of(row), x + (problem_.first_item - base_), items_,
-                             static_cast<int32_t>(problem_.first_item), bits_of(begin, row), found);
-        receive_(row, bits_of(begin, row), found);
+                             static_cast<int32_t>(problem_.first_item), bits_of(begin, row), selected);
+        receive_(row, bits_of(begin, row), selected);
       });
     }
   }

@@ -37,7 +37,7 @@ struct RankProblem {
 int64_t count_ranked(const float* bias, int64_t first_item, int64_t items);
 
 // Called once for each row, from many threads; bits are null where start == stop.
-using Receive = std::function<void(int64_t row, uint64_t* bits, const RowRanks& found)>;
+using Receive = std::function<void(int64_t row, uint64_t* bits, const RowRanks& selected)>;
 
 // The first row with a score that is not finite, in which case nothing was received for some of the rows.
 NotFinite rank(const RankProblem& problem, const Receive& receive);

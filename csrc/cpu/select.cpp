@@ -86,25 +86,25 @@ void Selector::gather(const Candidates* runs, int64_t count, float low, float hi
 }
 
 Item Selector::item_at(int64_t rank) {
-  // Scores inside a bracket are nearly evenly spread, so where the rank lies can be told from the limits; what is
-  // kept around that place has a fraction of the size. The kept ones go to another list: after a wrong guess, the side
-  // that holds the rank is taken from the same list again.
+  // Scores inside a bracket are nearly evenly spread, so the limits tell about where the rank lies. Candidates near
+  // that place, a fraction of all, go to another list: after a wrong guess, the side that holds the rank is taken from
+  // the same list again.
   int from = 0;
   float low = 0.0f, high = 0.0f;
   kernels().range(lists_[0].scores.get(), lists_[0].count, &low, &high);
   for (int round = 0; round < kMaxRounds && lists_[from].count > kFew && low < high; ++round) {
     const List& list = lists_[from];
     const int to = from == 1 ? 2 : 1;
-    List& kept = lists_[to];
-    kept.reserve(list.count);
+    List& near = lists_[to];
+    near.reserve(list.count);
     const double n = static_cast<double>(list.count), share = (static_cast<double>(rank) + 0.5) / n;
     const double place = high - (static_cast<double>(high) - low) * share;
     const double reach = (static_cast<double>(high) - low) * (3.0 * std::sqrt(n * share * (1.0 - share)) + 4.0) / n;
     float lower = static_cast<float>(place - reach), upper = static_cast<float>(place + reach);
     const auto take = [&](float from_score, float to_score) {
       int64_t above = 0;
-      kept.count = kernels().keep(list.scores.get(), list.ids.get(), list.count, from_score, to_score,
-                                  kept.scores.get(), kept.ids.get(), &above);
+      near.count = kernels().keep(list.scores.get(), list.ids.get(), list.count, from_score, to_score,
+                                  near.scores.get(), near.ids.get(), &above);
       return above;
     };
     int64_t above = take(lower, upper);
@@ -112,8 +112,8 @@ Item Selector::item_at(int64_t rank) {
       lower = upper;
       upper = kNever;
       above = take(lower, upper);
-    } else if (rank >= above + kept.count) {
-      const int64_t passed = above + kept.count;
+    } else if (rank >= above + near.count) {
+      const int64_t passed = above + near.count;
       upper = lower;
       lower = -std::numeric_limits<float>::infinity();
       above = passed;
@@ -121,7 +121,7 @@ Item Selector::item_at(int64_t rank) {
     }
     rank -= above;
     from = to;
-    kernels().range(kept.scores.get(), kept.count, &low, &high);
+    kernels().range(near.scores.get(), near.count, &low, &high);
   }
   const List& list = lists_[from];
   keys_.resize(list.count);

@@ -23,7 +23,7 @@ Item from_key(uint64_t key);
 class Selector {
  public:
   // From the candidates of all runs of items, in ascending order; corrects the marks in `bits`. False where the limits
-  // did not hold or a buffer overflowed: then nothing is found.
+  // missed its boundary or a list overflowed: then `out` and `bits` are undefined.
   bool from_candidates(const Ranks& ranks, Filter filter, const Limits& limits, const Candidates* runs, int64_t count,
                        uint64_t* bits, RowRanks& out);
 

@@ -85,7 +85,7 @@ void QueryBlock::scores(const Matrix& catalog, int64_t item, int64_t count, floa
   }
   int64_t stride = 0;
   const float* tile = float_rows(catalog, item, count, round, scratch.floats, &stride);
-  sgemm(false, true, rows_, count, width_, floats_, stride_, tile, stride, out, ld, false);
+  sgemm(rows_, count, width_, {floats_, stride_}, {tile, stride, true}, out, ld, false);
 }
 
 }  // namespace alterrec

@@ -15,13 +15,15 @@ at::Tensor view(const float* data, int64_t rows, int64_t cols, int64_t stride) {
   return at::from_blob(const_cast<float*>(data), {rows, cols}, {stride, 1}, at::TensorOptions().dtype(at::kFloat));
 }
 
+at::Tensor view(const Factor& x, int64_t rows, int64_t cols) {
+  return x.transposed ? view(x.data, cols, rows, x.stride).t() : view(x.data, rows, cols, x.stride);
+}
+
 }  // namespace
 
-void sgemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
-           int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+void sgemm(int64_t m, int64_t n, int64_t k, const Factor& a, const Factor& b, float* c, int64_t ldc, bool accumulate) {
   const at::InferenceMode guard;  // plain tensors: no autograd on the way to the BLAS
-  const at::Tensor left = trans_a ? view(a, k, m, lda).t() : view(a, m, k, lda);
-  const at::Tensor right = trans_b ? view(b, n, k, ldb).t() : view(b, k, n, ldb);
+  const at::Tensor left = view(a, m, k), right = view(b, k, n);
   at::Tensor out = view(c, m, n, ldc);
   if (accumulate) {
     out.addmm_(left, right);
@@ -47,12 +49,12 @@ bool brgemm_serves(const Value* a, const Value* b, float* c) {
 }  // namespace
 
 bool has_packed_product() {
-  static const bool there = [] {
+  static const bool serves = [] {
     alignas(64) const float a[2] = {}, b[32] = {};
     alignas(64) float c[16];
     return isa() >= Isa::kAvx512 && brgemm_serves(a, b, c);
   }();
-  return there;
+  return serves;
 }
 
 void packed_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
@@ -62,14 +64,14 @@ void packed_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, c
 
 bool has_bf16_product() {
 #if defined(__x86_64__)
-  static const bool there = [] {
+  static const bool serves = [] {
     alignas(64) const at::BFloat16 a[2] = {}, b[32] = {};
     alignas(64) float c[16];
     // Elsewhere oneDNN would make do with float32 arithmetic.
     const bool instructions = __builtin_cpu_supports("amx-bf16") || __builtin_cpu_supports("avx512bf16");
     return instructions && brgemm_serves(a, b, c);
   }();
-  return there;
+  return serves;
 #else
   return false;
 #endif

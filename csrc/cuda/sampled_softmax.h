@@ -38,10 +38,16 @@ struct SampledSoftmax {
 constexpr int64_t kMostWidth = 8192;        // what shared memory holds of a query
 constexpr uint64_t kNoFault = ~uint64_t{};  // a fault is row << 32 | the bits of a score that is not finite
 
-// losses, lse (B,). logits (B, n) and pos_logits (B, 1 + P) may be null where there is no backward pass; fault,
-// one word that holds kNoFault and gets the least fault, where nothing is checked.
-void forward(const SampledSoftmax& p, float* logits, float* pos_logits, float* losses, float* lse, uint64_t* fault,
-             cudaStream_t stream);
+// What the forward pass writes. Logits may be null where there is no backward pass, and the fault where nothing is
+// checked.
+struct ForwardOutputs {
+  float* logits;      // (B, n)
+  float* pos_logits;  // (B, 1 + P)
+  float* losses;      // (B,)
+  float* lse;         // (B,)
+  uint64_t* fault;    // one word that holds kNoFault and gets the least fault
+};
+void forward(const SampledSoftmax& p, const ForwardOutputs& out, cudaStream_t stream);
 
 // What the backward pass knows of forward, and what dlogits() makes of it.
 struct DLogits {
@@ -54,9 +60,13 @@ void dlogits(const SampledSoftmax& p, const DLogits& x, cudaStream_t stream);
 // out (B, d): sums of catalog rows, in a fixed order.
 void query_gradient(const SampledSoftmax& p, const DLogits& x, float* out, cudaStream_t stream);
 
-// Of shared negatives: rows (n, d), sums of queries, and totals (n,), sums of dlogits; for each place of the list, in a
-// fixed order. segment_gradients() puts those of one item together.
-void shared_gradient(const SampledSoftmax& p, const DLogits& x, float* rows, float* totals, cudaStream_t stream);
+// For each place in a list of shared negatives sums over all sessions, in a fixed order; null where none are shared.
+// segment_gradients() joins the places that hold one item.
+struct SharedSums {
+  float* rows;    // (n, d), sums of queries
+  float* totals;  // (n,), sums of dlogits
+};
+void shared_gradient(const SampledSoftmax& p, const DLogits& x, const SharedSums& out, cudaStream_t stream);
 
 // Adds into catalog (V, d) and bias (V,), either may be null, by atomics: in no fixed order. Not for shared negatives.
 void scatter_gradients(const SampledSoftmax& p, const DLogits& x, float* catalog, float* bias, cudaStream_t stream);
@@ -73,15 +83,14 @@ constexpr int64_t kRun = 64;  // entries that one sum goes over before sums of o
 // Floats of scratch that segment_gradients() needs.
 inline int64_t segment_scratch(int64_t count, int width) { return (count + kRun - 1) / kRun * 2 * (width + 1); }
 
-// Writes the rows that have entries, of catalog (limit, d) in either dtype and of bias (limit,), either may be null, in
-// a fixed order of summation. shared_rows and shared_totals are those of shared_gradient(), null without shared
-// negatives.
+// Where segment_gradients() writes the rows that have entries; either may be null.
 struct RowGradients {
-  void* catalog;
+  void* catalog;  // (limit, d) in either dtype
   bool bf16;
-  float* bias;
+  float* bias;  // (limit,)
 };
-void segment_gradients(const SampledSoftmax& p, const DLogits& x, const float* shared_rows, const float* shared_totals,
-                       const Sorted& sorted, float* scratch, const RowGradients& out, cudaStream_t stream);
+// Sums in a fixed order. `scratch` holds segment_scratch() floats.
+void segment_gradients(const SampledSoftmax& p, const DLogits& x, const SharedSums& shared, const Sorted& sorted,
+                       float* scratch, const RowGradients& out, cudaStream_t stream);
 
 }  // namespace alterrec::cuda

@@ -170,12 +170,11 @@ struct Entry {
   float dlogit, amount;
 };
 
-__device__ Entry entry_at(const SampledSoftmax& p, const DLogits& x, const float* shared_rows,
-                          const float* shared_totals, int64_t at) {
+__device__ Entry entry_at(const SampledSoftmax& p, const DLogits& x, const SharedSums& shared, int64_t at) {
   const int width = 1 + p.num_positives;
   if (at < p.rows * width) return {p.query + at / width * p.width, x.pos_dlogits[at], x.pos_dlogits[at]};
   at -= p.rows * width;
-  if (shared_rows) return {shared_rows + at * p.width, 1.0f, shared_totals[at]};
+  if (shared.rows) return {shared.rows + at * p.width, 1.0f, shared.totals[at]};
   const int64_t row = at / p.count;
   const float dlogit = dlogit_of(x, p.count, row, at % p.count);
   return {p.query + row * p.width, dlogit, dlogit};
@@ -204,8 +203,8 @@ __device__ void write_part(float* part, int width, int column, const float (&sum
 // Each group of `lanes` threads sums a run of kRun entries, row by row. A row that lies within the run is written; of
 // one that began in an earlier run the sum is left in `heads`, of one that goes on in later runs in `tails`.
 __global__ void __launch_bounds__(kThreads)
-    segment_kernel(SampledSoftmax p, DLogits x, const float* shared_rows, const float* shared_totals, Sorted sorted,
-                   int lanes, float* heads, float* tails, RowGradients out) {
+    segment_kernel(SampledSoftmax p, DLogits x, SharedSums shared, Sorted sorted, int lanes, float* heads, float* tails,
+                   RowGradients out) {
   DYNAMIC_SHARED(memory);
   const int groups = kThreads / lanes, group = threadIdx.x / lanes, width = p.width;
   auto* entries = reinterpret_cast<Entry*>(memory);                  // (groups, kRun)
@@ -214,7 +213,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = threadIdx.x; i < groups * kRun; i += kThreads) {
     const int64_t at = first_run * kRun + i;
     rows[i] = at < sorted.count ? sorted.rows[at] : sorted.limit;
-    if (rows[i] < sorted.limit) entries[i] = entry_at(p, x, shared_rows, shared_totals, sorted.order[at]);
+    if (rows[i] < sorted.limit) entries[i] = entry_at(p, x, shared, sorted.order[at]);
   }
   __syncthreads();
   const int64_t run = first_run + group, start = run * kRun, stop = start + kRun;
@@ -286,21 +285,21 @@ void query_gradient(const SampledSoftmax& p, const DLogits& x, float* out, cudaS
   });
 }
 
-void shared_gradient(const SampledSoftmax& p, const DLogits& x, float* rows, float* totals, cudaStream_t stream) {
-  start_sums(OfSharedNegatives{p, x, dense_rows(p.query, p.width)}, p.count, rows, totals, stream);
+void shared_gradient(const SampledSoftmax& p, const DLogits& x, const SharedSums& out, cudaStream_t stream) {
+  start_sums(OfSharedNegatives{p, x, dense_rows(p.query, p.width)}, p.count, out.rows, out.totals, stream);
 }
 
 void scatter_gradients(const SampledSoftmax& p, const DLogits& x, float* catalog, float* bias, cudaStream_t stream) {
   launch(scatter_kernel, p.rows, kThreads, sizeof(float) * p.width, stream, p, x, catalog, bias);
 }
 
-void segment_gradients(const SampledSoftmax& p, const DLogits& x, const float* shared_rows, const float* shared_totals,
-                       const Sorted& sorted, float* scratch, const RowGradients& out, cudaStream_t stream) {
+void segment_gradients(const SampledSoftmax& p, const DLogits& x, const SharedSums& shared, const Sorted& sorted,
+                       float* scratch, const RowGradients& out, cudaStream_t stream) {
   const int64_t runs = ceil_div(sorted.count, kRun);
   const int lanes = lanes_for(ceil_div(p.width, 4), kWarp, kThreads), groups = kThreads / lanes;
   float *heads = scratch, *tails = scratch + runs * (p.width + 1);
   launch(segment_kernel, ceil_div(runs, groups), kThreads, groups * kRun * (sizeof(Entry) + sizeof(int32_t)), stream, p,
-         x, shared_rows, shared_totals, sorted, lanes, heads, tails, out);
+         x, shared, sorted, lanes, heads, tails, out);
   launch(join_kernel, ceil_div(runs, groups), kThreads, 0, stream, sorted, p.width, lanes, heads, tails, out);
 }
 

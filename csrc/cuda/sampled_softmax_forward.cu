@@ -57,8 +57,8 @@ __device__ float logit(const SampledSoftmax& p, int64_t row, int64_t id, float d
   if (p.log_q) y -= p.log_q[id];
   if (isfinite(y)) return y;
   if (fault) {
-    const auto found = static_cast<unsigned long long>(row) << 32 | __float_as_uint(y);
-    atomicMin(reinterpret_cast<unsigned long long*>(fault), found);
+    const auto here = static_cast<unsigned long long>(row) << 32 | __float_as_uint(y);
+    atomicMin(reinterpret_cast<unsigned long long*>(fault), here);
   }
   return NAN;
 }
@@ -76,18 +76,13 @@ struct Partition {
   }
 };
 
-struct ForwardOutputs {
-  float *logits, *pos_logits, *losses, *lse;
-  uint64_t* fault;
-};
-
 // The loss of one row, by one warp: softplus(Z - y) summed over its target and positives.
 template <Kind kind>
 __device__ void finish_row(const SampledSoftmax& p, const Rows<kind>& catalog, int64_t row, const float* query,
                            const Partition& partition, const ForwardOutputs& out) {
   const int lane = threadIdx.x % kWarp, width = 1 + p.num_positives;
-  const bool some = partition.sum != 0.0f;
-  const float z = some ? partition.top + logf(partition.sum) : kLowest;
+  const bool has_negatives = partition.sum != 0.0f;
+  const float z = has_negatives ? partition.top + logf(partition.sum) : kLowest;
   float loss = 0.0f;
   for (int first = 0; first < width; first += kItems) {
     int64_t ids[kItems], known[kItems];
@@ -106,7 +101,7 @@ __device__ void finish_row(const SampledSoftmax& p, const Rows<kind>& catalog, i
       const float x = z - y, softplus = fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x)));
       // fmaxf drops NaN, so that what is not a number is passed on by itself.
       const float one = isnan(x) ? x : softplus;
-      if (some) loss += first + r == 0 ? one : p.positive_weight * one;
+      if (has_negatives) loss += first + r == 0 ? one : p.positive_weight * one;
     }
   }
   if (lane != 0) return;
@@ -188,9 +183,7 @@ void start(const SampledSoftmax& p, const ForwardOutputs& out, cudaStream_t stre
 
 }  // namespace
 
-void forward(const SampledSoftmax& p, float* logits, float* pos_logits, float* losses, float* lse, uint64_t* fault,
-             cudaStream_t stream) {
-  const ForwardOutputs out{logits, pos_logits, losses, lse, fault};
+void forward(const SampledSoftmax& p, const ForwardOutputs& out, cudaStream_t stream) {
   with_kind(p.kind, [&](auto kind) {
     if (p.shared && p.width <= kSharedWidth) {
       start<decltype(kind)::value, kSharedSessions>(p, out, stream);

@@ -194,31 +194,30 @@ void check(Case& c) {
   const Outputs truth = plain(c);
   c.unround();
   const int64_t width = 1 + s.positives;
-  std::vector<float> logits(s.rows * s.count), pos_logits(s.rows * width), losses(s.rows), partition(s.rows);
+  std::vector<float> logits(s.rows * s.count), pos_logits(s.rows * width), losses(s.rows), lse(s.rows);
   uint64_t fault = kNoFault;
-  forward(c.problem, nullptr, nullptr, losses.data(), partition.data(), nullptr, nullptr);
+  forward(c.problem, {nullptr, nullptr, losses.data(), lse.data(), nullptr}, nullptr);
   expect_near(losses, truth.losses, 1e-4);
-  forward(c.problem, logits.data(), pos_logits.data(), losses.data(), partition.data(), &fault, nullptr);
+  forward(c.problem, {logits.data(), pos_logits.data(), losses.data(), lse.data(), &fault}, nullptr);
   expect_near(losses, truth.losses, 1e-4);
   EXPECT(fault == kNoFault);
 
   std::vector<float> weights(s.rows), pos_dlogits(s.rows * width), query(s.rows * s.width);
-  const DLogits x{logits.data(), pos_logits.data(), partition.data(),
-                  c.grad.data(), weights.data(),    pos_dlogits.data()};
+  const DLogits x{logits.data(), pos_logits.data(), lse.data(), c.grad.data(), weights.data(), pos_dlogits.data()};
   dlogits(c.problem, x, nullptr);
   query_gradient(c.problem, x, query.data(), nullptr);
   expect_near(query, truth.query, 1e-4);
 
   std::vector<float> shared_rows(s.shared ? s.count * s.width : 0), totals(s.shared ? s.count : 0);
-  if (s.shared) shared_gradient(c.problem, x, shared_rows.data(), totals.data(), nullptr);
+  if (s.shared) shared_gradient(c.problem, x, {shared_rows.data(), totals.data()}, nullptr);
   const Entries entries(c);
   const Sorted sorted{entries.rows.data(), entries.order.data(), static_cast<int64_t>(entries.order.size()),
                       static_cast<int32_t>(s.items)};
   std::vector<float> scratch(segment_scratch(sorted.count, s.width)), catalog(s.items * s.width), bias(s.items);
   std::vector<__nv_bfloat16> catalog16(s.items * s.width, __float2bfloat16_rn(0.0f));
   const auto segments = [&](const RowGradients& out) {
-    segment_gradients(c.problem, x, s.shared ? shared_rows.data() : nullptr, totals.data(), sorted, scratch.data(), out,
-                      nullptr);
+    segment_gradients(c.problem, x, {s.shared ? shared_rows.data() : nullptr, totals.data()}, sorted, scratch.data(),
+                      out, nullptr);
   };
   segments({catalog.data(), false, bias.data()});
   expect_near(catalog, truth.catalog, 1e-4);
@@ -240,9 +239,9 @@ void check_bad_values() {
   Case c({5, 40, 12, 12, 9, 2, false}, Kind::kFloat, true);
   c.query[3 * 12] = std::numeric_limits<float>::infinity();
   c.negatives[4 * 9 + 5] = 40;
-  std::vector<float> losses(5), partition(5);
+  std::vector<float> losses(5), lse(5);
   uint64_t fault = kNoFault;
-  forward(c.problem, nullptr, nullptr, losses.data(), partition.data(), &fault, nullptr);
+  forward(c.problem, {nullptr, nullptr, losses.data(), lse.data(), &fault}, nullptr);
   EXPECT(fault >> 32 == 3);
   EXPECT(!std::isnan(losses[0]) && losses[1] == 0 && losses[2] == 0 && std::isnan(losses[3]) && std::isnan(losses[4]));
 }

@@ -22,14 +22,14 @@ float from_bf16(uint16_t x) {
 
 }  // namespace
 
-void sgemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
-           int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+void sgemm(int64_t m, int64_t n, int64_t k, const Factor& a, const Factor& b, float* c, int64_t ldc, bool accumulate) {
+  const auto at = [](const Factor& x, int64_t r, int64_t col) {
+    return x.transposed ? x.data[col * x.stride + r] : x.data[r * x.stride + col];
+  };
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < n; ++j) {
       float sum = accumulate ? c[i * ldc + j] : 0.0f;
-      for (int64_t l = 0; l < k; ++l) {
-        sum += (trans_a ? a[l * lda + i] : a[i * lda + l]) * (trans_b ? b[j * ldb + l] : b[l * ldb + j]);
-      }
+      for (int64_t l = 0; l < k; ++l) sum += at(a, i, l) * at(b, l, j);
       c[i * ldc + j] = sum;
     }
   }
@@ -39,7 +39,7 @@ bool has_packed_product() { return true; }
 
 void packed_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                  int64_t ldc) {
-  sgemm(false, false, m, n, k, a, lda, b, ldb, c, ldc, false);
+  sgemm(m, n, k, {a, lda}, {b, ldb}, c, ldc, false);
 }
 
 bool has_bf16_product() {

@@ -64,7 +64,7 @@ void check(const Shape& shape, int64_t start, int64_t stop, int64_t top, int64_t
   problem.check = true;
   problem.bits = top % 2 == 0 ? bits.data() : nullptr;  // else the engine's own scratch
   std::vector<int> received(rows, 0);
-  const NotFinite bad = rank(problem, [&](int64_t row, uint64_t* members, const RowRanks& found) {
+  const NotFinite bad = rank(problem, [&](int64_t row, uint64_t* members, const RowRanks& selected) {
     ++received[row];
     std::vector<uint64_t> keys;
     for (int64_t item = first; item < items; ++item) {
@@ -74,10 +74,11 @@ void check(const Shape& shape, int64_t start, int64_t stop, int64_t top, int64_t
       keys.push_back(make_key(score, static_cast<int32_t>(item)));
     }
     std::sort(keys.begin(), keys.end(), std::greater<>());
-    if (problem.ranked > 0) EXPECT(std::equal(found.best.begin(), found.best.end(), keys.begin(), keys.begin() + top));
+    if (problem.ranked > 0)
+      EXPECT(std::equal(selected.best.begin(), selected.best.end(), keys.begin(), keys.begin() + top));
     if (start == stop) return;
-    EXPECT(found.first.score == from_key(keys[start]).score && found.first.id == from_key(keys[start]).id);
-    EXPECT(found.last.score == from_key(keys[stop - 1]).score && found.last.id == from_key(keys[stop - 1]).id);
+    EXPECT(selected.first.score == from_key(keys[start]).score && selected.first.id == from_key(keys[start]).id);
+    EXPECT(selected.last.score == from_key(keys[stop - 1]).score && selected.last.id == from_key(keys[stop - 1]).id);
     std::vector<uint64_t> expected(words, 0);
     for (int64_t r = start; r < stop; ++r) {
       const int32_t item = from_key(keys[r]).id;

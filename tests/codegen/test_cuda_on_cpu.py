@@ -112,6 +112,22 @@ def test_int32_ids_no_positives_and_strided_rows(shared: bool) -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
+def test_masks_ignored_rows_and_any_strides(shared: bool, deterministic: bool) -> None:
+    query, catalog, options = problem(7, 60, 20, 75, shared)
+    positive = torch.cat([options["target"], options["positives"].flatten()])
+    bias = torch.randn(60, generator=torch.Generator().manual_seed(3))
+    bias[~torch.isin(torch.arange(60), positive)] = -torch.inf
+    bias[::2] = bias[::2].nan_to_num(neginf=0.5)
+    query[1] = torch.nan  # its target is ignored
+    for sparse_grad in (False, True):
+        compare(query.T.contiguous().T, catalog.T.contiguous().T, options | {"bias": bias}, sparse_grad=sparse_grad)
+    masked = int((bias == -torch.inf).nonzero()[0])
+    options["target"][4] = masked
+    with pytest.raises(ValueError, match=f"target: row 4 holds {masked}, whose bias is -inf"):
+        sampled_softmax(query, catalog, **options, bias=bias, backend="native")
+
+
+@pytest.mark.parametrize("shared", [False, True])
 def test_the_deterministic_gradient_is_always_the_same(shared: bool, deterministic: bool) -> None:
     """And sums in the order of the entries, so that its bits do not depend on which thread came first."""
     query, catalog, options = problem(6, 4, 8, 200, shared)
