@@ -31,8 +31,9 @@ from alterrec_fast.model.packing import Packing
 from alterrec_fast.ops import top_k
 from alterrec_fast.report import write_report
 from alterrec_fast.training import checkpoint
-from alterrec_fast.training.alternate import BEST, LAST, Progress, State, Trainer, check_same_data, pick_device
+from alterrec_fast.training.alternate import BEST, LAST, Progress, Trainer
 from alterrec_fast.training.config import MACHINE, Config, ConfigError, from_mapping, read_toml
+from alterrec_fast.training.device import pick_device
 from alterrec_fast.training.evaluate import Evaluation, evaluate, training_counts
 from alterrec_fast.training.records import (
     HISTORY,
@@ -43,6 +44,7 @@ from alterrec_fast.training.records import (
     write_history,
     write_metrics,
 )
+from alterrec_fast.training.state import State, check_same_data
 from alterrec_fast.training.variants import build, needs_text
 
 if TYPE_CHECKING:

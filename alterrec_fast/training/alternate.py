@@ -10,13 +10,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,58 +23,26 @@ from torch import Tensor
 
 from alterrec_fast.data.batches import Batch, most_tokens, pack, plan
 from alterrec_fast.data.sessions import SPLITS, DataError, Dataset
-from alterrec_fast.errors import AlterRecError, FileError
+from alterrec_fast.errors import AlterRecError
 from alterrec_fast.errors import DivergedError as DivergedError
-from alterrec_fast.files import naming
 from alterrec_fast.model.encoders import IdItems
 from alterrec_fast.model.networks import Recommender
 from alterrec_fast.model.packing import MaskedPacking, Packing
 from alterrec_fast.ops import RankSlice, rank_slice, slice_cross_entropy
 from alterrec_fast.ops.slices import uses_bits
 from alterrec_fast.training import checkpoint, records
-from alterrec_fast.training.config import Config, ConfigError
+from alterrec_fast.training.config import Config
+from alterrec_fast.training.device import Precision, peak_memory, pick_device
 from alterrec_fast.training.evaluate import evaluate, training_counts
 from alterrec_fast.training.records import HISTORY
+from alterrec_fast.training.state import State, check_same_data
 from alterrec_fast.training.steps import GraphedStep, Inputs, StaticBatch, Step, side_stream
 from alterrec_fast.training.variants import Epoch, build, epochs
-
-if TYPE_CHECKING:  # packages of the extra "train" are imported where they are used: a step needs none of them
-    from pydantic import ConfigDict
 
 LAST, BEST = "checkpoints/last.safetensors", "checkpoints/best.safetensors"
 
 Progress = Callable[[dict[str, Any]], None]  # takes each new line of the history
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class State:
-    """Where a run stands; all of it goes into the checkpoint, the history without its times."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
-
-    data: str = ""  # fingerprint of the data set
-    text: str = ""  # key of the text model
-    settings: dict[str, Any] = field(default_factory=dict)
-    epoch: int = 0  # epochs completed
-    step: int = 0  # steps completed of the epoch under way
-    best_epoch: int = 0
-    best: float = -1.0
-    sums: dict[str, float] = field(default_factory=dict)  # of the epoch under way
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, header: dict[str, Any], file: Path) -> State:
-        """The state in a checkpoint's header; raises FileError where it cannot be one."""
-        from pydantic import TypeAdapter
-
-        with naming(file, "the checkpoint of a run"):
-            state = TypeAdapter(cls).validate_python(header)
-        numbers = [state.best, *state.sums.values()]
-        places = 0 <= state.best_epoch <= state.epoch == len(state.history) - 1 and state.step >= 0
-        if not places or not all(map(math.isfinite, numbers)) or bool(state.step) != bool(state.sums):
-            raise FileError(f"{file}: epoch {state.epoch}, step {state.step} does not fit its history and sums")
-        return state
 
 
 class Trainer:
@@ -89,6 +55,7 @@ class Trainer:
                 raise DataError(f"{dataset.path}: the {name} split is empty; a run needs all of {', '.join(SPLITS)}")
         self.config, self.dataset, self.run = config, dataset, run
         self.device = pick_device(config.device)
+        self.precision = Precision(config, self.device)
         self.bounds = config.slice_bounds(dataset.num_items)
         if config.k2 is not None and config.k2 > dataset.num_items:
             _log.warning("k2 = %d lies beyond the catalog: hard negatives are ranks [%d, %d)", config.k2, *self.bounds)
@@ -302,7 +269,7 @@ class Trainer:
         items, target, packing = inputs.items, inputs.target, inputs.packing
         neg, positives = self._negatives(epoch, items, packing, teacher_catalog, ranked)
         self.optimizers[epoch.student].zero_grad(set_to_none=True)
-        with self._encoding():
+        with self.precision.of_encoders():
             with torch.set_grad_enabled(table is None):
                 encoded = student.catalog()  # (V, d)
             # The loss meets leaves, so that the gradient of the rows looked up is added to the catalog's where it lies:
@@ -311,7 +278,7 @@ class Trainer:
             rows = encoded.detach().index_select(0, items).requires_grad_()  # (T, d)
             sessions = student.session(rows, packing)  # (T, d)
         query = sessions.detach().requires_grad_()
-        with _products(self.precision):
+        with self.precision.of_ops():
             loss = slice_cross_entropy(
                 query,
                 catalog,
@@ -320,17 +287,17 @@ class Trainer:
                 positives=positives,
                 positive_weight=config.positive_weight,
                 temperature=student.temperature,
-                **self._op_options(),
+                **self.precision.op_options(),
             )
             loss.backward()
         losses = {"loss": loss.detach()}
         if config.variant == "nfrec_concat":
-            with torch.no_grad(), _products(self.precision):
+            with torch.no_grad(), self.precision.of_ops():
                 for part, q, e in zip(("id", "text"), query.chunk(2, 1), catalog.chunk(2, 1), strict=True):
                     losses[f"loss_{part}"] = slice_cross_entropy(
-                        q, e, target, neg, temperature=student.temperature, **self._op_options()
+                        q, e, target, neg, temperature=student.temperature, **self.precision.op_options()
                     )
-        with self._encoding():
+        with self.precision.of_encoders():
             sessions.backward(query.grad)
             assert catalog.grad is not None and rows.grad is not None
             grad = add_rows(catalog.grad, items, rows.grad)
@@ -352,50 +319,22 @@ class Trainer:
         config, (k1, k2) = self.config, self.bounds
         if epoch.teacher is None or teacher_catalog is None:
             return RankSlice.uniform(len(items), self.dataset.num_items, k2 - k1, device=self.device), None
-        with torch.no_grad(), self._encoding():
+        with torch.no_grad(), self.precision.of_encoders():
             query = self.recommender.network(epoch.teacher).queries(teacher_catalog, items, packing)
         ranked = teacher_catalog if ranked is None else ranked
         if ranked is not teacher_catalog:
             query = F.pad(query.to(ranked.dtype), (0, ranked.shape[1] - query.shape[1]))
         top = min(config.positives, self.dataset.num_items) if config.variant == "alterrec_aug" else 0
-        with _products(self.precision):
-            neg = rank_slice(query, ranked, start=k1, stop=k2, top=top, **self._op_options())
+        with self.precision.of_ops():
+            neg = rank_slice(query, ranked, start=k1, stop=k2, top=top, **self.precision.op_options())
         return neg.mix(config.hard_fraction), (neg.top if top else None)
 
     def _ranked(self, teacher_catalog: Tensor | None) -> Tensor | None:
         """The teacher's catalog as it is ranked: where products are of bf16 on CUDA, rounded once, not at each step,
         and with zeros up to a width of whole 16 bytes."""
-        if teacher_catalog is None or self.precision != "bf16" or teacher_catalog.device.type != "cuda":
+        if teacher_catalog is None or self.precision.ops != "bf16" or teacher_catalog.device.type != "cuda":
             return teacher_catalog
         return F.pad(teacher_catalog.bfloat16(), (0, -teacher_catalog.shape[1] % 8))
-
-    @property
-    def precision(self) -> str | None:
-        """Of slices and losses: as set, else on CUDA bf16."""
-        return self.config.precision or ("bf16" if self.device.type == "cuda" else None)
-
-    @property
-    def encoder_precision(self) -> str | None:
-        """Of products in encoders: as set, else on CUDA TF32 unless `precision` asks for float32."""
-        if self.config.encoder_precision or self.device.type != "cuda":
-            return self.config.encoder_precision
-        return "fp32" if self.config.precision == "fp32" else "tf32"
-
-    def _op_options(self) -> dict[str, Any]:
-        """How ops compute; TF32 is float32 under torch's setting for it, which `_products` makes."""
-        return {"backend": self.config.backend, "precision": "fp32" if self.precision == "tf32" else self.precision}
-
-    @contextlib.contextmanager
-    def _encoding(self) -> Iterator[None]:
-        """Within, the encoders' matrix products are of `encoder_precision`; their parameters stay float32."""
-        chosen, kind = self.encoder_precision, self.device.type
-        if chosen == "bf16" and kind == "cuda":
-            # A cache of rounded weights would outlive the graph that was captured with it.
-            with torch.autocast(kind, torch.bfloat16, cache_enabled=False):
-                yield
-        else:
-            with _products(chosen):
-                yield
 
     def _why_no_graph(self, epoch: Epoch) -> str:
         """Why steps of this epoch cannot be captured as a CUDA graph; empty where they can."""
@@ -420,7 +359,7 @@ class Trainer:
         if epoch.teacher is None:
             return None
         teacher = self.recommender.network(epoch.teacher).eval()
-        with torch.no_grad(), self._encoding():
+        with torch.no_grad(), self.precision.of_encoders():
             return teacher.catalog()
 
     def _set_rate(self, epoch: Epoch) -> float:
@@ -484,41 +423,6 @@ def _adam(network: torch.nn.Module, rate: float, weight_decay: float, device: to
     return torch.optim.Adam(network.parameters(), lr, weight_decay=weight_decay, fused=True, capturable=cuda)
 
 
-@contextlib.contextmanager
-def _products(precision: str | None) -> Iterator[None]:
-    """Within, float32 matrix products on CUDA are of TF32 for "tf32", are not for "fp32", and else as torch is set."""
-    setting = torch.backends.cuda.matmul
-    before = setting.fp32_precision
-    if precision in ("fp32", "tf32"):
-        setting.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that a config names; raises ConfigError where this machine or this torch does not have it."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
-        raise ConfigError(f"device {name!r} is not there ({str(error).splitlines()[0]})") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    return device
-
-
-def check_same_data(dataset: Dataset, data: Any, text: str, trained_text: Any) -> None:
-    """Raises DataError unless the data set is the one of fingerprint `data`, and the text model the one of the run."""
-    if dataset.fingerprint != data:
-        raise DataError(f"{dataset.path} is not the data set that this run was trained on; it was made anew since then")
-    if text != trained_text:
-        raise DataError(f"the text model is {text or 'none'}, but the run was trained with {trained_text or 'none'}")
-
-
 _CALMER = "training diverged: try lower learning rates or higher temperatures"
 
 
@@ -531,13 +435,6 @@ def _finite_scores(when: str) -> Iterator[None]:
         raise
     except ValueError as error:
         raise DivergedError(f"{when}: {error}; {_CALMER}") from error
-
-
-def peak_memory() -> int:
-    """Bytes: the process's peak, and on a GPU the most that was allocated there."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return host + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
 
 
 def _seed(*parts: int) -> int:

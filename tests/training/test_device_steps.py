@@ -39,11 +39,12 @@ ADAM = 3  # its step counts, and the kernel for two lists of parameters
 READS = {"_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal", "_unique2", "unique_dim", "masked_select"}
 
 
-def launcher(op: str) -> Any:
-    """The function that serves an op on CUDA tensors; the package's attributes of these names are the ops."""
-    forward = op.removesuffix("_backward")
-    module = importlib.import_module(f"alterrec_fast.ops.{forward.removesuffix('_triton')}")
-    return module._triton if op == forward else module._triton_backward
+def launcher(name: str) -> Any:
+    """What runs an op's Triton kernels, called with the op's arguments."""
+    module = importlib.import_module(f"alterrec_fast.ops.{name.removesuffix('_backward')}")
+    backward = name.endswith("_backward")
+    op, triton = (module._backward_op, module._triton_backward) if backward else (module._op, module._triton)
+    return lambda *arguments: triton(op._packed(arguments[:-1]))  # the last one is the engine
 
 
 class Recorder(TorchDispatchMode):
