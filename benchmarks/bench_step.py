@@ -9,8 +9,8 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from alterrec_fast.ops import rank_slice, slice_cross_entropy
 from .bench_loss import forward_backward, gather_loss, indexing_loss
 from .bench_rank import BASE, LARGE, SHOP_SLICED, SLICED, on_gpu, slice_curve, torch_mm
 from .harness import inputs as data
-from .harness.op import ANY_DTYPE, BOTH, LOSS, Implementation, Op, ours
+from .harness.op import ANY_DTYPE, BOTH, GPU, LOSS, OURS, Implementation, Op, ours
 from .harness.worker import BATCHES, Call, Case, Tensors
 
 # --- slice, loss and gradients: the teacher (query, catalog) ranks, and the student learns from the slice ---
@@ -160,16 +160,16 @@ def our_sasrec(case: Case, inputs: Tensors, precision: str | None = None) -> Cal
     return Call(run, detail={"targets": float(targets_of(inputs))})
 
 
-# --- AlterRec: a call is one step of the ID phase, against ranks of the frozen text network ---
+# --- AlterRec: a call is one step of one network, against ranks of the other, frozen one ---
 
 TEXT_WIDTH = 384
 
 
-def alterrec_truth(case: Case, inputs: Tensors) -> Tensors:
-    """The loss of the first batch, and the gradients of all parameters of the ID network, in float64."""
+def alterrec_truth(case: Case, inputs: Tensors, student: str = "id") -> Tensors:
+    """The loss of the first batch, and the gradients of all parameters of the student, in float64."""
     trainer, batches = _trainer(case, inputs)
-    published = PublishedStep(trainer.recommender.double(), trainer.bounds)
-    loss = published.run(*prefixes(batches[0], MAX_LENGTH))
+    published = PublishedStep(trainer.recommender.double(), trainer.bounds, student, unsorted_loss)
+    loss = published.run(*prefixes(batches[0], MAX_LENGTH, case.device))
     return {"loss": loss, "product": _product(inputs)} | _gradients(published.student)
 
 
@@ -183,25 +183,30 @@ def step_error(result: Tensors, truth: Tensors) -> float:
     return max(error_of_loss, float((found - exact).norm() / exact.norm()))
 
 
-def our_alterrec(case: Case, inputs: Tensors, precision: str | None = None) -> Call:
-    """`Trainer.step`, what `alterrec-fast train` does for each batch."""
+def our_alterrec(case: Case, inputs: Tensors, student: str = "id", precision: str = "fp32") -> Call:
+    """`Trainer.step`; its graph is what `alterrec-fast train` does on CUDA, from the batch in host memory on."""
     from alterrec_fast.training.variants import Epoch
 
     trainer, batches = _trainer(case, inputs, precision)
-    phase = Epoch(5, "id", "text", 2)
-    catalog, student = trainer.teacher_catalog(phase), trainer.recommender.network("id")
+    phase = Epoch(5, student, "text" if student == "id" else "id", 2)
+    catalog, network = trainer.teacher_catalog(phase), trainer.recommender.network(student)
 
     def run(i: int) -> Tensors:
         losses, _ = trainer.step(phase, batches[i % BATCHES], catalog)
-        return {"loss": losses["loss"]} | _gradients(student)
+        return {"loss": losses["loss"]} | _gradients(network)
 
-    return Call(run, detail={"targets": sum(len(batch.targets) for batch in batches) / len(batches)})
+    def graphed(i: int) -> object:
+        return stepper(batches[i % BATCHES])
+
+    stepper = trainer.stepper(phase, catalog)
+    detail = {"targets": sum(len(batch.targets) for batch in batches) / len(batches)}
+    return Call(run, detail=detail, graph=graphed if case.device == "cuda" else None)
 
 
-def published_alterrec(case: Case, inputs: Tensors) -> Call:
+def published_alterrec(case: Case, inputs: Tensors, student: str = "id") -> Call:
     trainer, batches = _trainer(case, inputs)
-    published = PublishedStep(copy.deepcopy(trainer.recommender), trainer.bounds)
-    rows = [prefixes(batch, MAX_LENGTH) for batch in batches]
+    published = PublishedStep(trainer.recommender, trainer.bounds, student)
+    rows = [prefixes(batch, MAX_LENGTH, case.device) for batch in batches]
 
     def run(i: int) -> Tensors:
         return {"loss": published.run(*rows[i % BATCHES])} | _gradients(published.student)
@@ -210,15 +215,19 @@ def published_alterrec(case: Case, inputs: Tensors) -> Call:
 
 
 class PublishedStep:
-    """The published hard-negative step of the ID phase, rewritten on the networks of `recommender`.
+    """The published hard-negative step of one network, rewritten on the networks of `recommender`.
 
-    It does what the original does for every batch: expands each prefix into a row padded to 50, runs the text network
+    It does what the original does for every batch: expands each prefix into a row padded to 50, runs the other network
     forward only to throw the result away, runs the frozen teacher's padded encoder, ranks with a sorted topk, and steps
-    an Adam that is not fused. What it is spared: the teacher's text MLP and all data loading.
+    an Adam that is not fused. What it is spared: the teacher's catalog and all data loading.
     """
 
-    def __init__(self, recommender: Any, bounds: tuple[int, int]):
-        self.student, self.other = recommender.network("id"), recommender.network("text")
+    def __init__(
+        self, recommender: Any, bounds: tuple[int, int], student: str, loss: Callable[..., Tensor] = published_loss
+    ):
+        self.student = recommender.network(student).train()
+        self.other = recommender.network("text" if student == "id" else "id").train()
+        self.loss = loss
         self.teacher = copy.deepcopy(self.other).eval()
         self.bounds = bounds
         self.optimizer = torch.optim.Adam(self.student.parameters(), lr=RATE)
@@ -232,7 +241,8 @@ class PublishedStep:
         encode_padded(self.other.session, self.other.catalog()[rows], lengths)  # computed and thrown away
         with torch.no_grad():
             teacher_query = encode_padded(self.teacher.session, self.teacher_catalog[rows], lengths)
-        loss = published_loss((teacher_query, self.teacher_catalog), query, catalog, target, *self.bounds)
+        query = query / self.student.temperature
+        loss = self.loss((teacher_query, self.teacher_catalog), query, catalog, target, *self.bounds)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -240,14 +250,16 @@ class PublishedStep:
         return value
 
 
-def prefixes(batch: Any, max_length: int) -> tuple[Tensor, Tensor, Tensor]:
+def prefixes(batch: Any, max_length: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Every prefix as a row of its own: items (T, max_length), padded with item 0, lengths (T,), targets (T,)."""
     rows = np.zeros((len(batch.items), max_length), np.int64)
     ends = np.cumsum(batch.lengths)
     lengths = np.arange(len(batch.items)) - np.repeat(ends - batch.lengths, batch.lengths) + 1
     for row, length in enumerate(lengths):
         rows[row, :length] = batch.items[row + 1 - length : row + 1]
-    return torch.from_numpy(rows), torch.from_numpy(lengths), torch.from_numpy(batch.targets)
+    on_host = (torch.from_numpy(array) for array in (rows, lengths, batch.targets))
+    items, places, targets = (tensor.to(device) for tensor in on_host)
+    return items, places, targets
 
 
 def encode_padded(encoder: Any, x: Tensor, lengths: Tensor) -> Tensor:
@@ -265,22 +277,23 @@ def encode_padded(encoder: Any, x: Tensor, lengths: Tensor) -> Tensor:
     return last
 
 
-def _trainer(case: Case, inputs: Tensors, precision: str | None = None) -> tuple[Any, list[Any]]:
+def _trainer(case: Case, inputs: Tensors, precision: str = "fp32") -> tuple[Any, list[Any]]:
     """Without dropout, so that every implementation's first step has the same loss and gradients."""
     from alterrec_fast.data.batches import pack, plan
     from alterrec_fast.data.sessions import Dataset, Sessions
     from alterrec_fast.training.alternate import Trainer
-    from alterrec_fast.training.config import from_mapping
+    from alterrec_fast.training.config import Config
 
     sessions = _sessions(inputs)
     few = Sessions(sessions.items[: sessions.offsets[1]], sessions.offsets[:2])
     dataset = Dataset(Path(), sessions, few, few, {"num_items": case.items, "text_columns": []})
-    settings = {"data": "generated", "width": case.width, "dropout": 0.0, "precision": precision}
-    config = from_mapping({**settings, "k1": case.start, "k2": case.stop, "lr_id": RATE}, "settings")
-    features = torch.randn(case.items, TEXT_WIDTH, generator=torch.Generator().manual_seed(1))
-    trainer = Trainer(config, dataset, features, Path(mkdtemp(dir=Path.cwd())))
-    whole = list(plan(sessions, MAX_LENGTH, case.sessions, np.random.default_rng(2)))[:BATCHES]
-    return trainer, [pack(sessions, which, MAX_LENGTH) for which in whole]
+    settings: dict[str, Any] = {"width": case.width, "dropout": 0.0, "precision": precision, "device": case.device}
+    config = Config(data="generated", k1=case.start, k2=case.stop, lr_id=RATE, **settings)
+    generator = torch.Generator(case.device).manual_seed(1)
+    features = torch.randn(case.items, TEXT_WIDTH, generator=generator, device=case.device)
+    trainer = Trainer(config, dataset, features, Path())  # which steps write nothing to
+    order = plan(sessions, MAX_LENGTH, case.sessions, np.random.default_rng(2))
+    return trainer, [pack(sessions, which, MAX_LENGTH) for which in islice(order, BATCHES)]
 
 
 def _gradients(network: torch.nn.Module) -> Tensors:
@@ -297,13 +310,32 @@ STEP = (
     Implementation("topk unsorted, gather", partial(step, unsorted_loss), dtypes=ANY_DTYPE, devices=BOTH),
 )
 NONE_WRONG = (0.0, 0.0)
+TRAINED = ((40_258, 300), (LARGE[0], 128))  # V, d
 SASREC = (
     replace(BASE, prepare=products_of_pass),
     *ours(our_sasrec, NONE_WRONG, dtypes=("fp32",)),
     Implementation("RecBole SASRec", None, "recbole", python="recbole"),
     Implementation("RecTools SASRec", None, "rectools", python="rectools"),
 )
-ALTERREC = (BASE, *ours(our_alterrec, LOSS, dtypes=("fp32",)), Implementation("published", published_alterrec))
+
+
+def alterrec(name: str, student: str) -> Op:
+    """The steps of one network."""
+    step_of = partial(our_alterrec, student=student)
+    tf32: dict[str, Any] = {"package": OURS, "tolerance": (LOSS[1],) * 2, "ours": True, "devices": GPU}
+    return Op(
+        name, f"AlterRec's {student} phase end to end: one step against ranks of the other network, with its Adam", 4,
+        make_sessions, partial(alterrec_truth, student=student), step_error, LOSS,
+        (
+            BASE,
+            *ours(step_of, LOSS, dtypes=("fp32",), devices=BOTH),
+            Implementation(f"{OURS}, tf32", partial(step_of, precision="tf32"), **tf32),
+            Implementation("published", partial(published_alterrec, student=student), devices=BOTH),
+        ),
+        full=(replace(SLICED, training=True),),
+        gpu=tuple(Case(*size, start=20, stop=20_000, training=True, device="cuda") for size in TRAINED),
+    )  # fmt: skip
+
 
 OPS = (
     Op(
@@ -319,9 +351,6 @@ OPS = (
         full=(Case(2_000, 64, training=True), Case(10_000, 64, training=True)),
         batches=batches_of,
     ),
-    Op(
-        "alterrec", "AlterRec's ID phase end to end: one step against ranks of the text network, optimiser included", 4,
-        make_sessions, alterrec_truth, step_error, LOSS, ALTERREC,
-        full=(replace(SLICED, training=True),),
-    ),
+    alterrec("alterrec", "id"),
+    alterrec("alterrec_text", "text"),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""All variants on Online Retail, in a table: `make results`; with --engines, the quality of training by engine.
+"""All variants on Online Retail, in a table: `make results`; with --engines or --precisions, the quality by these.
 
 Every run is a run directory under --out; finished ones are skipped and a killed one is resumed, so that a command can
 be broken off and started again. The counting baselines rank the same targets.
@@ -80,6 +80,12 @@ ENGINE_ROWS = [
     for row in (ALTERREC, ALTERREC_AUG)
     for name, settings in ENGINES.items()
 ]
+PRECISION_ROWS = [
+    replace(
+        ALTERREC, name=f"alterrec, CUDA, {name}", settings=ALTERREC.settings | {"device": "cuda", "precision": name}
+    )
+    for name in ("fp32", "tf32", "bf16")
+]
 
 
 def main() -> None:
@@ -88,6 +94,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where data and runs go")
     parser.add_argument("--table", type=Path, help="Markdown file; the table replaces what stands between its marks")
     parser.add_argument("--engines", action="store_true", help="native fp32, native bf16, reference")
+    parser.add_argument("--precisions", action="store_true", help="fp32, tf32 and bf16 on a GPU; printed alone")
     parser.add_argument("--short", action="store_true", help="m_random = m_gap = 1")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--width", type=int, default=128)
@@ -95,14 +102,14 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run")
     options = parser.parse_args()
-    rows = ENGINE_ROWS if options.engines else ROWS
+    rows = ENGINE_ROWS if options.engines else PRECISION_ROWS if options.precisions else ROWS
     runs, dataset = run_all(rows, options), Dataset.load(options.out / "data")
-    if options.engines:
-        text = engines_page(runs, options)
+    if options.engines or options.precisions:
+        text = compared_page(runs, options)
     else:
         text = results_page(runs, count(dataset), dataset, options, minutes(rows, options))
     print(text)
-    if options.table:
+    if options.table and not options.precisions:
         write_text(options.table, between_marks(options.table, MARKS[options.engines], text))
         if not options.engines:
             write_text(options.table.with_suffix(".json"), raw(runs))
@@ -272,8 +279,8 @@ def _orderings(runs: Runs, counted: dict[str, Metrics]) -> list[str]:
     return lines
 
 
-def engines_page(runs: Runs, options: argparse.Namespace) -> str:
-    """Every row's metrics, and how far apart the engines are."""
+def compared_page(runs: Runs, options: argparse.Namespace) -> str:
+    """Every row's metrics, and with --engines how far apart they are."""
     schedule = ", m_random = m_gap = 1" if options.short else ""
     rows = [[name, *(cell(seeds, "fused", metric) for metric in METRICS)] for name, seeds in runs.items()]
     lines = [
@@ -281,7 +288,7 @@ def engines_page(runs: Runs, options: argparse.Namespace) -> str:
         "without a word on the engine are native, fp32.",
         "", markdown(["test, in %", *METRICS], rows), "",
     ]  # fmt: skip
-    for variant in (ALTERREC.name, ALTERREC_AUG.name):
+    for variant in (ALTERREC.name, ALTERREC_AUG.name) if options.engines else ():
         for engine, title in (("", "fp32"), (", bf16", "bf16")):
             apart = {metric: _deviations(runs, variant, engine, metric) for metric in METRICS}
             most = max(apart, key=lambda metric: apart[metric])

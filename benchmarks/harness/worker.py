@@ -75,6 +75,7 @@ class Call:
     run: Callable[[int], Any]  # on batch i % BATCHES
     read: Callable[[Any], Tensors] = lambda result: result  # what is compared with the truth, from what a call returns
     detail: dict[str, float] = field(default_factory=dict)  # more to record, such as the targets of a call
+    graph: Callable[[int], Any] | None = None  # as `run`; captures itself as a CUDA graph
 
 
 Prepare = Callable[[Case, Tensors], Call]

@@ -15,6 +15,7 @@ from alterrec_fast.benchmarks.ops import OPS
 
 SMALL = Case(3_000, 16, sessions=24, threads=1)
 SLICED, BEST = replace(SMALL, start=5, stop=700), replace(SMALL, stop=20)
+STEP = Case(300, 16, sessions=64, start=5, stop=100, training=True, threads=1)
 TINY = {
     "rank_slice": [SLICED, replace(SLICED, data="clustered"), replace(SLICED, data="popular")],
     "top_k": [BEST],
@@ -23,7 +24,8 @@ TINY = {
     "sampled_softmax": [replace(SMALL, negatives=50), replace(SMALL, negatives=50, shared=True)],
     "step": [SLICED],
     "sasrec": [Case(300, 16, sessions=64, training=True, threads=1)],
-    "alterrec": [Case(300, 16, sessions=64, start=5, stop=100, training=True, threads=1)],
+    "alterrec": [STEP],
+    "alterrec_text": [STEP],
 }
 NEEDS_NOTHING = ("torch", "numpy", "alterrec-fast")
 

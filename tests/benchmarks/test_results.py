@@ -78,7 +78,7 @@ def test_engines_are_compared_in_deviations_over_seeds() -> None:
 
     runs = {row.name: seeds(0.30, 0.32) for row in ENGINE_ROWS}
     runs["alterrec, bf16"] = seeds(0.33, 0.35)  # 0.03 apart, deviations of 0.0141
-    page = online_retail.engines_page(runs, argparse.Namespace(width=16, epochs=3, seeds=2, short=False))
+    page = online_retail.compared_page(runs, argparse.Namespace(width=16, epochs=3, seeds=2, short=False, engines=True))
     assert "| alterrec, bf16 | 34.00 ± 1.41 |" in page
     assert "- alterrec, native fp32: within one standard deviation of the reference; at most 0.00" in page
     assert "- alterrec, native bf16: BEYOND one standard deviation of the reference; at most 2.12" in page
