@@ -240,7 +240,8 @@ def evaluate_run(run: str | Path, split: str = "test") -> dict[str, Any]:
 def seed_runs(run: str | Path) -> list[Path]:
     """The run directories in a run over several seeds, in order of their seeds; of any other run itself alone."""
     run = Path(run)
-    seeds = sorted(run.glob("seed-*"), key=lambda path: (len(path.name), path.name))
+    seeds = [path for path in run.glob("seed-*") if path.name.removeprefix("seed-").isdecimal()]
+    seeds.sort(key=lambda path: int(path.name.removeprefix("seed-")))
     return [run] if (run / CONFIG).exists() or not seeds else seeds
 
 

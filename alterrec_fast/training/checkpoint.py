@@ -54,7 +54,7 @@ def load(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, 
         state = parse_json(header["state"], f"{path}, state")
         if not isinstance(state, dict):
             raise FileError(f"{path}: the state is {type(state).__name__}, expected an object")
-        return {name: tensor.to(device) for name, tensor in tensors.items()}, state
+    return {name: tensor.to(device) for name, tensor in tensors.items()}, state
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

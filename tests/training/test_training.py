@@ -401,9 +401,18 @@ def test_several_seeds_give_mean_and_deviation(shop: Dataset, tmp_path: Path) ->
     assert not (tmp_path / "other").exists()
 
 
+def test_a_device_that_fails_is_not_called_a_damaged_checkpoint(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "a.safetensors", {"x": torch.ones(2)}, {})
+    with pytest.raises((AssertionError, RuntimeError)) as failure:
+        checkpoint.load(tmp_path / "a.safetensors", "cuda:99")
+    assert not isinstance(failure.value, FileError)
+
+
 def test_seeds_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for seed in (10, 2, 1):
         (tmp_path / f"seed-{seed}").mkdir()
+    (tmp_path / "seed-1 (copy)").mkdir()
+    (tmp_path / "seed-2.bak").mkdir()
     assert [path.name for path in seed_runs(tmp_path)] == ["seed-1", "seed-2", "seed-10"]
     assert seed_runs(tmp_path / "seed-1") == [tmp_path / "seed-1"]
 

@@ -65,13 +65,13 @@ def _read_sessions(file: Path, locale: str | None, left_out: dict[str, int]) -> 
 def _read_products(file: Path, options: Options) -> pl.DataFrame:
     names = column_names(file)
     need_columns(file, names, ["id", "locale"])
-    available = [name for name in names if name not in ("id", "locale")]
+    available = [name for name in names if name not in ("id", "locale", "item_id")]
     default = [name for name in ("title", "desc") if name in available]
     chosen = choose_text(file, available, options.text_columns, default)
     table = read_table(file, ["id", "locale"], chosen)
-    frame = table.frame.rename({"id": "item_id"}).with_row_index("row").filter(_is_locale(table, options.locale))
-    check_ids(table, frame, "item_id")
-    return clean_text(frame, chosen)
+    frame, is_locale = table.frame.rename({"id": "item_id"}), _is_locale(table, options.locale)
+    check_ids(table, frame.select("item_id", "locale").with_row_index("row").filter(is_locale), "item_id")
+    return clean_text(frame.filter(is_locale), chosen)
 
 
 def _is_locale(table: Table, locale: str | None) -> pl.Expr:

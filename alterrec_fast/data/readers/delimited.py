@@ -117,10 +117,15 @@ def _head(path: Path, layout: Layout) -> tuple[bytes, bool]:
 
 def _need_text(path: Path, head: bytes) -> None:
     """Raises DataError where the first bytes are those of something else, saying of what."""
+    unpack = "unpack it, or compress it with gzip"
     for magic, kind in (
         (b"PAR1", "a Parquet file; name it .parquet"),
         (b"PK\x03\x04", "a zip archive or an Excel workbook"),
         (b"\xd0\xcf\x11\xe0", "an old Excel workbook"),
+        (b"\x28\xb5\x2f\xfd", f"zstd; {unpack}"),  # polars would unpack this and zlib, to any size
+        *((b"x" + level, f"zlib; {unpack}") for level in (b"\x01", b"\x9c", b"\xda")),
+        (b"\xfd7zXZ\0", f"xz; {unpack}"),
+        (b"BZh91AY&SY", f"bzip2; {unpack}"),
     ):
         if head.startswith(magic):
             raise DataError(f"{path}: expected delimited text, found {kind}")
@@ -217,6 +222,7 @@ def _read_by_csv(path: Path, content: Content, layout: Layout, found: Scan) -> t
     if bad:
         raise DataError(bad)
     escaped = layout.quoted and found.escaped and _escape_dialect(path, content, layout)
+    is_mixed = found.lone_cr and found.records > 1  # line feeds end lines, too
     rewritten, lines = io.StringIO(newline=""), []
     writer = csv.writer(rewritten, delimiter=layout.separator)
     width = 0
@@ -227,6 +233,9 @@ def _read_by_csv(path: Path, content: Content, layout: Layout, found: Scan) -> t
                 raise DataError(f"{path}, line {line}: {width:,} columns; expected at most {MAX_COLUMNS:,}")
             if len(fields) > width:
                 raise DataError(f"{path}, line {line}: {_too_many(len(fields), width)}")
+            if 0 < len(fields) < width and is_mixed:
+                cause = "a carriage return in a field without quotes, perhaps, which ends a line as line feeds do"
+                raise DataError(f"{path}, line {line}: {len(fields)} fields, but the header has {width}; {cause}")
             writer.writerow(fields)
             lines.append(line)
     except csv.Error as error:

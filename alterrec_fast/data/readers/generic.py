@@ -43,6 +43,6 @@ def _read_items(file: Path, options: Options) -> pl.DataFrame:
         kind = table.frame[name].dtype
         if kind.is_nested() or kind == pl.Binary:
             raise DataError(f"{file}, column {name}: {kind} is no text; name the columns to use (--text-columns)")
-    frame = table.frame.with_columns(table.ids("item_id")).with_row_index("row")
-    check_ids(table, frame, "item_id")
+    frame = table.frame.with_columns(table.ids("item_id"))
+    check_ids(table, frame.select("item_id").with_row_index("row"), "item_id")  # a text column may be named row
     return clean_text(frame, chosen)

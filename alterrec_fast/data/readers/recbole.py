@@ -114,6 +114,5 @@ def _items(file: Path, options: Options) -> pl.DataFrame | None:
     available = [name for name, kind in _header(file).items() if kind in _TEXT and name != "item_id"]
     chosen = choose_text(file, available, options.text_columns, available)
     table = _table(file, ("item_id",), tuple(chosen))
-    frame = table.frame.with_row_index("row")
-    check_ids(table, frame, "item_id")
-    return clean_text(frame, chosen)
+    check_ids(table, table.frame.select("item_id").with_row_index("row"), "item_id")
+    return clean_text(table.frame, chosen)

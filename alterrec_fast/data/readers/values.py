@@ -18,14 +18,15 @@ NO_ID = "rows with no session or item id"
 MISSING = [
     *("", "NULL", "Null", "null", "NA", "<NA>", "N/A", "n/a", "NaN", "nan", "-nan", "-NaN", "NaT", "None", "none"),
     *("\\N", "undefined", "#N/A", "#N/A N/A", "#NA", "#REF!", "#VALUE!", "#NAME?", "#DIV/0!", "#NUM!", "#NULL!"),
-    *("1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"),
+    *("(null)", "<null>", "[null]", "[NULL]", "NAN", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"),
 ]
 _MISSING = rf"^\s*({'|'.join(map(re.escape, MISSING))})\s*$"
 _PRINTED = (  # [1 2], ['a'], {'a': 1}, (1, 2), array(['a']), <Item object at 0x7f>; but [deleted] and {GUID} are ids
     r"""(?s)^\s*(\[\s*\]|\[\s*['"\d.+\-\[{(].*\]|\[.*[,\s].*\]|\{.*[:,'"].*\}|\(\s*['"\d].*,.*\)"""
     r"""|\w+\(.*[\[{].*\)|<.*\bat 0x[0-9a-fA-F]+>)\s*$"""
 )
-_ROUNDED = r"^\s*\d[.,]\d+E\+\d\d+\s*$"
+# 1.23457E+12 of spreadsheets; 1.2345678901234568e+16, an integer beyond 2^53 that pandas held as a float
+_ROUNDED = r"^\s*(\d[.,]\d+E\+\d\d+|\d\.\d+e\+(1[6-9]|[2-9]\d|\d\d\d))\s*$"
 _DOUBTFUL = f"{_MISSING}|{_PRINTED}|{_ROUNDED}"
 _ISO = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f%#z", "%Y-%m-%dT%H:%M", "%Y-%m-%d")
 
@@ -60,11 +61,11 @@ def drop_missing_ids(frame: pl.DataFrame, left_out: dict[str, int], table: Table
 def check_ids(table: Table, frame: pl.DataFrame, *columns: str) -> None:
     """Raises DataError, with line, for values that are surely no ids.
 
-    Such are printed lists, dicts, arrays and objects, and numbers that a spreadsheet has rounded (1.23457E+12), under
-    which many ids became one. frame: rows of table, numbered by its ``row``, with the String columns.
+    Such are printed lists, dicts, arrays and objects, and numbers that a program has rounded (1.23457E+12), under which
+    many ids became one. frame: rows of table, numbered by its ``row``, with the String columns.
     """
     for column in columns:
-        for pattern, kind in ((_PRINTED, "a printed list or object"), (_ROUNDED, "a number rounded by a spreadsheet")):
+        for pattern, kind in ((_PRINTED, "a printed list or object"), (_ROUNDED, "a rounded number")):
             wrong = frame[column].str.contains(pattern).arg_true()
             if len(wrong):
                 place, value = table.where(frame["row"][wrong[0]]), shown(frame[column][wrong[0]])
@@ -74,14 +75,15 @@ def check_ids(table: Table, frame: pl.DataFrame, *columns: str) -> None:
 def parse_times(table: Table, frame: pl.DataFrame, column: str, formats: Sequence[str] = ()) -> pl.Series:
     """The times of frame (rows of table, numbered by its ``row``) as Int64 or Float64, in an order-keeping unit.
 
-    Numbers stay as they are; dates and times, ISO or in one of the formats, become microseconds, in UTC where they
-    name no offset. Raises DataError at the first value that is none of these, or is missing.
+    Numbers and Parquet's times stay as they are; dates and times in text, ISO or in one of the formats, become
+    microseconds, in UTC where they name no offset. Raises DataError at the first value that is none of these, or is
+    missing, or a whole number that a float among the others would round.
     """
     values = frame[column]
     if values.dtype == pl.String:
         times = _times_from_text(values, formats)
-    elif values.dtype.is_temporal() and values.dtype in (pl.Date, pl.Datetime):
-        times = values.cast(pl.Datetime("us")).to_physical()
+    elif values.dtype in (pl.Date, pl.Datetime):
+        times = values.to_physical().cast(pl.Int64)
     elif values.dtype.is_integer():
         times = values.cast(pl.Int64, strict=False)
     elif values.dtype.is_float():
@@ -93,6 +95,8 @@ def parse_times(table: Table, frame: pl.DataFrame, column: str, formats: Sequenc
     if times.null_count():
         bad = times.is_null().arg_true()[0]
         expected = "Unix seconds or a date and time such as 2010-12-01 08:26:00"
+        if str(values[bad]).strip("+- ").isdecimal():
+            expected += ", or 64-bit integers alone: a float would round it"
         raise DataError(f"{table.where(frame['row'][bad])}: {column} is {shown(values[bad])}, expected {expected}")
     return times
 
@@ -102,6 +106,8 @@ def _times_from_text(values: pl.Series, formats: Sequence[str]) -> pl.Series:
     if whole.null_count() == 0:
         return whole
     numbers = values.cast(pl.Float64, strict=False)
+    is_rounded = values.str.contains(r"^\s*[+-]?\d+\s*$") & (numbers.abs() > 1 << 53)
+    numbers = numbers.set(is_rounded, None)
     if numbers.null_count() == 0 or numbers[0] is not None:  # the first value says which kind the column is
         return numbers
     text = values.str.replace(r"^(\S{10}) ", "${1}T")

@@ -10,6 +10,7 @@ from .values import shown
 
 Window = tuple[str, ...]
 _PRINTED_LIST = r"(?s)^[\[(].*[\])]$|^\S+,\s"  # [1, 2] or 1, 2
+_SEPARATORS = ",;|"  # of lists that RecBole would take for one id: 1,2
 
 
 def join_windows(table: Table, frame: pl.DataFrame) -> pl.DataFrame:
@@ -19,11 +20,12 @@ def join_windows(table: Table, frame: pl.DataFrame) -> pl.DataFrame:
     (the next one) and ``row``. Where each list of a session ends the row before, each row adds its item: so RecBole
     writes prefixes, whole or cut to a maximum length. Else windows are joined in file order where they overlap most,
     and those within what is joined add nothing. Raises DataError, with line, for windows that fit nowhere, and for
-    printed lists.
+    lists that are printed, or hold commas, semicolons or bars where no ``item_id`` does.
     """
     before = pl.col("item_id_list").fill_null("").str.extract_all(r"\S+")
-    is_printed = pl.col("item_id_list").str.strip_chars().str.contains(_PRINTED_LIST)
-    printed = frame.filter(is_printed.fill_null(False))
+    strange = [mark for mark in _SEPARATORS if not frame["item_id"].str.contains(mark, literal=True).any()]
+    texts = frame["item_id_list"].str.strip_chars()
+    printed = frame.filter(texts.str.contains(_PRINTED_LIST) | texts.str.contains_any(strange))
     if len(printed):
         place, value = table.where(printed["row"][0]), shown(printed["item_id_list"][0])
         raise DataError(f"{place}: item_id_list is {value}, expected ids with blanks between")

@@ -1,8 +1,11 @@
 """Quotes, escapes, line ends and encodings of text tables: read right, or refused with the line, never misread."""
 
+import bz2
 import csv
 import io
+import lzma
 import re
+import zlib
 from pathlib import Path
 
 import pandas as pd
@@ -75,6 +78,10 @@ def test_bare_quotes_inside_a_field_are_part_of_it(tmp_path):
         (b"a,b\n1,\0\n", r"line 2: a byte 0; expected text in UTF-8"),
         ("a,b\n1,2\n".encode("utf-16"), "the text is UTF-16; .*iconv -f utf-16"),
         ("a,b\n1,2\n".encode("utf-16-le"), "the text is UTF-16"),
+        (b"\x28\xb5\x2f\xfd" + bytes(99), "found zstd; unpack it, or compress it with gzip"),
+        (zlib.compress(b"a,b\n1,2\n"), "found zlib"),
+        (bz2.compress(b"a,b\n1,2\n"), "found bzip2"),
+        (lzma.compress(b"a,b\n1,2\n"), "found xz"),
         (b"PAR1" + bytes(99), r"found a Parquet file; name it \.parquet"),
         (b"PK\3\4" + bytes(99), "found a zip archive or an Excel workbook"),
         ("session_id,item_id\n0,s,a\n", r"line 2: 3 fields, but the header has 2; has the first column.* no name\?"),
@@ -99,6 +106,15 @@ def test_line_ends(tmp_path, end, last):
 
 def test_carriage_returns_alone_in_a_file_without_quotes(tmp_path):
     assert read(tmp_path / "a.inter", 'a\tb\r1\t"x\r', ATOMIC) == [["a", "b"], ["1", '"x']]
+
+
+def test_a_carriage_return_in_a_field_without_quotes_splits_no_record(tmp_path):
+    with pytest.raises(DataError, match=r"a\.csv, line 3: 1 fields, but the header has 2; a carriage return"):
+        read(tmp_path / "a.csv", "a,b\n1,x\ry\n2,z\n")
+    with pytest.raises(DataError, match=r"a\.inter, line 2: 1 fields, but the header has 2; a carriage return"):
+        read(tmp_path / "a.inter", "a\tb\n1\rx\ty\n", ATOMIC)
+    assert read(tmp_path / "a.csv", 'a,b\n1,"x\ry"\n2,z\n') == [["a", "b"], ["1", "x\ry"], ["2", "z"]]
+    assert read(tmp_path / "a.csv", "a,b\n1,x\r2,y\n") == [["a", "b"], ["1", "x"], ["2", "y"]]
 
 
 @pytest.mark.parametrize(("separator", "name"), [(";", "semicolons"), ("\t", "tabs"), ("|", r"bars \(\|\)")])

@@ -152,6 +152,8 @@ def test_ids_in_windows_are_judged_like_others(tmp_path):
     put(tmp_path / "raw", **{"d.inter": WINDOWS + "s\ta nan\tb\n"})
     summary, data = run(tmp_path, "recbole", **NO_HOLDOUT)
     assert ids(data, "train") == [["a", "b"]] and summary.left_out["rows with no session or item id"] == 1
-    for printed in ("[1, 2]", "['a' 'b']", "1, 2", "(1, 2)"):
+    for printed in ("[1, 2]", "['a' 'b']", "1, 2", "(1, 2)", "1,2", "1;2", "1|2"):
         put(tmp_path / "raw", **{"d.inter": WINDOWS + f"s\ta\tb\nt\t{printed}\tb\n"})
         fails(tmp_path, r"d\.inter, line 3: item_id_list is .*, expected ids with blanks between", "recbole")
+    put(tmp_path / "raw", **{"d.inter": WINDOWS + "s\t1,2 3\t4,5\n"})  # commas belong to the ids
+    assert ids(run(tmp_path, "recbole", overwrite=True, **NO_HOLDOUT)[1], "train") == [["1,2", "3", "4,5"]]

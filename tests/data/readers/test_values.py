@@ -44,8 +44,9 @@ def test_spellings_of_a_missing_value_are_no_ids_and_no_text(tmp_path, kind):
         ("<Item object at 0x7f01>", "list"),
         ("[object Object]", "list"),
         ("[1\n 2]", "list"),
-        ("1.23457E+12", "number rounded by a spreadsheet"),
-        ("1,2E+15", "number rounded by a spreadsheet"),
+        ("1.23457E+12", "rounded number"),
+        ("1,2E+15", "rounded number"),
+        ("1.2345678901234568e+16", "rounded number"),
     ],
 )
 @pytest.mark.parametrize("source", ["generic", "recbole", "item table"])
@@ -75,6 +76,7 @@ def test_strange_ids_that_are_ids(tmp_path):
         "7",
         "1e5",
         "1E+5",
+        "1.5e+05",
         "3.0",
         "a, b",
         "[deleted]",
@@ -138,3 +140,29 @@ def test_repeats_with_other_columns_in_recbole(tmp_path):
     summary, data = run(tmp_path, "recbole", **NO_HOLDOUT)
     assert ids(data, "train") == [["a", "a", "b"]]
     assert summary.left_out["rows equal to an earlier one in all columns"] == 1
+
+
+def test_item_tables_with_a_column_named_row(tmp_path):
+    put(tmp_path / "raw", interactions__csv=f"{HEADER}s,a,1\ns,b,2\n", items__csv="item_id,row\na,1\nb,2\n")
+    put(tmp_path / "raw", **{"d.inter": f"{INTER}s\ta\ns\tb\n", "d.item": "item_id:token\trow:token\na\t1\nb\t2\n"})
+    put(tmp_path / "raw", sessions_train__csv="prev_items,next_item,locale\n['a'],b,UK\n")
+    put(tmp_path / "raw", products_train__csv="id,locale,row\na,UK,1\nb,UK,2\n")
+    for source, options in (("generic", {}), ("recbole", {}), ("amazon-m2", {"locale": "UK", "text_columns": ["row"]})):
+        _, data = run(tmp_path, source, overwrite=True, **options, **NO_HOLDOUT)
+        assert data.items.rows() == [("a", "1"), ("b", "2")] and data.text_columns == ["row"]
+
+
+def test_times_that_a_float_cannot_tell_apart(tmp_path):
+    for times in (("1700000000000000002", "1700000000000000001", "1.5"), ("9" * 20, "9" * 19 + "8", "1")):
+        rows = "".join(f"s,{item},{time}\n" for item, time in zip("abc", times, strict=True))
+        put(tmp_path / "raw", interactions__csv=HEADER + rows)
+        fails(tmp_path, rf"interactions\.csv, line 2: timestamp is '{times[0]}', expected .*64-bit integers alone")
+    put(tmp_path / "raw", interactions__csv=f"{HEADER}s,a,1700000000000000002\ns,b,1700000000000000001\n")
+    assert ids(run(tmp_path, **NO_HOLDOUT)[1], "train") == [["b", "a"]]
+
+
+def test_parquet_times_in_nanoseconds_keep_their_order(tmp_path):
+    times = pl.Series([200, 100]).cast(pl.Datetime("ns"))
+    frame = pl.DataFrame({"session_id": ["s", "s"], "item_id": ["a", "b"], "timestamp": times})
+    frame.write_parquet(put(tmp_path / "raw") / "interactions.parquet")
+    assert ids(run(tmp_path, **NO_HOLDOUT)[1], "train") == [["b", "a"]]
