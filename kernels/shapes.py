@@ -95,7 +95,9 @@ def resident_blocks(precision: str, query: Tensor, catalog: Tensor) -> Blocks:
     return replace(RESIDENT, d=whole(query.shape[1]))
 
 
-def scan_blocks(precision: str, query: Tensor, catalog: Tensor, has_start: bool, has_stop: bool) -> Blocks:
+def scan_blocks(
+    precision: str, query: Tensor, catalog: Tensor, has_start: bool, has_stop: bool, has_bias: bool
+) -> Blocks:
     """The tile of rank_slice's scan; has_start and has_stop as its `Plan` says.
 
     On Hopper and data-centre Blackwell tensor cores take operands from shared memory. That leaves 4 warps enough
@@ -113,7 +115,8 @@ def scan_blocks(precision: str, query: Tensor, catalog: Tensor, has_start: bool,
             return replace(blocks, warps=4, d=whole(width))
         return replace(blocks, b=128, d=whole(width), stages=2)  # which spills nothing on Blackwell
     if bf16 and not has_stop and query.shape[0] > 64:
-        return replace(blocks, b=128, stages=4)
+        # On Blackwell a bias takes registers that twice the sessions do not leave.
+        return blocks if has_bias and is_blackwell(query.device) else replace(blocks, b=128, stages=4)
     return replace(blocks, warps=4)
 
 
