@@ -238,11 +238,17 @@ def evaluate_run(run: str | Path, split: str = "test") -> dict[str, Any]:
 
 
 def seed_runs(run: str | Path) -> list[Path]:
-    """The run directories in a run over several seeds, in order of their seeds; of any other run itself alone."""
+    """The run directories in a run over several seeds, those of its metrics.json or, before there is one, all in order
+    of their seeds; of any other run itself alone.
+    """
     run = Path(run)
+    if (run / CONFIG).exists():
+        return [run]
+    if (run / METRICS_FILE).exists() and (trained := read_metrics(run / METRICS_FILE).get("seeds")):
+        return [run / f"seed-{seed}" for seed in trained]
     seeds = [path for path in run.glob("seed-*") if path.name.removeprefix("seed-").isdecimal()]
     seeds.sort(key=lambda path: int(path.name.removeprefix("seed-")))
-    return [run] if (run / CONFIG).exists() or not seeds else seeds
+    return seeds or [run]
 
 
 def _with_places(config: Config) -> Config:

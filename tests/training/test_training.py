@@ -394,6 +394,8 @@ def test_several_seeds_give_mean_and_deviation(shop: Dataset, tmp_path: Path) ->
     assert af.train_seeds(config, [0, 1], resume=True).metrics == result.metrics
     again = evaluate_run(tmp_path / "run")
     assert again == {key: result.metrics[key] for key in ("test", "test_std", "groups", "groups_std")}
+    one = af.train_seeds(config, [1], resume=True)
+    assert evaluate_run(tmp_path / "run")["test"] == one.metrics["test"] == single[1]["test"]
     with pytest.raises(RunError, match=r"holds .*seed-0.* already"):
         af.train_seeds(config, [0, 1])
     with pytest.raises(ConfigError, match="seed must be at least 0, got -1"):
