@@ -163,11 +163,7 @@ def our_slice_loss(case: Case, inputs: Tensors, precision: str | None = None, ma
 
 
 def our_sampled(
-    case: Case,
-    inputs: Tensors,
-    precision: str | None = None,
-    sparse_grad: bool = False,
-    backend: str = "auto",
+    case: Case, inputs: Tensors, precision: str | None = None, sparse_grad: bool = False, backend: str = "auto"
 ) -> Call:
     def loss(q: Tensor, e: Tensor, target: Tensor) -> Tensor:
         return sampled_softmax(

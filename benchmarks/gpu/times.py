@@ -92,6 +92,7 @@ class Taker:
             return call.run(0)
 
         self.calls, record.samples = [eager], [[]]
+        record.detail |= call.detail
         record.extra_bytes = gpu.peak_bytes(eager)
         if call.graph is not None:
             self.calls.append(partial(call.graph, 0))
