@@ -15,6 +15,8 @@ from .delimited import CSV, MAX_COLUMNS, Layout, header, line_of, read_delimited
 from .files import check_unpacked, need_regular
 from .values import drop_missing_ids, shown
 
+# a panic, which is no Exception, is how polars meets some damaged files
+_PARQUET_ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
 OTHERS = "others"  # the column of the interactions that holds all columns with no meaning of their own
 
 
@@ -147,8 +149,8 @@ def _parquet_names(path: Path) -> list[str]:
         scanned = pl.scan_parquet(path, glob=False)
         names = scanned.collect_schema().names()
         rows = scanned.select(pl.len()).collect().item()
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+    except _PARQUET_ERRORS as error:
+        raise DataError(f"{path}: not a readable Parquet file ({(str(error) or 'damaged').splitlines()[0]})") from error
     if len(names) > MAX_COLUMNS:
         raise DataError(f"{path}: {len(names):,} columns; expected at most {MAX_COLUMNS:,}")
     check_unpacked(path, path.stat().st_size, rows * len(names))
@@ -158,5 +160,5 @@ def _parquet_names(path: Path) -> list[str]:
 def _parquet(path: Path, columns: list[str] | None) -> pl.DataFrame:
     try:
         return pl.read_parquet(path, columns=columns, glob=False)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+    except _PARQUET_ERRORS as error:
+        raise DataError(f"{path}: not a readable Parquet file ({(str(error) or 'damaged').splitlines()[0]})") from error

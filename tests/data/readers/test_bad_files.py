@@ -2,6 +2,7 @@
 
 import gzip
 
+import polars as pl
 import pytest
 
 from alterrec_fast.data.sessions import SPLITS
@@ -75,3 +76,15 @@ def test_damaged_gzip(tmp_path):
     fails(tmp_path, r"interactions\.csv\.gz, line \d+: the gzip data ends early or is damaged")
     put(tmp_path / "raw", interactions__csv__gz=LONG)
     fails(tmp_path, r"interactions\.csv\.gz, line 1: the gzip data ends early or is damaged \(Not a gzipped file")
+
+
+@pytest.mark.parametrize("function", ["scan_parquet", "read_parquet"])
+def test_a_panic_of_polars_is_a_damaged_file(tmp_path, monkeypatch, function):
+    def panic(*given, **options):
+        raise pl.exceptions.PanicException("called `Result::unwrap()` on an `Err` value")
+
+    pl.DataFrame({"session_id": ["s"], "item_id": ["a"], "timestamp": [1]}).write_parquet(
+        put(tmp_path / "raw") / "interactions.parquet"
+    )
+    monkeypatch.setattr(pl, function, panic)
+    fails(tmp_path, r"interactions\.parquet: not a readable Parquet file \(called")
