@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,17 @@ def test_an_install_without_a_compiler_says_what_to_do(tmp_path: Path) -> None:
         "ALTERREC_FAST_NO_EXT=1 to install without compiled code." in done.stderr
     )
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_an_install_from_a_source_distribution_has_all_that_nvcc_compiles(tmp_path: Path) -> None:
+    done = setup(
+        "egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path), ALTERREC_FAST_NO_EXT="1"
+    )
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.[ch]*")}
+    assert sources | {"kernels/rank_slice/scan.py", "benchmarks/baseline.json"} <= held
 
 
 def test_an_install_without_compiled_code_has_every_op(tmp_path: Path) -> None:
