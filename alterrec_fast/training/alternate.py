@@ -169,15 +169,13 @@ class Trainer:
             now = time.monotonic()
             sums["seconds"] = before + now - begun
             if now - saved > 60.0 * config.checkpoint_minutes:
-                sums |= {name: float(loss) for name, loss in totals.items()}
+                sums |= _finite_sums(totals, f"epoch {epoch.number}, step {step}")
                 self._save_last()
                 saved = now
         bar.close()
         student.eval()
-        sums |= {name: float(loss) for name, loss in totals.items()}  # waits for a GPU to end the epoch
+        sums |= _finite_sums(totals, f"epoch {epoch.number}")  # waits for a GPU to end the epoch
         sums["seconds"] = before + time.monotonic() - begun
-        if not all(math.isfinite(sums[name]) for name in totals):  # on a GPU no step looks at its scores
-            raise DivergedError(f"epoch {epoch.number}: the loss is not finite; {_CALMER}")
         total = max(1.0, sums["targets"])
         return {
             "epoch": epoch.number,
@@ -435,6 +433,14 @@ def _finite_scores(when: str) -> Iterator[None]:
         raise
     except ValueError as error:
         raise DivergedError(f"{when}: {error}; {_CALMER}") from error
+
+
+def _finite_sums(losses: dict[str, Tensor], when: str) -> dict[str, float]:
+    """Sums of losses, read from the device; raises DivergedError where one is not finite: on a GPU no step looks."""
+    sums = {name: float(loss) for name, loss in losses.items()}
+    if not all(map(math.isfinite, sums.values())):
+        raise DivergedError(f"{when}: the loss is not finite; {_CALMER}")
+    return sums
 
 
 def _seed(*parts: int) -> int:

@@ -26,7 +26,7 @@ from alterrec_fast.data.text import SentenceEncoder
 from alterrec_fast.errors import FileError
 from alterrec_fast.run import RunError, evaluate_run, seed_runs
 from alterrec_fast.training import checkpoint
-from alterrec_fast.training.alternate import BEST, LAST, DivergedError
+from alterrec_fast.training.alternate import BEST, LAST, DivergedError, Trainer
 from alterrec_fast.training.config import VARIANTS, Config, ConfigError, from_mapping, read_toml
 from alterrec_fast.training.variants import epochs
 
@@ -116,8 +116,6 @@ def test_a_run_stopped_within_an_epoch_goes_on_from_its_step(
     shop: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint after every step; the run is broken off in the middle of an epoch."""
-    from alterrec_fast.training.alternate import Trainer
-
     config = small(shop, tmp_path / "whole", variant="alterrec_aug", hard_fraction=0.5, checkpoint_minutes=1e-9)
     af.train(config)
     calls = 0
@@ -260,6 +258,16 @@ def test_scores_that_are_not_finite_end_a_run_with_a_word_of_advice(shop: Datase
     with pytest.raises(DivergedError, match=r"epoch 1, step \d+: .*lower learning rates"):
         af.train(config)
     assert "NaN" not in (tmp_path / "run" / "history.jsonl").read_text()
+
+
+def test_no_checkpoint_holds_losses_that_are_not_finite(
+    shop: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU no step looks at its scores, so that a checkpoint within the epoch is the first to meet the NaN."""
+    monkeypatch.setattr(Trainer, "stepper", lambda *_: lambda batch: ({"loss": torch.tensor(torch.nan)}, 1))
+    config = small(shop, tmp_path / "run", variant="id_only", checkpoint_minutes=1e-9)
+    with pytest.raises(DivergedError, match=r"epoch 1, step 0: the loss is not finite; .*lower learning rates"):
+        af.train(config)
 
 
 @pytest.mark.parametrize(
