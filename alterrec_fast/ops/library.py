@@ -46,8 +46,9 @@ Inputs = TypeVar("Inputs", bound=tuple[Any, ...])
 
 
 class Op(Generic[Inputs]):
-    """alterrec_fast::name(*inputs, engine), which runs "triton" or, as alterrec_fast::native_name(*inputs), the
-    extension's kernel.
+    """alterrec_fast::name(*inputs, engine), which runs "triton" or "native", the extension's kernel.
+
+    That is alterrec_fast::native_name(*inputs), an op itself, which is called without the way through Python here.
 
     Args:
         name: of the op.
@@ -68,22 +69,23 @@ class Op(Generic[Inputs]):
         self.name, self.inputs, self.arguments = name, inputs, _arguments(inputs)
         self._define(f"native_{name}", self.arguments, outputs)
         self._define(name, self.arguments | {"engine": str}, outputs)
-        native = getattr(torch.ops.alterrec_fast, f"native_{name}")
+        self._op = getattr(torch.ops.alterrec_fast, name).default
+        self._native = getattr(torch.ops.alterrec_fast, f"native_{name}").default
 
         def run(*values: Any) -> tuple[Tensor, ...]:
             *arguments, engine = values
-            result = triton(self._packed(arguments)) if engine == "triton" else native(*arguments)
+            result = triton(self._packed(arguments)) if engine == "triton" else self._native(*arguments)
             return cast(tuple[Tensor, ...], result)
 
         for key in ("CPU", "CUDA"):
             LIBRARY.impl(name, run, key)
-        torch.library.register_fake(
-            f"alterrec_fast::{name}", lambda *values: fake(self._packed(values[:-1])), lib=LIBRARY
-        )
+        for op in self._names:
+            torch.library.register_fake(op, lambda *values: fake(self._packed(values)), lib=LIBRARY)
 
     def __call__(self, inputs: Inputs, engine: str) -> tuple[Tensor, ...]:
-        op = getattr(torch.ops.alterrec_fast, self.name)
-        return cast(tuple[Tensor, ...], op(*_flattened(inputs), engine))
+        values = _flattened(inputs)
+        result = self._native(*values) if engine == "native" else self._op(*values, engine)
+        return cast(tuple[Tensor, ...], result)
 
     def differentiate(
         self,
@@ -102,8 +104,9 @@ class Op(Generic[Inputs]):
         """
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            problem = self._packed(inputs[:-1])[0]
-            ctx.engine, ctx.fields = inputs[-1], [f for f, x in problem._asdict().items() if isinstance(x, Tensor)]
+            problem = self._packed(inputs)[0]
+            ctx.engine = (*inputs, "native")[len(self.arguments)]  # which the native op has no argument for
+            ctx.fields = [f for f, x in problem._asdict().items() if isinstance(x, Tensor)]
             ctx.save_for_backward(*(getattr(problem, field) for field in ctx.fields), *output[1:])
             ctx.problem = problem._replace(**dict.fromkeys(ctx.fields))
             ctx.set_materialize_grads(False)  # what is saved, which may be large, has none
@@ -121,13 +124,18 @@ class Op(Generic[Inputs]):
             else:
                 computed = zip(names, backward(problem, ctx.engine, grad_losses, lse, saved, needs), needs, strict=True)
                 grads = {name: grad for name, grad, need in computed if need}
-            return (*(grads.get(name) for name in arguments), None)
+            in_order = [grads.get(name) for name in arguments]
+            return (*in_order, *[None] * (len(ctx.needs_input_grad) - len(arguments)))
 
-        torch.library.register_autograd(
-            f"alterrec_fast::{self.name}", backward_by_name, setup_context=setup_context, lib=LIBRARY
-        )
+        for op in self._names:
+            torch.library.register_autograd(op, backward_by_name, setup_context=setup_context, lib=LIBRARY)
+
+    @property
+    def _names(self) -> tuple[str, str]:
+        return f"alterrec_fast::{self.name}", f"alterrec_fast::native_{self.name}"
 
     def _packed(self, values: Any) -> Inputs:
+        """The inputs among an op's arguments, which an engine may follow."""
         return cast(Inputs, _pack(self.inputs, iter(values)))
 
     @staticmethod

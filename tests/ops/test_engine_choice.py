@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import alterrec_fast as af
 from alterrec_fast.ops import BackendError, dispatch, library
@@ -99,4 +100,24 @@ def test_a_block_inside_and_around_compiled_code() -> None:
     with af.backend("reference"):
         torch.testing.assert_close(compiled(query), loss(query))
     torch.testing.assert_close(inside(query), loss(query))
-    assert ["alterrec_fast.slice_cross_entropy" in code for code in codes] == [True, False, False]
+    assert ["alterrec_fast.native_slice_cross_entropy" in code for code in codes] == [True, False, False]
+
+
+@pytest.mark.skipif(bool(library.NO_EXTENSION), reason="the extension is not built")
+def test_a_native_call_takes_no_way_through_python() -> None:
+    called: list[str] = []
+
+    class Listed(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "alterrec_fast":
+                called.append(func._schema.name.removeprefix("alterrec_fast::"))
+            return func(*args, **(kwargs or {}))
+
+    query, catalog = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    with Listed():
+        neg = af.rank_slice(query, catalog, start=1, stop=8)
+        af.top_k(query, catalog, k=2)
+        af.slice_cross_entropy(query, catalog, torch.arange(3), neg).backward()
+        af.sampled_softmax(query, catalog, torch.arange(3), torch.arange(9)).backward()
+    losses = [f"native_{op}{way}" for op in ("slice_cross_entropy", "sampled_softmax") for way in ("", "_backward")]
+    assert called == ["native_rank_slice", "native_top_k", *losses]

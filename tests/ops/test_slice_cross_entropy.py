@@ -283,6 +283,8 @@ def test_opcheck(form: str) -> None:
     forward = torch.ops.alterrec_fast.slice_cross_entropy
     # Nothing is saved: what has not been filled differs from call to call.
     torch.library.opcheck(forward.default, (*inputs, 0.5, 0.7, bias, 1, -100, False, 0, True, "native"))
+    native = torch.ops.alterrec_fast.native_slice_cross_entropy.default
+    torch.library.opcheck(native, (*inputs, 0.5, 0.7, bias, 1, -100, False, 0, True))
     detached = [x if x is None else x.detach() for x in (*inputs, bias)]
     _, lse, saved = forward(*detached[:5], 0.5, 0.7, detached[5], 1, -100, False, 100_000, True, "native")
     torch.library.opcheck(
