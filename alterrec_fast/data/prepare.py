@@ -190,17 +190,17 @@ def _check_match(read: Raw, table: pl.Series, seen: pl.Series) -> list[str]:
         return []
     examples = ", ".join(shown(value) for value in lacking[:3])
     share = "all" if len(lacking) == len(seen) else f"{len(lacking):,} of the"
-    found = f"it lacks {share} {len(seen):,} items of the interactions, such as {examples}"
+    message = f"it lacks {share} {len(seen):,} items of the interactions, such as {examples}"
     if len(table):
-        found += f"; it has ids such as {', '.join(shown(value) for value in table[:3])}"
+        message += f"; it has ids such as {', '.join(shown(value) for value in table[:3])}"
     for what, rewrite in _SPELLINGS.items():
         same, others = (values.to_frame("id").select(rewrite(pl.col("id")))["id"] for values in (lacking, table))
         if 2 * int(same.is_in(others.implode()).sum()) > len(lacking):
-            found += f"; most would match but for {what}"
+            message += f"; most would match but for {what}"
             break
     if len(table) and len(lacking) == len(seen):
-        raise DataError(f"{read.item_file}: {found}")
-    return [f"{read.item_file}: {found}"]
+        raise DataError(f"{read.item_file}: {message}")
+    return [f"{read.item_file}: {message}"]
 
 
 def _code(read: Raw, names: pl.Series, left_out: dict[str, int]) -> _Coded:

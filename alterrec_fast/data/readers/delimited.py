@@ -45,8 +45,8 @@ ATOMIC = Layout(separator="\t", quoted=False)
 def header(path: Path, layout: Layout = CSV) -> list[str]:
     """The column names as polars has them; raises DataError for a file that is empty, no text, or far too wide."""
     head, whole = _head(path, layout)
-    found = scan(np.frombuffer(head, np.uint8), layout.separator, layout.quoted)
-    if found.lone_cr or found.escaped or not found.proper:
+    scanned = scan(np.frombuffer(head, np.uint8), layout.separator, layout.quoted)
+    if scanned.lone_cr or scanned.escaped or not scanned.proper:
         return read_delimited(path, layout)[0].columns  # the dialect is the whole file's
     if not whole:
         raise DataError(f"{path}, line 1: the header is longer than {_MAX_HEADER:,} bytes")
@@ -63,15 +63,15 @@ def read_delimited(path: Path, layout: Layout = CSV) -> tuple[pl.DataFrame, np.n
     quotes that no dialect explains or that two explain differently, and files that are empty or unreadable.
     """
     content = read_content(path)
-    found = scan(content.data, layout.separator, layout.quoted)
-    if found.nul_line is not None:
-        raise DataError(f"{path}, line {found.nul_line}: a byte 0; expected text in UTF-8")
-    doubtful = found.escaped and layout.quoted
-    if found.lone_cr or not found.proper or (doubtful and not _breaks_when_escaped(content, layout)):
-        return _read_by_csv(path, content, layout, found)
+    scanned = scan(content.data, layout.separator, layout.quoted)
+    if scanned.nul_line is not None:
+        raise DataError(f"{path}, line {scanned.nul_line}: a byte 0; expected text in UTF-8")
+    doubtful = scanned.escaped and layout.quoted
+    if scanned.lone_cr or not scanned.proper or (doubtful and not _breaks_when_escaped(content, layout)):
+        return _read_by_csv(path, content, layout, scanned)
     frame = _parse(path, content.source, layout)
-    if len(frame) != found.records - 1:  # the parsers differ: what csv rewrites is beyond doubt
-        return _read_by_csv(path, content, layout, found)
+    if len(frame) != scanned.records - 1:  # the parsers differ: what csv rewrites is beyond doubt
+        return _read_by_csv(path, content, layout, scanned)
     return frame, None
 
 
@@ -217,12 +217,12 @@ def _breaks_when_escaped(content: Content, layout: Layout) -> bool:
 
 
 @_long_fields()
-def _read_by_csv(path: Path, content: Content, layout: Layout, found: Scan) -> tuple[pl.DataFrame, np.ndarray]:
+def _read_by_csv(path: Path, content: Content, layout: Layout, scanned: Scan) -> tuple[pl.DataFrame, np.ndarray]:
     bad = _bad_byte(path, content)
     if bad:
         raise DataError(bad)
-    escaped = layout.quoted and found.escaped and _escape_dialect(path, content, layout)
-    is_mixed = found.lone_cr and found.records > 1  # line feeds end lines, too
+    escaped = layout.quoted and scanned.escaped and _escape_dialect(path, content, layout)
+    is_mixed = scanned.lone_cr and scanned.records > 1  # line feeds end lines, too
     rewritten, lines = io.StringIO(newline=""), []
     writer = csv.writer(rewritten, delimiter=layout.separator)
     width = 0
@@ -263,9 +263,9 @@ def _escape_dialect(path: Path, content: Content, layout: Layout) -> bool:
     return False
 
 
-def _too_many(found: int, width: int) -> str:
-    hint = "; has the first column, of row numbers perhaps, no name?" if found == width + 1 else ""
-    return f"{found} fields, but the header has {width}{hint}"
+def _too_many(num_fields: int, width: int) -> str:
+    hint = "; has the first column, of row numbers perhaps, no name?" if num_fields == width + 1 else ""
+    return f"{num_fields} fields, but the header has {width}{hint}"
 
 
 def _bad_byte(path: Path, content: Content) -> str | None:

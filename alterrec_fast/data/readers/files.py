@@ -29,20 +29,20 @@ _KINDS = {
 
 def find_table(folder: Path, stem: str, suffixes: Sequence[str] = TABLE_SUFFIXES) -> Path | None:
     """The one file of folder named stem plus one of the suffixes, or None; raises DataError where there are several."""
-    found = [path for suffix in suffixes if (path := folder / f"{stem}{suffix}").exists()]
-    if len(found) > 1:
-        raise DataError(f"{folder}: both {' and '.join(path.name for path in found)} are here; keep one")
-    return need_regular(found[0]) if found else None
+    paths = [path for suffix in suffixes if (path := folder / f"{stem}{suffix}").exists()]
+    if len(paths) > 1:
+        raise DataError(f"{folder}: both {' and '.join(path.name for path in paths)} are here; keep one")
+    return need_regular(paths[0]) if paths else None
 
 
 def need_table(folder: Path, stem: str, suffixes: Sequence[str] = TABLE_SUFFIXES) -> Path:
     """As find_table, but raises DataError where there is none, naming what the folder holds."""
     need_folder(folder)
-    found = find_table(folder, stem, suffixes)
-    if found is None:
+    path = find_table(folder, stem, suffixes)
+    if path is None:
         names = " or ".join(f"{stem}{suffix}" for suffix in suffixes)
         raise DataError(f"{folder}: expected {names}, found {listing(folder)}")
-    return found
+    return path
 
 
 def need_folder(folder: Path) -> None:
