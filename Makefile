@@ -2,7 +2,6 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP = .venv/bin/pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
-PIP_REPLAY = .venv-replay/bin/pip --disable-pip-version-check install --quiet --constraint .ci/constraints-replay.txt
 PIP_RECOMMENDERS = .venv-recommenders/bin/pip --disable-pip-version-check install --quiet --constraint .ci/constraints-recommenders.txt
 
 .PHONY: bench demo fuzz test test-integrations integrations lint sanitize sanitize-python gpu-proof results clean
@@ -56,10 +55,8 @@ results: .venv/ready
 	.venv/bin/python -m alterrec_fast.benchmarks.experiments.online_retail --raw ../shared/data/online_retail --out runs/results --table docs/results.md
 
 # Everything against everything, in under 40 minutes on 2 cores; make bench BENCH=--quick in under 5.
-bench: .venv/bench .venv-recommenders/ready
-	-$(MAKE) .venv-replay/ready
-	.venv/bin/alterrec-fast bench --compare --out runs/bench --python recbole=.venv-recommenders/bin/python \
-		--python rectools=.venv-recommenders/bin/python --python replay=.venv-replay/bin/python $(BENCH)
+bench: .venv/bench
+	.venv/bin/alterrec-fast bench --compare --out runs/bench $(BENCH)
 
 # The tables of docs/integrations.md; what has been measured is kept, so that it can be resumed.
 integrations: test-integrations
@@ -87,12 +84,5 @@ integrations: test-integrations
 	ALTERREC_FAST_NO_EXT=1 $(PIP_RECOMMENDERS) --no-deps --no-build-isolation --editable .
 	touch $@
 
-# RePlay for the benchmarks alone: it needs an older polars than .ci/constraints.txt has. Where it can't be installed, the
-# table says so.
-.venv-replay/ready: .ci/constraints-replay.txt
-	$(PYTHON) -m venv .venv-replay
-	$(PIP_REPLAY) "$(TORCH)" "replay-rec[torch]"
-	touch $@
-
 clean:
-	rm -rf .venv .venv-recommenders .venv-replay build runs *.egg-info
+	rm -rf .venv .venv-recommenders build runs *.egg-info

@@ -186,24 +186,14 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="under 5 minutes instead of 40, on 2 cores")] = False,
     op: Annotated[list[str] | None, typer.Option(help="this op alone; may be given several times")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="say what got slower than the stored baseline")] = False,
-    python: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=PATH, the interpreter with someone else's library: recbole, rectools or replay"),
-    ] = None,
     threads: Annotated[int, typer.Option(min=0, help="default: one for each core")] = 0,
 ) -> None:
     """Measure the ops against the alternatives on this machine; each result is checked before it is timed."""
-    pythons: dict[str, str] = {}
     with _errors():
         from alterrec_fast.benchmarks.harness import bench as benchmarks
 
-        for given in python or []:
-            name, equals, path = given.partition("=")
-            if not equals or name not in benchmarks.PYTHONS:
-                raise ConfigError(f"--python takes NAME=PATH, NAME of {', '.join(benchmarks.PYTHONS)}, got {given!r}")
-            pythons[name] = path
         command = shlex.join(["alterrec-fast", *sys.argv[1:]])
-        options = benchmarks.Options(out, quick, tuple(op or ()), pythons, threads, command)
+        options = benchmarks.Options(out, quick, tuple(op or ()), threads, command)
         try:
             results = benchmarks.run(options, typer.echo)
         except benchmarks.BenchError as error:

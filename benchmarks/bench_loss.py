@@ -119,7 +119,7 @@ def torch_chunked(case: Case, inputs: Tensors, chunks: int = 0) -> Call:
     return forward_backward(inputs, partial(F.linear_cross_entropy, options=options))
 
 
-# --- other libraries; RePlay's is in harness/foreign.py ---
+# --- other libraries ---
 
 
 def cut_cross_entropy(case: Case, inputs: Tensors) -> Call:
@@ -211,7 +211,6 @@ SAMPLED_SOFTMAX = (
     Implementation("gather, einsum", gather_einsum, dtypes=ANY_DTYPE, devices=BOTH),
     Implementation("F.embedding, einsum", partial(gather_einsum, embedding=True), devices=CPU),
     Implementation("CCE-", cce_minus, dtypes=ANY_DTYPE, devices=GPU),
-    Implementation("RePlay CESampled", None, "replay-rec", figures=TABLE, python="replay"),
 )
 
 

@@ -1,14 +1,11 @@
-"""A training step: slice, loss and gradients; SASRec for a pass over its sessions; AlterRec's step, optimiser included.
-
-RecBole's and RecTools' SASRec are in harness/foreign.py, since they need interpreters of their own.
-"""
+"""A training step: slice, loss and gradients alone, and AlterRec's step with its encoders and its optimiser."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ from torch import Tensor
 from alterrec_fast.ops import rank_slice, slice_cross_entropy
 
 from .bench_loss import forward_backward, gather_loss, indexing_loss
-from .bench_rank import BASE, LARGE, SHOP_SLICED, SLICED, on_gpu, slice_curve, torch_mm
+from .bench_rank import BASE, LARGE, SHOP_SLICED, SLICED, on_gpu, slice_curve
 from .harness import inputs as data
 from .harness.op import ANY_DTYPE, BOTH, GPU, LOSS, OURS, Implementation, Op, ours
 from .harness.worker import BATCHES, Call, Case, Tensors
@@ -56,10 +53,10 @@ def step(loss: Callable[..., Tensor], case: Case, inputs: Tensors, **options: An
     return forward_backward(inputs, partial(loss, start=case.start, stop=case.stop, **options), teacher=True)
 
 
-# --- SASRec: a call is one pass over all sessions ---
+# --- AlterRec: a call is one step of one network, against ranks of the other, frozen one ---
 
 MEAN_LENGTH, MAX_LENGTH = 4.5, 50
-LAYERS, HEADS, DROPOUT, RATE = 2, 2, 0.1, 1e-3
+TEXT_WIDTH, RATE = 384, 1e-3
 
 
 def make_sessions(case: Case) -> Tensors:
@@ -77,100 +74,13 @@ def make_sessions(case: Case) -> Tensors:
     return data.make_ranking(case) | {"items": torch.from_numpy(items), "offsets": torch.from_numpy(offsets)}
 
 
-def sessions_truth(case: Case, inputs: Tensors) -> Tensors:
-    """How many targets a pass has: every item of a session but the first."""
-    return {"targets": torch.tensor(targets_of(inputs)), "product": _product(inputs)}
-
-
-def pass_error(result: Tensors, truth: Tensors) -> float:
-    """The share of targets that were left out, or trained on twice; ValueError where the loss is not finite.
-
-    No float64 to compare the loss with: initial weights and the places of norms are each library's.
-    """
-    if not bool(result["loss"].isfinite()):
-        raise ValueError(f"wrong: a loss of {result['loss']}")
-    return abs(int(result["targets"]) - int(truth["targets"])) / int(truth["targets"])
-
-
-def targets_of(inputs: Tensors) -> int:
-    return len(inputs["items"]) - len(inputs["offsets"]) + 1
-
-
-@lru_cache
-def batches_of(case: Case) -> int:
-    """Batches of a pass over the sessions."""
-    return len(list(_batches(make_sessions(case), case, 0)))
-
-
-def _batches(inputs: Tensors, case: Case, seed: int) -> Iterator[Any]:
-    from alterrec_fast.data.batches import pack, plan
-
-    sessions = _sessions(inputs)
-    for which in plan(sessions, MAX_LENGTH, case.sessions, np.random.default_rng(seed)):
-        yield pack(sessions, which, MAX_LENGTH)
-
-
-def _sessions(inputs: Tensors) -> Any:
-    from alterrec_fast.data.sessions import Sessions
-
-    return Sessions(inputs["items"].numpy().astype(np.int32), inputs["offsets"].numpy())
-
-
-def _product(inputs: Tensors) -> Tensor:
-    return inputs["query"][0][inputs["rows"]].double() @ inputs["catalog"][: data.PRODUCT_ITEMS].double().T
-
-
-def products_of_pass(case: Case, inputs: Tensors) -> Call:
-    """The baseline: a product of the case's shape for each batch of a pass."""
-    once, batches = torch_mm(case, inputs), batches_of(case)
-
-    def run(i: int) -> Any:
-        for number in range(batches):
-            result = once.run(i + batches - 1 - number)  # last the one that is compared: of batch i
-        return result
-
-    return Call(run, once.read)
-
-
-def our_sasrec(case: Case, inputs: Tensors, precision: str | None = None) -> Call:
-    """The ID network of this package and cross-entropy over the whole catalog; packing the batches is timed."""
-    from alterrec_fast.model.packing import Packing
-    from alterrec_fast.training.config import Config
-    from alterrec_fast.training.variants import build
-
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"width": case.width, "layers": LAYERS, "heads": HEADS, "dropout": DROPOUT}
-    recommender = build(Config(data="generated", variant="id_only", init="xavier", **sizes), case.items, None)
-    network = recommender.network("id").train()
-    optimizer = torch.optim.Adam(network.parameters(), lr=RATE, fused=True)
-
-    def run(i: int) -> Tensors:
-        targets, total = 0, torch.zeros(())
-        for batch in _batches(inputs, case, i):
-            optimizer.zero_grad()
-            catalog = network.catalog()
-            query = network.queries(catalog, torch.from_numpy(batch.items), Packing.of(batch.lengths))
-            loss = slice_cross_entropy(query, catalog, torch.from_numpy(batch.targets), precision=precision)
-            loss.backward()
-            optimizer.step()
-            total += loss.detach() * len(batch.targets)
-            targets += len(batch.targets)
-        return {"targets": torch.tensor(targets), "loss": total / targets}
-
-    return Call(run, detail={"targets": float(targets_of(inputs))})
-
-
-# --- AlterRec: a call is one step of one network, against ranks of the other, frozen one ---
-
-TEXT_WIDTH = 384
-
-
 def alterrec_truth(case: Case, inputs: Tensors, student: str = "id") -> Tensors:
     """The loss of the first batch, and the gradients of all parameters of the student, in float64."""
     trainer, batches = _trainer(case, inputs)
     published = PublishedStep(trainer.recommender.double(), trainer.bounds, student, unsorted_loss)
     loss = published.run(*prefixes(batches[0], MAX_LENGTH, case.device))
-    return {"loss": loss, "product": _product(inputs)} | _gradients(published.student)
+    product = inputs["query"][0][inputs["rows"]].double() @ inputs["catalog"][: data.PRODUCT_ITEMS].double().T
+    return {"loss": loss, "product": product} | _gradients(published.student)
 
 
 def step_error(result: Tensors, truth: Tensors) -> float:
@@ -284,7 +194,7 @@ def _trainer(case: Case, inputs: Tensors, precision: str = "fp32") -> tuple[Any,
     from alterrec_fast.training.alternate import Trainer
     from alterrec_fast.training.config import Config
 
-    sessions = _sessions(inputs)
+    sessions = Sessions(inputs["items"].numpy().astype(np.int32), inputs["offsets"].numpy())
     few = Sessions(sessions.items[: sessions.offsets[1]], sessions.offsets[:2])
     dataset = Dataset(Path(), sessions, few, few, {"num_items": case.items, "text_columns": []})
     settings: dict[str, Any] = {"width": case.width, "dropout": 0.0, "precision": precision, "device": case.device}
@@ -309,14 +219,7 @@ STEP = (
     Implementation("published", partial(step, published_loss), dtypes=ANY_DTYPE, devices=BOTH),
     Implementation("topk unsorted, gather", partial(step, unsorted_loss), dtypes=ANY_DTYPE, devices=BOTH),
 )
-NONE_WRONG = (0.0, 0.0)
 TRAINED = ((40_258, 300), (LARGE[0], 128))  # V, d
-SASREC = (
-    replace(BASE, prepare=products_of_pass),
-    *ours(our_sasrec, NONE_WRONG, dtypes=("fp32",)),
-    Implementation("RecBole SASRec", None, "recbole", python="recbole"),
-    Implementation("RecTools SASRec", None, "rectools", python="rectools"),
-)
 
 
 def alterrec(name: str, student: str) -> Op:
@@ -344,12 +247,6 @@ OPS = (
         quick=(SLICED,),
         full=(SHOP_SLICED, *slice_curve((10_000, 40_000, 160_000))),
         gpu=tuple(case for case in on_gpu(start=20, stop=20_000) if case.items < LARGE[-1]),
-    ),
-    Op(
-        "sasrec", "SASRec end to end: a pass over the same sessions, with the same width, layers, heads and dropout", 3,
-        make_sessions, sessions_truth, pass_error, NONE_WRONG, SASREC,
-        full=(Case(2_000, 64, training=True), Case(10_000, 64, training=True)),
-        batches=batches_of,
     ),
     alterrec("alterrec", "id"),
     alterrec("alterrec_text", "text"),

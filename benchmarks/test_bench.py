@@ -43,12 +43,10 @@ def test_implementation(
     monkeypatch.chdir(tmp_path)  # a trainer leaves files where it runs
     case = replace(case, threads=torch.get_num_threads())
     benchmark.group = f"{op.name}: {case.label}"
-    if implementation.python:
-        pytest.skip(f"needs an interpreter of its own: alterrec-fast bench --python {implementation.python}=PATH")
     for module in implementation.modules:
         pytest.importorskip(module, exc_type=ImportError)
     inputs, truth = inputs_of(op.name, case)
-    call = implementation.job().prepare(case, inputs)
+    call = implementation.prepare(case, inputs)
     error = op.error_of(implementation, call.read(call.run(0)), truth)
     benchmark.extra_info["error"] = error
     assert error <= op.allowed(implementation, case)

@@ -83,7 +83,7 @@ class Taker:
 
     def prepare(self, gpu: Gpu, op: Op, inputs: Tensors, truth: Tensors) -> None:
         """Raises where the implementation can't be called, or is wrong."""
-        call, record = self.implementation.job().prepare(self.record.case, inputs), self.record
+        call, record = self.implementation.prepare(self.record.case, inputs), self.record
         record.error = op.error_of(self.implementation, call.read(call.run(0)), truth)
         if not record.error <= record.allowed:
             raise ValueError(f"wrong: error {record.error:.1e}, allowed {record.allowed:.0e}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -20,10 +20,9 @@ QUICK = Budget(repetitions=3, samples=3, seconds=0.1, first=45.0, memory=0)
 FULL = Budget(repetitions=5, samples=3, seconds=0.2, first=100.0, memory=0)
 # What all repetitions share; cases that have not begun by then are left out, and listed so.
 QUICK_MINUTES, FULL_MINUTES = 4.0, 35.0
-PYTHONS = ("recbole", "rectools", "replay")  # names of interpreters with other libraries
 MEMORY_SHARE = 0.6  # of the memory that is free, for one process
 
-__all__ = ["PYTHONS", "BenchError", "Options", "compare", "run"]
+__all__ = ["BenchError", "Options", "compare", "run"]
 
 
 class BenchError(Exception):
@@ -37,7 +36,6 @@ class Options:
     out: Path
     quick: bool = False
     ops: tuple[str, ...] = ()  # all where empty
-    pythons: dict[str, str] = field(default_factory=dict)  # interpreters with other libraries
     threads: int = 0  # 0 for all cores
     command: str = "alterrec-fast bench"
 
@@ -58,7 +56,7 @@ def run(options: Options, tell: Callable[[str], None] = print) -> Results:
     minutes = QUICK_MINUTES if options.quick else FULL_MINUTES
     measurements = [Measurement(op, case, threads) for op, case in plan(options, threads)]
     with tempfile.TemporaryDirectory(prefix="alterrec-bench-") as folder:
-        runner = Runner(Path(folder), budget, options.pythons, threads)
+        runner = Runner(Path(folder), budget, threads)
         for _ in range(budget.repetitions):
             # First in the order of the plan, then the short ones first, so that most cases are repeated.
             for one in sorted(measurements, key=lambda measurement: measurement.cost):

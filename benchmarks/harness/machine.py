@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 FLAGS = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "neon", "sve")
-PACKAGES = ("numpy", "faiss-cpu", "usearch", "sentence-transformers", "cut-cross-entropy", "liger-kernel", "replay-rec")
+PACKAGES = ("numpy", "faiss-cpu", "usearch", "sentence-transformers", "cut-cross-entropy", "liger-kernel")
 EXTENSION = "alterrec_fast._C"
 
 

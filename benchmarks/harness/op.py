@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from .worker import Case, Job, Prepare, Tensors
+from .worker import Case, Prepare, Tensors
 
 OURS, BASELINE = "alterrec-fast", "torch.mm"  # BASELINE is what every ratio refers to
 # Errors up to which a result counts as right. bfloat16 has 8 significant bits: two scores of about the largest one's
@@ -25,7 +26,7 @@ class Implementation:
     """One way to compute an op, at its best setting by its public interface."""
 
     name: str
-    prepare: Prepare | None  # None where `python` is set: foreign.py has it
+    prepare: Prepare
     package: str = "torch"  # whose version the record holds
     error: Error | None = None  # None for the op's
     tolerance: tuple[float, float] | None = None  # on (float32, bfloat16) inputs; None for the op's
@@ -35,15 +36,16 @@ class Implementation:
     devices: tuple[str, ...] = CPU
     modules: tuple[str, ...] = ()  # imported before memory is measured
     warm: Callable[[], None] | None = None  # called before memory is measured
-    python: str = ""  # the name of the interpreter that it needs (--python NAME=PATH), "" for this one
 
     def takes(self, case: Case) -> bool:
         return case.dtype in self.dtypes and case.figure in self.figures and case.device in self.devices
 
-    def job(self) -> Job:
-        if self.prepare is None:
-            raise ValueError(f"{self.name} runs under an interpreter of its own, --python {self.python}=PATH")
-        return Job(self.prepare, self.modules, self.warm)
+    def load(self) -> None:
+        """Does what is not to be measured, once in a process."""
+        for module in self.modules:
+            importlib.import_module(module)
+        if self.warm is not None:
+            self.warm()
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,6 @@ class Op:
     full: tuple[Case, ...] = ()  # beside the quick ones
     gpu: tuple[Case, ...] = ()
     threads: Case | None = None  # measured on 1, 2, 4 ... threads
-    batches: Callable[[Case], int] = lambda case: 1  # of a call
 
     def allowed(self, implementation: Implementation, case: Case) -> float:
         """The largest error that counts as right."""
@@ -74,11 +75,11 @@ class Op:
     def product(self, case: Case) -> str:
         """What the baseline multiplies; cases of which this is the same share the baseline's times."""
         sizes = f"{case.sessions} x {case.width} x {case.negatives or case.items}"
-        return f"{self.batches(case)} of {sizes}, {case.dtype}, {case.threads} threads"
+        return f"{sizes}, {case.dtype}, {case.threads} threads"
 
     def operations(self, case: Case) -> float:
         """Additions and multiplications of a call of the baseline."""
-        return 2.0 * self.batches(case) * case.sessions * (case.negatives or case.items) * case.width
+        return 2.0 * case.sessions * (case.negatives or case.items) * case.width
 
 
 def ours(prepare: Callable[..., Any], tolerance: tuple[float, float], **more: Any) -> tuple[Implementation, ...]:

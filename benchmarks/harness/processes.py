@@ -12,12 +12,10 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -55,7 +53,7 @@ class Budget:
 class Process:
     """One implementation's process as seen from here: answers or ImplementationError."""
 
-    def __init__(self, connection: Connection, handle: BaseProcess | subprocess.Popen[bytes], log: Path):
+    def __init__(self, connection: Connection, handle: BaseProcess, log: Path):
         self._connection, self._handle, self._log = connection, handle, log
 
     def ask(self, request: Any, seconds: float) -> Any:
@@ -82,17 +80,12 @@ class Process:
 
     def _wait(self) -> int | None:
         """The exit status, or None after five seconds."""
-        if isinstance(self._handle, BaseProcess):
-            self._handle.join(5.0)
-            return self._handle.exitcode
-        try:
-            return self._handle.wait(5.0)
-        except subprocess.TimeoutExpired:
-            return None
+        self._handle.join(5.0)
+        return self._handle.exitcode
 
 
 def how_it_ended(code: int | None, last_line: str) -> str:
-    """An exit status as subprocess and multiprocessing give it, in words."""
+    """An exit status as multiprocessing gives it, in words."""
     if code is None:
         ended = "the process does not answer"
     elif code >= 0:
@@ -161,10 +154,10 @@ class _Taker:
 
 
 class Runner:
-    """Measures cases in a scratch folder, with the interpreters of other libraries."""
+    """Measures cases in a scratch folder."""
 
-    def __init__(self, folder: Path, budget: Budget, pythons: dict[str, str], threads: int):
-        self.folder, self.budget, self.pythons, self.threads = folder, budget, pythons, threads
+    def __init__(self, folder: Path, budget: Budget, threads: int):
+        self.folder, self.budget, self.threads = folder, budget, threads
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOAD)
 
@@ -201,18 +194,14 @@ class Runner:
         implementation, record = taker.implementation, taker.record
         output = self._output(taker)
         try:
-            if implementation.python:
-                taker.process = self._spawn(implementation, record.case, inputs, output)
-            else:
-                taker.process = self._fork(serve, (implementation.job(), record.case, inputs, output))
+            taker.process = self._fork((implementation.load, implementation.prepare, record.case, inputs, output))
             first = taker.process.ask("first", self.budget.first)
         except ImplementationError as failure:
             taker.fail(str(failure))
             return
         record.peak_bytes = max(first["peak"], record.peak_bytes or 0)
         record.extra_bytes = max(first["extra"], record.extra_bytes or 0)
-        record.version, record.detail = first["version"] or record.version, first["detail"]
-        taker.expected = first["seconds"]
+        record.detail, taker.expected = first["detail"], first["seconds"]
         record.samples.append([])
 
     def _check(self, op: Op, taker: _Taker, truth: Tensors) -> None:
@@ -245,39 +234,20 @@ class Runner:
     def _output(self, taker: _Taker) -> Path:
         return self.folder / f"output-{id(taker)}.pt"
 
-    def _fork(self, target: Callable[..., None], arguments: tuple[Any, ...]) -> Process:
+    def _fork(self, arguments: tuple[Any, ...]) -> Process:
         here, there = self._context.Pipe()
         log = self.folder / f"log-{time.monotonic_ns()}.txt"
-        entry = (target, there, arguments, log, self.budget.memory)
+        entry = (there, arguments, log, self.budget.memory)
         process = self._context.Process(target=_enter, args=entry, daemon=True)
         process.start()
         there.close()
         return Process(here, process, log)
 
-    def _spawn(self, implementation: Implementation, case: Case, inputs: Path, output: Path) -> Process:
-        """Under another interpreter, which runs foreign.py: this folder is a package without the rest there."""
-        interpreter = self.pythons.get(implementation.python, sys.executable)
-        here, there = multiprocessing.Pipe()
-        log = self.folder / f"log-{time.monotonic_ns()}.txt"
-        command = [interpreter, "-m", "harness.foreign", str(there.fileno())]
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-        try:
-            with log.open("wb") as file:
-                child = subprocess.Popen(command, stdout=file, stderr=file, pass_fds=[there.fileno()], env=environment)
-        except OSError as error:
-            raise ImplementationError(f"--python {implementation.python}: {error}") from None
-        finally:
-            there.close()
-        here.send((implementation.name, asdict(case), str(inputs), str(output), self.budget.memory))
-        return Process(here, child, log)
 
-
-def _enter(
-    target: Callable[..., None], connection: Connection, arguments: tuple[Any, ...], log: Path, memory: int
-) -> None:
-    """What a process of this package's interpreter begins with."""
+def _enter(connection: Connection, arguments: tuple[Any, ...], log: Path, memory: int) -> None:
+    """What an implementation's process begins with."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
     limit_memory(memory)
-    target(connection, *arguments)
+    serve(connection, *arguments)

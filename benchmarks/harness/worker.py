@@ -1,6 +1,5 @@
 """The process of one implementation: prepares it, calls it once to be checked, and times it on request.
 
-Imports the standard library and torch alone, since it also runs under the interpreters of other libraries (foreign.py).
 The other end of the connection is processes.Process; each request is answered with ("done", value) or ("failed", why).
 """
 
@@ -8,8 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib
-import importlib.metadata
 import os
 import resource
 import statistics
@@ -81,16 +78,6 @@ class Call:
 Prepare = Callable[[Case, Tensors], Call]
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a worker needs to know of an implementation."""
-
-    prepare: Prepare
-    modules: tuple[str, ...] = ()  # imported before memory is measured
-    warm: Callable[[], None] | None = None  # what else is not to be measured, such as a compiler's memory
-    package: str = ""  # whose version under this interpreter is wanted
-
-
 class Memory:
     """Resident memory of this process: `held` when this was made, and the most since then (Linux).
 
@@ -138,8 +125,10 @@ def limit_memory(size: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (size, size))
 
 
-def serve(connection: Connection, job: Job, case: Case, inputs: Path, output: Path) -> None:
-    """Answers requests until it is killed.
+def serve(
+    connection: Connection, load: Callable[[], None], prepare: Prepare, case: Case, inputs: Path, output: Path
+) -> None:
+    """Answers requests until it is killed. `load` does what is not to be measured, such as imports.
 
     Works in the folder of the inputs, which is gone after the run, for libraries that leave files where they run.
     """
@@ -150,7 +139,8 @@ def serve(connection: Connection, job: Job, case: Case, inputs: Path, output: Pa
         request = connection.recv()
         try:
             if request == "first":
-                call, answer = _first_call(job, case, inputs, output)
+                load()
+                call, answer = _first_call(prepare, case, inputs, output)
             else:
                 answer = sample(call, *request)
         except Exception as error:  # whatever it is, it belongs into this implementation's record
@@ -159,25 +149,20 @@ def serve(connection: Connection, job: Job, case: Case, inputs: Path, output: Pa
             connection.send(("done", answer))
 
 
-def _first_call(job: Job, case: Case, inputs: Path, output: Path) -> tuple[Call, Any]:
+def _first_call(prepare: Prepare, case: Case, inputs: Path, output: Path) -> tuple[Call, Any]:
     """Prepares the implementation, calls it, and leaves what is compared with the truth in `output`."""
-    for module in job.modules:
-        importlib.import_module(module)
-    if job.warm is not None:
-        job.warm()
     tensors: Tensors = torch.load(inputs, mmap=True)
     for tensor in tensors.values():
         tensor.view(torch.uint8).max()  # touches every page, so that inputs are resident before memory is measured
     memory = Memory()
-    call = job.prepare(case, tensors)
+    call = prepare(case, tensors)
     memory.restart()  # what preparing needed for a while is not the call's; an index that stays is
     begun = time.perf_counter()
     result = call.run(0)
     seconds, peak = time.perf_counter() - begun, memory.peak()
     torch.save(call.read(result), output)
-    version = f"{job.package} {importlib.metadata.version(job.package)}" if job.package else ""
-    memory_of_call = {"peak": peak, "extra": max(0, peak - memory.held)}
-    return call, {"seconds": seconds, "version": version, "detail": call.detail, **memory_of_call}
+    sizes = {"peak": peak, "extra": max(0, peak - memory.held)}
+    return call, {"seconds": seconds, "detail": call.detail, **sizes}
 
 
 def sample(call: Call, number: int, budget: float, expected: float) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,7 +25,7 @@ BUDGET = Budget(repetitions=2, samples=3, seconds=0.02, first=20.0, memory=8 << 
 
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    return Runner(tmp_path_factory.mktemp("runner"), BUDGET, {}, threads=1)
+    return Runner(tmp_path_factory.mktemp("runner"), BUDGET, threads=1)
 
 
 def measured(runner: Runner, op: Op, repetitions: int = 2) -> dict[str, Record]:
@@ -108,15 +106,6 @@ def test_the_first_calls_are_not_timed(runner: Runner) -> None:
 
 def test_long_calls_have_fewer_samples() -> None:
     assert [BUDGET.samples_of(seconds) for seconds in (0.1, 0.6, 3.0)] == [3, 2, 1]
-
-
-def test_an_interpreter_that_is_not_there_is_named(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    replay = Implementation("RePlay CESampled", None, python="replay")
-    record = measured(runner, stubs.op(replay), repetitions=1)["RePlay CESampled"]
-    assert record.failed is not None and record.failed.startswith(("ModuleNotFoundError", "ImportError"))
-    monkeypatch.setitem(runner.pythons, "replay", "/no/such/python")
-    record = measured(runner, stubs.op(replay), repetitions=1)["RePlay CESampled"]
-    assert "/no/such/python" in str(record.failed)
 
 
 def test_how_a_process_ended_in_words() -> None:
@@ -201,13 +190,8 @@ def test_what_is_known_is_written_after_each_case(
 
 
 def test_a_request_that_cannot_be_served_is_refused_in_one_line(tmp_path: Path) -> None:
-    for arguments, words in (
-        (["--op", "no_op"], "no_op"),
-        (["--python", "recbole"], "NAME=PATH"),
-        (["--python", "other=/bin/python"], "recbole"),
-    ):
-        done = CliRunner().invoke(app, ["bench", "--out", str(tmp_path / "out"), *arguments])
-        assert done.exit_code == 1 and words in done.output, done.output
+    done = CliRunner().invoke(app, ["bench", "--out", str(tmp_path / "out"), "--op", "no_op"])
+    assert done.exit_code == 1 and "no_op" in done.output, done.output
 
 
 def test_tables_have_the_baseline_ours_and_distinct_keys() -> None:
@@ -268,15 +252,3 @@ def test_a_row_of_another_length_is_refused() -> None:
     assert markdown(["a"], [["x|y"]]).splitlines()[-1] == "| x\\|y |"
     with pytest.raises(ValueError, match="every row must have 1 cells"):
         markdown(["a"], [["x", "y"]])
-
-
-def test_the_runner_of_other_libraries_needs_torch_alone() -> None:
-    """harness/foreign.py is imported as a package of its own, without this one's dependencies."""
-    code = (
-        "import sys, json; sys.modules.update(dict.fromkeys(['alterrec_fast', 'pandas'])); "
-        "import harness.foreign; print(json.dumps([*harness.foreign.JOBS]))"
-    )
-    folder = str(Path(bench.__file__).parents[1])
-    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": folder}, capture_output=True, text=True)
-    names = json.loads(done.stdout) if done.returncode == 0 else done.stderr
-    assert set(names) == {one.name for op in OPS for one in op.implementations if one.python}
