@@ -34,10 +34,10 @@ def is_flash(query: Tensor, catalog: Tensor, neg: Tensor | None, bf16: bool) -> 
     return dense and 0 < d <= shapes.FLASH_WIDTH and v >= shapes.FLASH_ITEMS
 
 
-def saved_bytes(query: Tensor, catalog: Tensor, neg: Tensor | None, logits: int) -> int:
+def saved_bytes(query: Tensor, catalog: Tensor, neg: Tensor | None, logits: int, needs_query: bool) -> int:
     """How much goes from forward to backward, with `logits` a row of target and positives; see `Saved`."""
     (b, d), words = query.shape, _words(catalog) if _are_ids(neg) else 0
-    return 4 * b * (logits + words + (d if query.requires_grad else 0))
+    return 4 * b * (logits + words + (d if needs_query else 0))
 
 
 def _words(catalog: Tensor) -> int:

@@ -155,9 +155,14 @@ def _saved_by_native(rows: int, items: int, width: int) -> int:
 
 
 def _saved_by_triton(p: SliceLoss) -> int:
-    """The logits of target and positives, and of a slice of ids."""
-    negatives = 0 if p.ids is None else p.ids.shape[1]
-    return p.query.shape[0] * (negatives + 1 + (0 if p.positives is None else p.positives.shape[1])) * 4
+    """The logits of target and positives, and of a slice of ids; or what the flash-like loss saves."""
+    from alterrec_fast.kernels import flash_loss
+
+    logits = 1 + (0 if p.positives is None else p.positives.shape[1])
+    if flash_loss.is_flash(p.query, p.catalog, p.members, p.bf16):
+        needs_query = dispatch.needs_gradient(p.query)
+        return int(flash_loss.saved_bytes(p.query, p.catalog, p.members, logits, needs_query))
+    return p.query.shape[0] * ((0 if p.ids is None else p.ids.shape[1]) + logits) * 4
 
 
 def _reference(p: SliceLoss, neg: RankSlice | None, precision: str, check: bool) -> Tensor:
@@ -195,6 +200,7 @@ def _backward_fake(x: _Backward) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _triton(x: _Forward) -> tuple[Tensor, Tensor, Tensor]:
+    from alterrec_fast.kernels import flash_loss
     from alterrec_fast.kernels import sampled_softmax as gathered
     from alterrec_fast.kernels import slice_cross_entropy as dense
     from alterrec_fast.kernels.losses import Saved
@@ -203,6 +209,11 @@ def _triton(x: _Forward) -> tuple[Tensor, Tensor, Tensor]:
     if x.check:
         check_loss_ids(p.target, p.positives, p.bias, p.first_item, p.catalog.shape[0], p.ignore_index)
     problem = _triton_problem(p, x.check)
+    if flash_loss.is_flash(p.query, p.catalog, p.members, p.bf16):
+        memory = torch.empty(x.saved_size, dtype=torch.uint8, device=p.query.device)
+        losses, lse = flash_loss.flash_loss_fwd(problem, p.first_item, p.members, memory)
+        checks.raise_not_finite(problem.bad)
+        return losses, lse, memory
     saved = Saved.empty(problem, x.saved_size, p.ids)
     if p.ids is not None:
         losses, lse, logits = gathered.sampled_softmax_fwd(problem, p.ids, saved.neg)
@@ -214,12 +225,18 @@ def _triton(x: _Forward) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _triton_backward(x: _Backward) -> tuple[Tensor, Tensor, Tensor]:
+    from alterrec_fast.kernels import flash_loss
     from alterrec_fast.kernels import sampled_softmax as gathered
     from alterrec_fast.kernels import slice_cross_entropy as dense
     from alterrec_fast.kernels.losses import Dlogits, Saved
 
     p = x.problem
     problem = _triton_problem(p, False)
+    if flash_loss.is_flash(p.query, p.catalog, p.members, p.bf16):
+        query, catalog, bias = flash_loss.flash_loss_bwd(
+            problem, p.first_item, p.members, x.grad_losses, x.lse, x.saved, x.needs
+        )
+        return query, catalog, bias if p.bias is None else bias.to(p.bias.dtype)
     saved = Saved.of(problem, x.saved, p.ids)
     dlogits = Dlogits.of(problem, x.grad_losses, x.lse, saved.pos)
     if p.ids is not None:

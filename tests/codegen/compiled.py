@@ -348,6 +348,33 @@ def loss_case(
     return Case(f"{op} {form} d={d} {product}{source}{tail}", run, product)
 
 
+def flash_case(form: str, d: int, extras: bool = False, needs: str = "query catalog") -> Case:
+    """Forward and backward of slice_cross_entropy for a large catalog: over "bits", "ids" or "all" items."""
+
+    def run() -> None:
+        from alterrec_fast.kernels import flash_loss
+        from alterrec_fast.kernels.losses import Problem
+
+        def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        v = 1_000_000
+        query, catalog = meta(B, d, dtype=torch.bfloat16), meta(v, d, dtype=torch.bfloat16)
+        target, positives = meta(B, dtype=torch.int64), meta(B, 3, dtype=torch.int64) if extras else None
+        bits, ids = meta(B, bits_width(v), dtype=torch.uint8), meta(B, 20_000, dtype=torch.int32)
+        neg = {"all": None, "bits": bits, "ids": ids}[form]
+        assert flash_loss.is_flash(query, catalog, neg, True)
+        inputs = (query, catalog, target, positives, 0.5, 0.07, meta(v) if extras else None, None, -100, True)
+        size = flash_loss.saved_bytes(query, catalog, neg, 4 if extras else 1, "query" in needs)
+        memory = meta(size, dtype=torch.uint8)
+        _, lse = flash_loss.flash_loss_fwd(Problem.of(*inputs, extras), 1, neg, memory)
+        wanted = ["query" in needs, "catalog" in needs, extras or "bias" in needs]
+        flash_loss.flash_loss_bwd(Problem.of(*inputs, False), 1, neg, meta(B), lse, memory, wanted)
+
+    tail = f"{' extras' if extras else ''}{'' if 'query' in needs else ', ' + needs}"
+    return Case(f"flash_loss {form} d={d} bf16{tail}", run, "bf16")
+
+
 def layer_norm_case(d: int) -> Case:
     """Forward, backward, and backward with a step of Adam."""
 
@@ -394,6 +421,11 @@ CASES = [
     loss_case("own", "bf16", 300, extras=True),
     loss_case("own", "ieee", 300),
     loss_case("own", "bf16", 300, needs="bias"),
+    *(flash_case("all", d) for d in (16, 64, 100, 128)),
+    flash_case("ids", 128),
+    flash_case("bits", 100, extras=True),
+    flash_case("all", 128, extras=True),
+    flash_case("all", 128, needs="bias"),
     *(layer_norm_case(d) for d in (16, 128, 300, 1024)),
 ]
 

@@ -38,7 +38,7 @@ def launched_kernels() -> set[str]:
 def test_kernels_are_found_by_their_launches() -> None:
     found = launched_kernels()
     assert {"_scan_kernel", "_lse_kernel", "_segment_kernel", "_loss_kernel"} <= found
-    assert len(found) == 23
+    assert len(found) == 27
 
 
 @pytest.mark.parametrize("gpu", compiled.GPUS, ids=lambda gpu: gpu.name)
@@ -80,6 +80,7 @@ SHIPPED = "|".join(
         r"slice_cross_entropy bits d=(128|320) bf16$",
         r"(slice_cross_entropy|sampled_softmax) (bits|own|shared) d=300 (bf16|tf32|ieee)$",
         r"slice_cross_entropy bits d=300 bf16 extras$",
+        r"flash_loss (all|ids) d=128 bf16$",
     )
 )
 

@@ -24,6 +24,26 @@ def test_slice_cross_entropy(
     record_property("errors", slice_loss_case(device, seed, form, arithmetic, extras, *shape, part))
 
 
+@pytest.mark.parametrize("form", ["all", "bits", "ids"])
+@pytest.mark.parametrize("extras", [False, True])
+def test_flash_loss(
+    form: str,
+    extras: bool,
+    device: Device,
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, str], None],
+) -> None:
+    """The kernels for large catalogs, at a size that float64 has memory for."""
+    from alterrec_fast.kernels import shapes
+
+    monkeypatch.setattr(shapes, "FLASH_ITEMS", 1)
+    sizes = SIZES[device.kind]
+    shape = (sizes.b, sizes.v, min(sizes.d, shapes.FLASH_WIDTH))
+    part = 0.02 if form == "ids" else 0.4
+    record_property("errors", slice_loss_case(device, seed, form, "bf16", extras, *shape, part))
+
+
 @pytest.mark.parametrize("engine", ["native", "triton"])
 @pytest.mark.parametrize(("shared", "arithmetic", "extras", "deterministic"), SAMPLED_CASES)
 def test_sampled_softmax(
