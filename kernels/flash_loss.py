@@ -128,10 +128,11 @@ def _forward_kernel(
     target = tl.load(PosIds + rows.to(tl.int64) * K, mask=in_b, other=-1).to(tl.int32)
     bits_rows = safe_rows.to(tl.int64) * stride_bits
     to_log2 = scale * LOG2E  # logits in units of log 2, whose exponential is one instruction
+    UNIT: tl.constexpr = FORM.UNIT_C
+    BLOCK_D: tl.constexpr = FORM.BLOCK_D
     top = tl.full([BLOCK_B], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_B], tl.float32)
-    acc = tl.zeros([BLOCK_B, FORM.BLOCK_D], tl.float32)
-    UNIT: tl.constexpr = FORM.UNIT_C
+    acc = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
     for tile in range(first_column // BLOCK_V + split, tl.cdiv(V, BLOCK_V), splits):
         items = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         safe_items = tl.minimum(items, V - 1)
@@ -169,7 +170,7 @@ def _forward_kernel(
     tl.store(Tops + at, tl.where(counts, top * LN2, float("-inf")), mask=in_b)
     tl.store(Sums + at, tl.where(counts, total, 0.0), mask=in_b)
     if HAS_GRAD:
-        offs_d = tl.arange(0, FORM.BLOCK_D)[None, :]
+        offs_d = tl.arange(0, BLOCK_D)[None, :]
         places = Partial + at[:, None] * FORM.D + offs_d
         tl.store(places, tl.where(counts[:, None], acc, 0.0), mask=in_b[:, None] & (offs_d < FORM.D))
 
@@ -233,12 +234,13 @@ def _backward_kernel(
     safe_items = tl.minimum(items, V - 1)
     UNIT_C: tl.constexpr = FORM.UNIT_C
     UNIT_Q: tl.constexpr = FORM.UNIT_Q
+    BLOCK_D: tl.constexpr = FORM.BLOCK_D
     embeddings = tiles.operand(tiles.load_rows(Catalog, safe_items, stride_cv, UNIT_C, FORM), FORM)
     to_log2 = scale * LOG2E
     bias = tl.zeros([BLOCK_V], tl.float32)
     if TERMS.HAS_BIAS:
         bias = tl.load(Bias + safe_items).to(tl.float32) * to_log2
-    acc = tl.zeros([BLOCK_V, FORM.BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
     sums = tl.zeros([BLOCK_V], tl.float32)
     for begin in range(0, B, BLOCK_B):
         rows = begin + tl.arange(0, BLOCK_B)
@@ -272,7 +274,7 @@ def _backward_kernel(
             acc = tl.dot(tiles.operand(dlogits, FORM), query, acc, input_precision="ieee")
     real, padding = items < V, items < first_column
     if HAS_GRAD:
-        offs_d = tl.arange(0, FORM.BLOCK_D)[None, :]
+        offs_d = tl.arange(0, BLOCK_D)[None, :]
         places = Grad + items.to(tl.int64)[:, None] * FORM.D + offs_d
         grad = tl.where(padding[:, None], 0.0, acc)
         tl.store(places, tiles.operand(grad, FORM), mask=real[:, None] & (offs_d < FORM.D))
