@@ -149,7 +149,7 @@ def flash_blocks(width: int, extras: bool, device: torch.device) -> Blocks:
     blocks = replace(FLASH, d=whole(width))
     if is_hopper(device) and not extras:
         return blocks
-    return replace(blocks, warps=8 if is_cuda(device) else 4, stages=2)
+    return replace(blocks, warps=8, stages=2) if is_cuda(device) else replace(blocks, warps=4, stages=1)
 
 
 def sample_registers(precision: str, device: torch.device) -> dict[str, int]:
