@@ -36,7 +36,7 @@ from alterrec_fast.training.device import Precision, peak_memory, pick_device
 from alterrec_fast.training.evaluate import evaluate, training_counts
 from alterrec_fast.training.records import HISTORY
 from alterrec_fast.training.state import State, check_same_data
-from alterrec_fast.training.steps import GraphedStep, Inputs, StaticBatch, Step, side_stream
+from alterrec_fast.training.steps import GraphedStep, Inputs, StaticBatch, Step, is_padded, side_stream
 from alterrec_fast.training.variants import Epoch, build, epochs
 
 LAST, BEST = "checkpoints/last.safetensors", "checkpoints/best.safetensors"
@@ -66,8 +66,9 @@ class Trainer:
             self.recommender = build(config, dataset.num_items, features).to(self.device)
         # On a GPU batches are padded to one shape, so that a step can be a CUDA graph; elsewhere that gains nothing.
         self.static: StaticBatch | None = None
-        if self.device.type == "cuda":
-            self.static = StaticBatch(most_tokens(dataset.train, config.max_length, config.batch_targets), self.device)
+        tokens = most_tokens(dataset.train, config.max_length, config.batch_targets)
+        if is_padded(tokens, self.device):
+            self.static = StaticBatch(tokens, self.device)
         rates = {"id": config.lr_id, "text": config.lr_text, "fused": config.lr_id}
         self.optimizers = {
             name: _adam(network, rates[name], config.weight_decay, self.device)
@@ -198,6 +199,8 @@ class Trainer:
         CUDA is not the default one (see `side_stream`).
         """
         if self.static is None:
+            if self.device.type == "cuda":
+                self._say_no_graph("batches are too large to be padded; their sums have no fixed order")
 
             def whole(batch: Batch) -> tuple[dict[str, Tensor], int]:
                 losses, packing = self.step(epoch, batch, teacher_catalog)

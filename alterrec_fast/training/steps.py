@@ -18,6 +18,7 @@ from alterrec_fast.data.batches import Batch, pad
 from alterrec_fast.model.packing import MaskedPacking, Packing
 
 AHEAD = 4  # batches that the host may be ahead of the device
+MOST_PADDED = 8192  # tokens of a static batch: mask and attention take its square, 4 GB or so with two heads and layers
 _log = logging.getLogger(__name__)
 
 
@@ -34,6 +35,11 @@ class Inputs:
         """The tokens of the batch, no more."""
         items, target = (torch.from_numpy(x).to(device) for x in (batch.items, batch.targets))
         return cls(items, target, Packing.of(batch.lengths, device))
+
+
+def is_padded(tokens: int, device: torch.device) -> bool:
+    """Whether batches of up to so many tokens are padded to one shape: on CUDA, unless their square is too large."""
+    return device.type == "cuda" and tokens <= MOST_PADDED
 
 
 class StaticBatch:

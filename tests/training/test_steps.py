@@ -17,7 +17,7 @@ from alterrec_fast.data.sessions import Dataset
 from alterrec_fast.model.packing import Packing
 from alterrec_fast.training.alternate import Trainer
 from alterrec_fast.training.config import VARIANTS, Config
-from alterrec_fast.training.steps import GraphedStep, StaticBatch
+from alterrec_fast.training.steps import MOST_PADDED, GraphedStep, StaticBatch, is_padded
 from alterrec_fast.training.variants import Epoch, epochs
 from tests.training.test_training import history, small
 
@@ -236,6 +236,12 @@ def test_an_epoch_trains_its_student_alone(shop: Dataset, tmp_path: Path) -> Non
     assert set(modes) == {(True, False)}  # dropout for the student, none for the teacher
     for name, value in made.recommender.state_dict().items():
         assert torch.equal(value, before[name]) == name.startswith("networks.text."), name
+
+
+def test_batches_are_padded_on_cuda_unless_their_square_is_too_large() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert is_padded(MOST_PADDED, cuda)
+    assert not is_padded(MOST_PADDED + 1, cuda) and not is_padded(16, cpu)
 
 
 def test_every_epoch_has_an_order_of_its_own(shop: Dataset, tmp_path: Path) -> None:
