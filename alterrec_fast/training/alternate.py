@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,8 @@ class Trainer:
             torch.manual_seed(_seed(config.seed))
             self.recommender = build(config, dataset.num_items, features).to(self.device)
         # On a GPU batches are padded to one shape, so that a step can be a CUDA graph; elsewhere that gains nothing.
-        self.static: StaticBatch | None = None
         tokens = most_tokens(dataset.train, config.max_length, config.batch_targets)
-        if is_padded(tokens, self.device):
-            self.static = StaticBatch(tokens, self.device)
+        self.static = StaticBatch(tokens, self.device) if is_padded(tokens, self.device) else None
         rates = {"id": config.lr_id, "text": config.lr_text, "fused": config.lr_id}
         self.optimizers = {
             name: _adam(network, rates[name], config.weight_decay, self.device)
@@ -134,14 +133,15 @@ class Trainer:
         """One pass over the training targets; returns the epoch's line of the history, without validation."""
         from tqdm import tqdm
 
-        config, state = self.config, self.state
+        config, state, (k1, k2) = self.config, self.state, self.bounds
         student = self.recommender.network(epoch.student).train()
         run_step = self.stepper(epoch, self.teacher_catalog(epoch))
         rate = self._set_rate(epoch)
         order = np.random.default_rng([config.seed, epoch.number])
         sums = state.sums = state.sums or dict.fromkeys(("loss", "targets", "slots", "seconds"), 0.0)
         # Losses add up on the device and are read only for a checkpoint, so that no step waits for the one before.
-        totals = {name: self._float64(value) for name, value in sums.items() if name.startswith("loss")}
+        on_device = partial(torch.tensor, dtype=torch.float64, device=self.device)
+        totals = {name: on_device(value) for name, value in sums.items() if name.startswith("loss")}
         begun = saved = time.monotonic()
         before = sums["seconds"]
         bar = tqdm(  # on a terminal only
@@ -181,9 +181,7 @@ class Trainer:
         return {
             "epoch": epoch.number,
             "student": epoch.student,
-            "negatives": "uniform"
-            if epoch.teacher is None
-            else f"ranks {self.bounds[0]}:{self.bounds[1]} of {epoch.teacher}",
+            "negatives": "uniform" if epoch.teacher is None else f"ranks {k1}:{k2} of {epoch.teacher}",
             "learning_rate": rate,
             **{name: sums[name] / total for name in totals},
             "seconds": sums["seconds"],
@@ -352,9 +350,6 @@ class Trainer:
             self._said.add(reason)
             _log.warning("steps run one kernel at a time instead of as a CUDA graph: %s", reason)
 
-    def _float64(self, value: float) -> Tensor:
-        return torch.tensor(value, dtype=torch.float64, device=self.device)
-
     def teacher_catalog(self, epoch: Epoch) -> Tensor | None:
         """(V, d) of the epoch's teacher in eval mode, None without one."""
         if epoch.teacher is None:
@@ -384,12 +379,12 @@ class Trainer:
         state = self.state
         begun = time.monotonic()
         with _finite_scores(f"validation after epoch {number}"):
-            found = evaluate(self.recommender, self.dataset.validation, self.counts, self.config).metrics()
-        line |= {"validation": found, "validation_seconds": time.monotonic() - begun, "peak_memory": peak_memory()}
+            metrics = evaluate(self.recommender, self.dataset.validation, self.counts, self.config).metrics()
+        line |= {"validation": metrics, "validation_seconds": time.monotonic() - begun, "peak_memory": peak_memory()}
         state.history.append(line)
         state.epoch, state.step, state.sums = number, 0, {}
-        assert found["fused"] is not None
-        score = found["fused"][self.config.monitor]
+        assert metrics["fused"] is not None
+        score = metrics["fused"][self.config.monitor]
         if score > state.best:
             state.best, state.best_epoch = score, number
             best = {"epoch": number, "data": state.data, "text": state.text, "settings": state.settings}

@@ -72,9 +72,9 @@ def test_logits_that_grow_or_fall_along_the_catalog(form: str) -> None:
     """The running maximum changes in every tile, or in none after the first; exponentials of all but a few are 0."""
     for sign in (1.0, -1.0):
         query, catalog, options = bf16_problem(4, 700, 16, 0, form)
-        slope = sign * torch.linspace(-300.0, 300.0, 700)
+        rising = sign * torch.linspace(-300.0, 300.0, 700)
         options |= {"neg": slice_of(torch.ones(4, 700, dtype=torch.bool), form)}
-        compare(query, catalog, options | {"bias": slope, "temperature": 0.25})
+        compare(query, catalog, options | {"bias": rising, "temperature": 0.25})
 
 
 @pytest.mark.parametrize("form", FORMS)
