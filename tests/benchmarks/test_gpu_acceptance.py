@@ -52,7 +52,7 @@ def test_implementations_take_turns_after_their_results_were_checked() -> None:
     records = timed(good, replace(good, name="also good"), wrong, Implementation("raises", stubs.raises))
     assert [len(records[name].samples[0]) for name in ("good", "also good")] == [times.SAMPLES] * 2
     assert records["good"].seconds == 1e-3 and records["also good"].seconds == 3e-3
-    assert records["good"].detail == {"graph": 2e-3} and records["good"].error == 0.0
+    assert records["good"].detail == {"answer": 42.0, "graph": 2e-3} and records["good"].error == 0.0
     assert str(records["wrong"].failed).startswith("ValueError: wrong: error 6.3e+01")
     assert records["raises"].failed == "RuntimeError: cannot do this" and not records["raises"].samples
 
@@ -63,7 +63,7 @@ def test_what_cannot_be_captured_is_timed_without_a_graph(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(StubGpu, "capture", refuse)
     record = timed(Implementation("good", stubs.doubles))["good"]
-    assert record.detail == {} and record.failed is None and len(record.samples[0]) == times.SAMPLES
+    assert record.detail == {"answer": 42.0} and record.failed is None and len(record.samples[0]) == times.SAMPLES
 
 
 def test_out_of_time_each_that_was_prepared_is_timed_once() -> None:
