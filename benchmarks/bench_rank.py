@@ -149,6 +149,7 @@ def faiss_flat(case: Case, inputs: Tensors) -> Call:
 
     query: Any = inputs["query"].float()
     catalog: Any = inputs["catalog"].float()
+    index: Any
     if case.device == "cuda":
         import faiss.contrib.torch_utils
 
