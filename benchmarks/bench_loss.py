@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alterrec_fast.ops import RankSlice, sampled_softmax, slice_cross_entropy
+from alterrec_fast.ops.slices import uses_bits
 
 from .bench_rank import BASE, FRENCH, LARGE, SCALED, SHOP, SHOP_SLICED, SLICED, TABLE, curve, on_gpu, slice_curve
 from .harness import inputs as data
@@ -158,6 +159,8 @@ def our_full(case: Case, inputs: Tensors, precision: str | None = None, max_save
 
 def our_slice_loss(case: Case, inputs: Tensors, precision: str | None = None, max_saved_bytes: int = 256 << 20) -> Call:
     neg = RankSlice.from_indices(inputs["neg"], case.items)
+    if uses_bits(case.items, neg.size):  # the form in which rank_slice returns it
+        neg = RankSlice.from_mask(neg.mask())
     loss = partial(slice_cross_entropy, neg=neg, precision=precision, max_saved_bytes=max_saved_bytes)
     return forward_backward(inputs, loss)
 

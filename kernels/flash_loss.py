@@ -25,9 +25,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-def is_flash(query: Tensor, catalog: Tensor, neg: Tensor | None, bf16: bool) -> bool:
+def is_flash(query: Tensor, catalog: Tensor, neg: Tensor | None, positives: Tensor | None, bf16: bool) -> bool:
     """Whether these kernels take a loss; neg are bits (B, W) uint8, ids (B, n) or None for all items."""
     (b, d), v = query.shape, catalog.shape[0]
+    if positives is not None and positives.shape[1] > shapes.FLASH_POSITIVES:
+        return False
     if not bf16 or not query.dtype == catalog.dtype == torch.bfloat16 or b == 0:
         return False
     dense = neg is None or neg.dtype == torch.uint8 or neg.shape[1] * shapes.FLASH_IDS >= v

@@ -159,7 +159,7 @@ def _saved_by_triton(p: SliceLoss) -> int:
     from alterrec_fast.kernels import flash_loss
 
     logits = 1 + (0 if p.positives is None else p.positives.shape[1])
-    if flash_loss.is_flash(p.query, p.catalog, p.members, p.bf16):
+    if flash_loss.is_flash(p.query, p.catalog, p.members, p.positives, p.bf16):
         needs_query = dispatch.needs_gradient(p.query)
         return int(flash_loss.saved_bytes(p.query, p.catalog, p.members, logits, needs_query))
     return p.query.shape[0] * ((0 if p.ids is None else p.ids.shape[1]) + logits) * 4
@@ -209,7 +209,7 @@ def _triton(x: _Forward) -> tuple[Tensor, Tensor, Tensor]:
     if x.check:
         check_loss_ids(p.target, p.positives, p.bias, p.first_item, p.catalog.shape[0], p.ignore_index)
     problem = _triton_problem(p, x.check)
-    if flash_loss.is_flash(p.query, p.catalog, p.members, p.bf16):
+    if flash_loss.is_flash(p.query, p.catalog, p.members, p.positives, p.bf16):
         memory = torch.empty(x.saved_size, dtype=torch.uint8, device=p.query.device)
         losses, lse = flash_loss.flash_loss_fwd(problem, p.first_item, p.members, memory)
         checks.raise_not_finite(problem.bad)
@@ -232,7 +232,7 @@ def _triton_backward(x: _Backward) -> tuple[Tensor, Tensor, Tensor]:
 
     p = x.problem
     problem = _triton_problem(p, False)
-    if flash_loss.is_flash(p.query, p.catalog, p.members, p.bf16):
+    if flash_loss.is_flash(p.query, p.catalog, p.members, p.positives, p.bf16):
         query, catalog, bias = flash_loss.flash_loss_bwd(
             problem, p.first_item, p.members, x.grad_losses, x.lse, x.saved, x.needs
         )

@@ -363,7 +363,7 @@ def flash_case(form: str, d: int, extras: bool = False, needs: str = "query cata
         target, positives = meta(B, dtype=torch.int64), meta(B, 3, dtype=torch.int64) if extras else None
         bits, ids = meta(B, bits_width(v), dtype=torch.uint8), meta(B, 20_000, dtype=torch.int32)
         neg = {"all": None, "bits": bits, "ids": ids}[form]
-        assert flash_loss.is_flash(query, catalog, neg, True)
+        assert flash_loss.is_flash(query, catalog, neg, positives, True)
         inputs = (query, catalog, target, positives, 0.5, 0.07, meta(v) if extras else None, None, -100, True)
         size = flash_loss.saved_bytes(query, catalog, neg, 4 if extras else 1, "query" in needs)
         memory = meta(size, dtype=torch.uint8)
