@@ -48,7 +48,7 @@ PLAIN = Blocks(b=64, v=64, d=16, warps=4, stages=2)
 # Logits from products that torch computed: as many a thread as the shapes that compute them have.
 MULTIPLIED = Blocks(b=32, v=128, d=16, warps=4, stages=1)
 
-# The flash-like loss. On that H100, 27 November 2026, the full softmax with its gradients takes 1.88 ms at V = 1,000,000,
+# The flash-like loss. There, on 27 November 2026, the full softmax with its gradients takes 1.88 ms at V = 1,000,000,
 # d = 128 (a buffer of scores 2.32, a prototype without a running maximum 0.87), 20,000 ids a row as bits 2.31 (by rows
 # 5.51), and at V = 200,000 the full softmax 0.43 (0.49) and a slice of bits 0.50 (0.79).
 FLASH_ITEMS = 200_000  # catalogs from here on
