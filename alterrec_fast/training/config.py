@@ -121,7 +121,8 @@ class Config:
         if self.width % self.heads:
             raise ConfigError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
         if self.m_max < max(1, 2 * self.m_random):
-            raise ConfigError(f"m_max must be at least 2 * m_random = {2 * self.m_random} and 1, got {self.m_max}")
+            least = f"2 * m_random = {2 * self.m_random} (m_random may be lowered)" if self.m_random else "1"
+            raise ConfigError(f"m_max must be at least {least}, got {self.m_max}")
         if (self.k1 is None) != (self.k2 is None):
             raise ConfigError(f"k1 and k2 go together, got {self.k1} and {self.k2}")
         if self.k1 is not None and self.k2 is not None and not 0 <= self.k1 < self.k2:
