@@ -125,7 +125,7 @@ def plan(
     slack: float,
     blocks: shapes.Blocks,
 ) -> Plan:
-    """excluded: about how many items of a row are dropped from the top; slack scales the room for candidates."""
+    """excluded: about how many items of a row are dropped from the top; slack scales the space for candidates."""
     size = stop - start
     # Skipped ranks are buffered, too, unless they are many: then they are counted.
     open_start = start <= max(256, size // 8)
