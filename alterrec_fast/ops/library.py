@@ -12,7 +12,7 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar, cast, get_type_hints
+from typing import Any, Generic, TypeVar, cast, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -103,19 +103,22 @@ class Op(Generic[Inputs]):
             reference: (problem) -> losses, in plain PyTorch: its gradients have gradients themselves.
         """
 
+        problem_type: Any = next(iter(_field_types(self.inputs).values()))
+        fields = _field_types(problem_type)
+        tensors = [field for field, kind in fields.items() if Tensor in (kind, *get_args(kind))]
+        places = [list(self.arguments).index(name) for name in names]
+
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            problem = self._packed(inputs)[0]
+            problem = problem_type._make(inputs[: len(fields)])
             ctx.engine = (*inputs, "native")[len(self.arguments)]  # which the native op has no argument for
-            ctx.fields = [f for f, x in problem._asdict().items() if isinstance(x, Tensor)]
-            ctx.save_for_backward(*(getattr(problem, field) for field in ctx.fields), *output[1:])
-            ctx.problem = problem._replace(**dict.fromkeys(ctx.fields))
+            ctx.save_for_backward(*(getattr(problem, field) for field in tensors), *output[1:])
+            ctx.problem = problem._replace(**dict.fromkeys(tensors))
             ctx.set_materialize_grads(False)  # what is saved, which may be large, has none
 
         def backward_by_name(ctx: Any, grad_losses: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-            *tensors, lse, saved = ctx.saved_tensors
-            problem = ctx.problem._replace(**dict(zip(ctx.fields, tensors, strict=True)))
-            arguments = list(self.arguments)
-            needs = [ctx.needs_input_grad[arguments.index(name)] for name in names]
+            *values, lse, saved = ctx.saved_tensors
+            problem = ctx.problem._replace(**dict(zip(tensors, values, strict=True)))
+            needs = [ctx.needs_input_grad[place] for place in places]
             if torch.is_grad_enabled():  # create_graph=True
                 needed = [name for name, need in zip(names, needs, strict=True) if need]
                 grads = dict(
@@ -124,8 +127,8 @@ class Op(Generic[Inputs]):
             else:
                 computed = zip(names, backward(problem, ctx.engine, grad_losses, lse, saved, needs), needs, strict=True)
                 grads = {name: grad for name, grad, need in computed if need}
-            in_order = [grads.get(name) for name in arguments]
-            return (*in_order, *[None] * (len(ctx.needs_input_grad) - len(arguments)))
+            in_order = [grads.get(name) for name in self.arguments]
+            return (*in_order, *[None] * (len(ctx.needs_input_grad) - len(in_order)))
 
         for op in self._names:
             torch.library.register_autograd(op, backward_by_name, setup_context=setup_context, lib=LIBRARY)
@@ -164,7 +167,7 @@ def _arguments(inputs: type[tuple[Any, ...]]) -> dict[str, Any]:
     """Names and types of a NamedTuple's fields, those of a NamedTuple among them in its place."""
     arguments: dict[str, Any] = {}
     for name, kind in _field_types(inputs).items():
-        arguments |= _arguments(kind) if hasattr(kind, "_fields") else {name: kind}
+        arguments |= _field_types(kind) if hasattr(kind, "_fields") else {name: kind}
     return arguments
 
 
@@ -172,7 +175,10 @@ def _flattened(inputs: tuple[Any, ...]) -> list[Any]:
     """The values of `_arguments`, in their order."""
     values: list[Any] = []
     for value in inputs:
-        values.extend(_flattened(value) if isinstance(value, tuple) else [value])
+        if isinstance(value, tuple):
+            values += value
+        else:
+            values.append(value)
     return values
 
 
