@@ -11,7 +11,7 @@ from alterrec_fast.ops import checks, dispatch
 from alterrec_fast.ops.checks import check_exclude_values
 from alterrec_fast.ops.library import Op
 from alterrec_fast.ops.reference import rank_slice_ref
-from alterrec_fast.ops.slices import RankSlice, bits_width, exclude_lists, uses_bits
+from alterrec_fast.ops.slices import RankSlice, bits_width, exclude_lists, unchecked_slice, uses_bits
 
 
 def rank_slice(
@@ -72,7 +72,7 @@ def rank_slice(
     inputs = _Inputs(query, catalog, start, stop, top, *exclude_ids, bias, first_item, arithmetic, checked)
     members, best, thresholds = _op(inputs, engine)
     as_bits = uses_bits(catalog.shape[0], stop - start)
-    return RankSlice(
+    return unchecked_slice(
         bits=members if as_bits else None,
         ids=None if as_bits else members,
         top=best,

@@ -366,6 +366,13 @@ class RankSlice:
 TENSOR_FIELDS = ("bits", "ids", "top", "thresholds", "exclude_values", "exclude_offsets")
 
 
+def unchecked_slice(**fields: Any) -> RankSlice:
+    """A RankSlice of these fields, all of them, without the checks, which take longer than a small call of an op."""
+    made = object.__new__(RankSlice)
+    made.__dict__.update(fields)
+    return made
+
+
 def exclude_lists(
     exclude: Tensor | tuple[Tensor, Tensor] | None, batch_size: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -433,10 +440,8 @@ def _flatten(slice_: RankSlice) -> tuple[list[Any], tuple[int, int, int]]:
 
 def _unflatten(leaves: Any, static: Any) -> RankSlice:
     """Without checks: leaves need not be tensors, torch maps trees of other things as well."""
-    made = object.__new__(RankSlice)
     fields = (*TENSOR_FIELDS, "num_items", "first_item", "size")
-    made.__dict__.update(zip(fields, (*leaves, *static), strict=True))
-    return made
+    return unchecked_slice(**dict(zip(fields, (*leaves, *static), strict=True)))
 
 
 pytree.register_pytree_node(RankSlice, _flatten, _unflatten, serialized_type_name="alterrec_fast.RankSlice")
