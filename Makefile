@@ -2,9 +2,11 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP = .venv/bin/pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
+# The folder that holds UCI's Online Retail (DOI 10.24432/C5BW33), for results and integrations: make results RAW=...
+RAW ?= ../shared/data/online_retail
 PIP_RECOMMENDERS = .venv-recommenders/bin/pip --disable-pip-version-check install --quiet --constraint .ci/constraints-recommenders.txt
 
-.PHONY: bench demo fuzz test test-integrations integrations lint sanitize sanitize-python gpu-proof results clean
+.PHONY: bench demo fuzz test test-integrations integrations lint sanitize sanitize-python gpu-proof needs-raw results clean
 
 # A demo that was broken off goes on, and one that is done is shown again.
 demo: .venv/ready
@@ -50,19 +52,23 @@ gpu-proof: .venv/ready .venv/triton-3.6.0/triton
 	$(PIP) --no-deps --target .venv/triton-3.6.0 triton==3.6.0
 	touch $@
 
-# The table of docs/results.md from ../shared/data/online_retail; finished runs are kept, so that it can be resumed.
-results: .venv/ready
-	.venv/bin/python -m alterrec_fast.benchmarks.experiments.online_retail --raw ../shared/data/online_retail --out runs/results --table docs/results.md
+# The table of docs/results.md from RAW; finished runs are kept, so that it can be resumed.
+results: .venv/ready needs-raw
+	.venv/bin/python -m alterrec_fast.benchmarks.experiments.online_retail --raw $(RAW) --out runs/results --table docs/results.md
 
 # Everything against everything, in under 40 minutes on 2 cores; make bench BENCH=--quick in under 5.
 bench: .venv/bench
 	.venv/bin/alterrec-fast bench --compare --out runs/bench $(BENCH)
 
 # The tables of docs/integrations.md; what has been measured is kept, so that it can be resumed.
-integrations: test-integrations
+integrations: needs-raw test-integrations
 	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 tests/nn tests/integrations
 	$(PIP) faiss-cpu
-	.venv/bin/python -m alterrec_fast.benchmarks.integrations --raw ../shared/data/online_retail --out runs/integrations --page docs/integrations.md
+	.venv/bin/python -m alterrec_fast.benchmarks.integrations --raw $(RAW) --out runs/integrations --page docs/integrations.md
+
+needs-raw:
+	@test -d "$(RAW)" || { echo "RAW=$(RAW) is no folder: download UCI's Online Retail (DOI 10.24432/C5BW33) and" \
+		"name its folder, make $(MAKECMDGOALS) RAW=FOLDER" >&2; exit 1; }
 
 .venv/ready: pyproject.toml setup.py .ci/constraints.txt
 	$(PYTHON) -m venv .venv
