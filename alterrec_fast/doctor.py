@@ -50,7 +50,11 @@ def _status(backend: str, tensor: torch.Tensor) -> str:
 def _extension() -> str:
     if NO_EXTENSION:
         return f"not built: {NO_EXTENSION}"
-    return f"CPU and CUDA ({', '.join(sorted(CUDA_OPS))})" if CUDA_OPS else "CPU only: it was built without nvcc"
+    if not CUDA_OPS:
+        return "CPU only: it was built without nvcc"
+    if not torch.version.cuda:
+        return "CPU only: this torch is a CPU build"
+    return f"CPU and CUDA ({', '.join(sorted(CUDA_OPS))})"
 
 
 def _version(package: str) -> str:

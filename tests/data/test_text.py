@@ -295,7 +295,8 @@ def test_a_missing_package_names_the_line_to_install_it(monkeypatch):
         find_model("packaged")
 
 
-def test_an_unreachable_hub_is_said_at_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("installed", "advice"), [(False, "pip install .* and pass "), (True, "pass ")])
+def test_an_unreachable_hub_is_said_at_once(installed, advice, tmp_path, monkeypatch):
     import huggingface_hub
 
     def unreachable(self, name, timeout):
@@ -304,7 +305,8 @@ def test_an_unreachable_hub_is_said_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: None)
-    with pytest.raises(DataError, match=r"can't be reached.*pip install.*--text-model packaged"):
+    monkeypatch.setattr(text, "packaged_folder", lambda: tmp_path if installed else None)
+    with pytest.raises(DataError, match=rf"can't be reached.*; to work without it, {advice}--text-model packaged"):
         embed_texts(["a"], cache=tmp_path)
 
 
