@@ -35,9 +35,12 @@ class IdItems(nn.Module):
         """The table's step of a capturable Adam, by the gradient grad (V, d) of `forward`'s vectors, in one pass.
 
         The gradients of the LayerNorm's parameters are left in them; the table has none, so that the optimiser's own
-        step leaves it alone.
+        step leaves it alone. Raises ValueError for an optimizer with an option that the kernel does not compute.
         """
         (group,) = optimizer.param_groups
+        for option in ("amsgrad", "maximize", "decoupled_weight_decay"):
+            if group.get(option):
+                raise ValueError(f"an item table's step is that of plain Adam, got {option}={group[option]}")
         grads = layer_norm_adam(self.table, self.norm, grad, optimizer.state[self.table], group)
         self.norm.weight.grad, self.norm.bias.grad = grads
 

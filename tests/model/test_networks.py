@@ -228,6 +228,14 @@ def test_fused_score_is_the_weighted_sum() -> None:
                 torch.testing.assert_close(scores["fused"], scores["id"] + scores["text"])
 
 
+@pytest.mark.parametrize("option", ["amsgrad", "maximize", "decoupled_weight_decay"])
+def test_an_item_tables_step_refuses_what_its_kernel_does_not_compute(option: str) -> None:
+    items = IdItems(10, 4)
+    optimizer = torch.optim.Adam(items.parameters(), **{option: True})
+    with pytest.raises(ValueError, match=f"{option}=True"):
+        items.step(torch.zeros(10, 4), optimizer)
+
+
 def test_item_encoders_are_what_the_paper_says() -> None:
     """A LayerNorm over the table; Eq. (1) with its MLP and LayerNorm; and the sum and the two side by side."""
     torch.manual_seed(0)
