@@ -17,7 +17,7 @@ import typer
 from alterrec_fast.doctor import diagnose
 from alterrec_fast.errors import AlterRecError, ConfigError, RunError
 from alterrec_fast.extras import needs_train
-from alterrec_fast.files import printable
+from alterrec_fast.files import check_folder, printable
 from alterrec_fast.ops import BackendError
 from alterrec_fast.training.config import METRICS, Variant, demo_settings, from_mapping, read_toml
 from alterrec_fast.training.evaluate import VIEWS
@@ -193,6 +193,7 @@ def bench(
         from alterrec_fast.benchmarks.harness import bench as benchmarks
 
         command = shlex.join(["alterrec-fast", *sys.argv[1:]])
+        check_folder(out)
         options = benchmarks.Options(out, quick, tuple(op or ()), threads, command)
         try:
             results = benchmarks.run(options, typer.echo)

@@ -15,6 +15,7 @@ import secrets
 import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,16 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(OSError):
             draft.unlink()
+
+
+def check_folder(folder: Path) -> None:
+    """Raises FileError unless files can be made in `folder`, which need not exist yet; leaves nothing behind."""
+    try:
+        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise FileError(f"{folder}: nothing can be written there ({error.strerror}); choose another place") from error
 
 
 def write_text(path: Path, text: str) -> None:

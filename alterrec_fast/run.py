@@ -33,7 +33,7 @@ from alterrec_fast.report import write_report
 from alterrec_fast.training import checkpoint
 from alterrec_fast.training.alternate import BEST, LAST, Progress, Trainer
 from alterrec_fast.training.config import MACHINE, Config, ConfigError, from_mapping, read_toml
-from alterrec_fast.training.device import pick_device
+from alterrec_fast.training.device import on_this_machine, pick_device
 from alterrec_fast.training.evaluate import Evaluation, evaluate, training_counts
 from alterrec_fast.training.records import (
     HISTORY,
@@ -73,6 +73,7 @@ def train(config: Config, resume: bool = False, progress: Progress | None = None
     """
     config = _with_places(config)
     run = Path(config.out)
+    files.check_folder(run)
     config = _with_text_model(config, run)
     _check_place(run, config, resume)  # again below: this only keeps what cannot be from costing minutes
     if config.demo or (run / METRICS_FILE).exists():
@@ -121,6 +122,7 @@ def train_seeds(config: Config, seeds: Sequence[int], resume: bool = False, prog
         raise ConfigError(f"seeds must be one or more different numbers, got {list(seeds)}")
     config = _with_places(config)
     run = Path(config.out)
+    files.check_folder(run)
     singles = [config.replace(seed=seed, out=str(run / f"seed-{seed}")) for seed in seeds]
     _check_place_of_seeds(run, resume)
     if not config.demo:
@@ -149,7 +151,7 @@ class TrainedModel:
         if not (self.path / BEST).exists():
             raise RunError(f"{self.path} holds no trained model ({BEST} is missing); train one with --out {self.path}")
         written = _read_config(self.path)
-        self.config = written.replace(out=str(self.path.absolute()))  # the run may have been moved
+        self.config = on_this_machine(written.replace(out=str(self.path.absolute())))  # the run may have been moved
         device = pick_device(self.config.device)
         tensors, best = checkpoint.load(self.path / BEST, str(device))
         self.config.check_settings(best.get("settings"), self.path / BEST, self.path)

@@ -115,6 +115,8 @@ def test_doctor_names_every_engine() -> None:
         (["train", "--demo", "--seeds", "a"], "'a'"),
         (["train", "--demo", "--seeds", "0,1", "--seed", "2"], "--seed and --seeds"),
         (["train", "--demo", "--out", "/proc/none"], "/proc/none"),
+        (["train", "--data", "nowhere", "--out", "/dev/null/run"], "/dev/null/run: nothing can be written there"),
+        (["prepare", "generic", "nowhere", "/proc/none/x"], "/proc/none: nothing can be written there"),
         (["prepare", "generic", "nowhere", "x", "--test-fraction", "nan"], "test_fraction"),
         (["recommend", "nowhere", "--session", "1"], "no trained model"),
         (["evaluate", "nowhere"], "no trained model"),

@@ -237,8 +237,9 @@ class Dataset:
 
 def check_place(path: Path, overwrite: bool) -> None:
     """Raises DataError unless a data set may be written to `path`: nothing is there, or with `overwrite` an empty
-    folder or a data set and nothing else.
+    folder or a data set and nothing else; FileError where no file can be written beside it.
     """
+    files.check_folder(path.parent)
     if not path.exists():
         return
     if not overwrite:

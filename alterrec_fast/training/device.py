@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import resource
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from alterrec_fast.training.config import Config, ConfigError
+
+_log = logging.getLogger(__name__)
 
 
 def pick_device(name: str) -> torch.device:
@@ -26,6 +29,20 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     return device
+
+
+def on_this_machine(config: Config) -> Config:
+    """The config of a trained run as it can be opened here: where its GPU is missing, on the device that "auto" gives;
+    the log says so.
+    """
+    try:
+        pick_device(config.device)
+    except ConfigError:
+        if not config.device.startswith("cuda"):
+            raise
+        config, trained_on = config.replace(device="auto", backend="auto"), config.device
+        _log.warning("the run's device %r is not on this machine; it is opened on %s", trained_on, pick_device("auto"))
+    return config
 
 
 class Precision:

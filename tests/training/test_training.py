@@ -112,6 +112,18 @@ def test_same_seed_same_run_and_the_users_random_state_is_left_alone(shop: Datas
     assert history(tmp_path / "a") != history(tmp_path / "c")
 
 
+def test_a_run_trained_on_a_gpu_opens_on_a_machine_without_one(
+    shop: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    af.train(small(shop, tmp_path / "run", variant="id_only", m_max=2, device="cpu"))
+    expected = af.load(tmp_path / "run").evaluate()
+    file = tmp_path / "run" / "config.toml"
+    there = file.read_text().replace('"cpu"', '"cuda:99"').replace('backend = "auto"', 'backend = "triton"')
+    file.write_text(there)
+    assert af.load(tmp_path / "run").evaluate().metrics() == expected.metrics()
+    assert "'cuda:99' is not on this machine" in caplog.text
+
+
 def test_a_run_stopped_within_an_epoch_goes_on_from_its_step(
     shop: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
