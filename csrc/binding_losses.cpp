@@ -2,6 +2,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -19,8 +20,9 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 // The query with zeros in the rows whose target is ignored, which may hold anything.
 at::Tensor without_ignored(const at::Tensor& query, const at::Tensor& target, int64_t ignore_index) {
-  const at::Tensor ignored = target.eq(ignore_index);
-  return ignored.any().item<bool>() ? query.masked_fill(ignored.unsqueeze(1), 0) : query;
+  const int64_t *begin = target.const_data_ptr<int64_t>(), *end = begin + target.numel();
+  if (std::find(begin, end, ignore_index) == end) return query;
+  return query.masked_fill(target.eq(ignore_index).unsqueeze(1), 0);
 }
 
 Ids ids(const at::Tensor& x) {

@@ -45,6 +45,7 @@ void GatheredLoss::forward_row(int64_t row, float* softmax, float* mean, float* 
   const LossKernels& kernel = loss_kernels();
   const auto dot = kernel.dot_rows[static_cast<int>(kind_)];
   const auto add = kernel.weighted_sum[static_cast<int>(kind_)];
+  const auto is_negative = negatives_of(row);
   const int64_t n = negatives_.count;
   std::vector<float> tops(ceil_div(n, kGroup));  // what each group's exponentials are over
   float top = kLowest, sum = 0;
@@ -61,7 +62,7 @@ void GatheredLoss::forward_row(int64_t row, float* softmax, float* mean, float* 
     uint64_t mask = 0;
     for (int64_t j = 0; j < count; ++j) {
       const int64_t id = negatives_.at(row * n + begin + j);
-      const bool negative = is_negative(row, id);
+      const bool negative = is_negative(id);
       mask |= uint64_t{negative} << j;
       rows[j] = negative ? row_at(problem_.catalog, id) : nullptr;
     }
@@ -70,7 +71,9 @@ void GatheredLoss::forward_row(int64_t row, float* softmax, float* mean, float* 
       if (softmax) std::fill_n(softmax + begin, count, 0.0f);
       continue;
     }
-    std::replace(rows, rows + count, static_cast<const void*>(nullptr), rows[__builtin_ctzll(mask)]);
+    if (__builtin_popcountll(mask) < count) {
+      std::replace(rows, rows + count, static_cast<const void*>(nullptr), rows[__builtin_ctzll(mask)]);
+    }
     dot(query_ + row * query_stride_, rows, count, width_, y);
     for (int64_t j = 0; j < count; ++j) {
       if (!(mask >> j & 1)) {
@@ -130,9 +133,10 @@ void GatheredLoss::each_pair(int64_t begin, int64_t end, const float* softmax, c
   for (int64_t row = begin; row < end; ++row) {
     const float weight = positives_.weights()[row];
     if (weight == 0.0f) continue;
+    const auto is_negative = negatives_of(row);
     for (int64_t i = row * n; i < (row + 1) * n; ++i) {
       const int64_t id = negatives_.at(i);
-      if (is_negative(row, id)) visit(id, row, weight * softmax[i]);
+      if (is_negative(id)) visit(id, row, weight * softmax[i]);
     }
     for (int64_t k = 0; k < positives_.width(); ++k) {
       if (positives_.dlogit(row, k) != 0.0f) visit(positives_.item(row, k), row, positives_.dlogit(row, k));
@@ -154,8 +158,9 @@ std::vector<int64_t> GatheredLoss::touched() const {
       for (int64_t k = 0; k < positives_.width(); ++k) {
         if (positives_.item(row, k) >= 0) mark(positives_.item(row, k));
       }
+      const auto is_negative = negatives_of(row);
       for (int64_t i = row * n; i < (row + 1) * n; ++i) {
-        if (is_negative(row, negatives_.at(i))) mark(negatives_.at(i));
+        if (is_negative(negatives_.at(i))) mark(negatives_.at(i));
       }
     }
   });

@@ -41,8 +41,12 @@ class GatheredLoss {
     float dlogit;
   };
 
-  bool is_negative(int64_t row, int64_t id) const {
-    return id >= 0 && id != problem_.target[row] && !problem_.masked(id);
+  // (id) -> whether it is a negative of the row. What it reads is in the closure, so that loops over ids need not load
+  // it for each of them.
+  auto negatives_of(int64_t row) const {
+    return [target = problem_.target[row], bias = problem_.bias](int64_t id) {
+      return id >= 0 && id != target && !is_masked(bias, id);
+    };
   }
   void forward_row(int64_t row, float* softmax, float* mean, float* lse, Fault& fault) const;
   void query_gradient(const float* mean, const Gradients& gradients) const;

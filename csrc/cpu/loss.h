@@ -19,6 +19,11 @@ struct Ids {
   int64_t at(int64_t i) const { return narrow ? narrow[i] : wide[i]; }
 };
 
+// Whether the item is never a negative: its bias is -inf.
+inline bool is_masked(const float* bias, int64_t item) {
+  return bias && bias[item] < std::numeric_limits<float>::lowest();
+}
+
 // With y_i = (q . e_i + bias_i) / temperature - log_q_i and Z the log-sum-exp of y over a row's negatives, the row's
 // loss is softplus(Z - y_t) + positive_weight * sum_k softplus(Z - y_k); zero without negatives or target.
 struct LossProblem {
@@ -36,7 +41,7 @@ struct LossProblem {
   int64_t ignore_index;
   bool check;  // whether a score that is not finite raises
 
-  bool masked(int64_t item) const { return bias && bias[item] < std::numeric_limits<float>::lowest(); }
+  bool masked(int64_t item) const { return is_masked(bias, item); }
 };
 
 // An argument with a wrong value; the message holds row and value.
