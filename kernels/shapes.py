@@ -1,4 +1,7 @@
-"""What was tuned: block shapes and warps of every kernel, and which of them a call takes on which GPU.
+"""What was tuned: block shapes and warps of kernels, and which of them a call takes on which GPU. Beside their
+launchers stand programs for each SM, bytes of buffers, and the warps of `_score_blocks_kernel` and of LayerNorm.
+
+After a change `make gpu-proof` shows spills, on a machine without a GPU, and `python benchmarks/gpu` times on one.
 
 Measured on one H100 80 GB HBM3 on 26 November 2026 with Triton 3.6.0, at B = 512 and V of 40 thousand to 10 million
 (docs/gpu.md); elsewhere chosen so that no register is spilled, by the compiled code alone.

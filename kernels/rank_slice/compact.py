@@ -181,14 +181,14 @@ def _move_groups(members, memory, ids, size, window, first_group, groups, shift,
         tl.debug_barrier()  # before the next window clears what is read here
 
 
-@triton.jit(do_not_specialize=["room", "window", "first_group", "groups", "shift", "size", "bits"])
+@triton.jit(do_not_specialize=["entries", "window", "first_group", "groups", "shift", "size", "bits"])
 def _ascending_kernel(
     Members,
     Memory,
     MemberCounts,
     Rewritten,
     Ids,
-    room,
+    entries,
     window,
     first_group,
     groups,
@@ -199,12 +199,12 @@ def _ascending_kernel(
 ):
     """One program for each row writes its ids, ascending and filled up with -1, to Ids (B, size) int32.
 
-    Members (B, room) int32 holds MemberCounts[row] ids at a row's front. Memory (B, room) int32 is for two numbers a
-    group, of `window` groups at a time; item i is in group (i >> shift) - first_group. Rewritten[row] is negative where
-    the scan's order holds. bits: of the largest id, an even number.
+    Members (B, entries) int32 holds MemberCounts[row] ids at a row's front. Memory (B, entries) int32 is for two
+    numbers a group, of `window` groups at a time; item i is in group (i >> shift) - first_group. Rewritten[row] is
+    negative where the scan's order holds. bits: of the largest id, an even number.
     """
     row = tl.program_id(0).to(tl.int64)
-    members, memory, ids = Members + row * room, Memory + row * room, Ids + row * size
+    members, memory, ids = Members + row * entries, Memory + row * entries, Ids + row * size
     count = tl.load(MemberCounts + row)
     if tl.load(Rewritten + row) >= 0:
         _sort(members, memory, ids, count, bits, BLOCK)
@@ -257,7 +257,7 @@ def compact(r: Ranking, p: Plan, w: Workspace, blocks: shapes.Blocks) -> None:
             MemberCounts=w.member_counts,
             Rewritten=w.rewritten,
             Ids=r.ids,
-            room=p.entries,
+            entries=p.entries,
             window=p.entries // 2,
             first_group=first_group,
             groups=(r.num_items - 1 >> shift) + 1 - first_group,

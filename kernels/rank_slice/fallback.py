@@ -27,7 +27,7 @@ class Output(NamedTuple):
     Items: Any
     Rewritten: Any
     stride_words: Any
-    room: Any
+    entries: Any
 
 
 @triton.jit
@@ -62,15 +62,15 @@ def _write(out, rows, in_b, tile, items, rest, scores, key, real, BITS: tl.const
     entry = tl.atomic_add(
         tl.broadcast_to((out.Rewritten + rows)[:, None], [BLOCK_B, BLOCK_V]), 1, mask=buffered, sem="relaxed"
     )
-    keep = buffered & (entry < out.room)
-    at = rows[:, None] * out.room + entry
+    keep = buffered & (entry < out.entries)
+    at = rows[:, None] * out.entries + entry
     tl.store(out.Items + at, tl.broadcast_to(items.to(tl.int32)[None, :], at.shape), mask=keep)
     tl.store(out.Scores + at, scores, mask=keep)
 
 
 @triton.jit(
     do_not_specialize=[
-        *("write", "shift", "V", "first_item", "room", "splits"),
+        *("write", "shift", "V", "first_item", "entries", "splits"),
         *("stride_qb", "stride_cv", "stride_bias", "stride_words"),
     ]
 )
@@ -93,7 +93,7 @@ def _fallback_kernel(
     shift,
     V,
     first_item,
-    room,
+    entries,
     splits,
     stride_qb,
     stride_cv,
@@ -110,7 +110,7 @@ def _fallback_kernel(
 
     The buffers of rows that fall back are filled from their beginning, Rewritten[row] entries.
     """
-    out = Output(Bounds, Words, Scores, Items, Rewritten, stride_words, room)
+    out = Output(Bounds, Words, Scores, Items, Rewritten, stride_words, entries)
     missed = tl.load(MissedCount)
     low_digits = shift < 32  # the part of the key that is the id
     by = tl.where(low_digits, shift, shift - 32)
@@ -186,7 +186,7 @@ def fallback(r: Ranking, p: Plan, w: Workspace) -> None:
         **w.search(),
         "Histogram": w.histogram,
         "Rewritten": w.rewritten,
-        "room": p.entries,
+        "entries": p.entries,
         "splits": min(programs, triton.cdiv(r.num_items, blocks.v)),
         "BITS": p.bits,
         "SKIP_EXCLUDED": r.drops_excluded,

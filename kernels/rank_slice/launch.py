@@ -48,7 +48,8 @@ def _nothing(r: Ranking) -> tuple[Tensor, Tensor]:
 
 
 def _cut(r: Ranking, slack: float) -> tuple[Plan, shapes.Blocks]:
-    """The plan of a call and the scan's tile, on which it depends."""
+    """The plan of a call and the scan's tile. The tile depends on the plan's zones, which are the same for any tile;
+    the plan's sizes depend on the tile. Hence the first plan, for its zones alone."""
     device = r.query.device
     excluded = triton.cdiv(2 * r.values.numel(), max(r.rows, 1)) if r.skip_excluded else 0
     sizes = (r.rows, r.ranked, r.start, r.stop, r.top, r.words is not None, excluded, shapes.sm_count(device), slack)

@@ -16,7 +16,7 @@ from .. import shapes, tiles
 MARGIN = 5.0  # standard deviations of a sample's order statistic to either side: 3e-7 of all limits do not hold
 LIMITS = tl.constexpr(8)  # columns of a row's limits: 5 are used, a power of two for the kernels
 OPEN, START_HIGH, START_LOW, STOP_HIGH, STOP_LOW = (tl.constexpr(i) for i in range(5))
-TARGETS = tl.constexpr(4)  # the items of rank start, stop - 1 and top - 1, which bound slice and top; one place unused
+TARGETS = tl.constexpr(4)  # not items to predict: those of rank start, stop - 1, top - 1, the bounds; one place unused
 DIGITS = tl.constexpr(256)  # of a key, as the fallback counts them
 
 
@@ -133,8 +133,8 @@ def plan(
     has_stop = size > 0 and (bits or has_start)
     open_ranks = max(top + excluded, 0 if has_start or not size else start + 1 if bits else stop)
     # Bytes of a row for the sample, which the buffer for candidates takes over.
-    room = (50 << 20) // max(1, rows) + 16 * size
-    sampled = min(ranked, max(2048, min(ranked // 64, room // 4)))
+    sample_bytes = (50 << 20) // max(1, rows) + 16 * size
+    sampled = min(ranked, max(2048, min(ranked // 64, sample_bytes // 4)))
     share = sampled / ranked
 
     def width(rank: int) -> float:
