@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> rank_slice(const Tensor& query, const Tensor&
   const bool empty = problem.start == problem.stop;
 
   const int64_t words = (items + kWord - 1) / kWord;
-  const bool as_bits = words * 8 <= 4 * size;
+  const bool as_bits = words * 8 <= 4 * size;  // as uses_bits in ops/slices.py
   Tensor members = arguments.empty({rows, as_bits ? words * 8 : size}, as_bits ? at::kByte : at::kInt);
   Tensor best = arguments.empty({rows, top}, at::kLong);
   Tensor thresholds = arguments.empty({rows, 2}, at::kFloat);

@@ -46,9 +46,10 @@ Inputs = TypeVar("Inputs", bound=tuple[Any, ...])
 
 
 class Op(Generic[Inputs]):
-    """alterrec_fast::name(*inputs, engine), which runs "triton" or "native", the extension's kernel.
+    """Two ops of torch's: alterrec_fast::native_NAME(*inputs), whose kernel is the extension's (csrc/binding*.cpp), and
+    alterrec_fast::NAME(*inputs, engine), which runs the Triton kernels or calls native_NAME, from Python.
 
-    That is alterrec_fast::native_name(*inputs), an op itself, which is called without the way through Python here.
+    Calling an `Op` calls native_NAME at once where that is the engine: the way through Python takes 7 us.
 
     Args:
         name: of the op.
@@ -110,7 +111,7 @@ class Op(Generic[Inputs]):
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
             problem = problem_type._make(inputs[: len(fields)])
-            ctx.engine = (*inputs, "native")[len(self.arguments)]  # which the native op has no argument for
+            ctx.engine = (*inputs, "native")[len(self.arguments)]  # native_NAME has no argument `engine`
             ctx.save_for_backward(*(getattr(problem, field) for field in tensors), *output[1:])
             ctx.problem = problem._replace(**dict.fromkeys(tensors))
             ctx.set_materialize_grads(False)  # what is saved, which may be large, has none

@@ -249,6 +249,7 @@ def _backward(
 
 
 def _losses(p: SampledLoss) -> Tensor:
+    """The losses in plain PyTorch, whose gradients have gradients."""
     return _reference(p._replace(sparse_grad=False), "bf16" if p.bf16 else "fp32", False)
 
 

@@ -277,6 +277,7 @@ def _backward(
 
 
 def _losses(p: SliceLoss) -> Tensor:
+    """The losses in plain PyTorch, whose gradients have gradients."""
     neg = None
     if p.members is not None:
         neg = RankSlice.of_members(p.members, p.catalog.shape[0], p.first_item)

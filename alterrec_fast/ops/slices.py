@@ -24,7 +24,8 @@ def bits_width(num_items: int) -> int:
 
 
 def uses_bits(num_items: int, size: int) -> bool:
-    """Whether a slice of `size` ranks is stored as bits (V / 8 bytes a row) rather than as int32 ids (4 n)."""
+    """Whether a slice of `size` ranks is stored as bits (V / 8 bytes a row) rather than as int32 ids (4 n);
+    csrc/binding_rank_slice.cpp decides by the same rule."""
     return bits_width(num_items) <= 4 * size
 
 

@@ -26,7 +26,7 @@ struct Limits {
   float top_low;
 };
 
-// Candidates of one session from one run of items, in ascending order of ids, and how many scores lay above brackets.
+// Candidates of one session from one worker's tiles, in ascending order of ids, and how many scores lay above brackets.
 struct Candidates {
   float* scores;
   int32_t* ids;

@@ -405,7 +405,10 @@ class Engine {
 
   const RankProblem& problem_;
   const Receive& receive_;
-  const int64_t items_, base_, words_, sampled_;
+  const int64_t items_;    // from first_item on, whatever their bias
+  const int64_t base_;     // first_item, down to a whole word: scores of a tile and words of bits begin together
+  const int64_t words_;    // member bits of a row, from item 0 on
+  const int64_t sampled_;  // items in the sample
   Buffer<uint64_t> scratch_bits_;
   std::mutex report_mutex_;
   NotFinite not_finite_;

@@ -22,8 +22,8 @@ Item from_key(uint64_t key);
 // The scratch memory of one thread, which selects for its sessions one after the other.
 class Selector {
  public:
-  // From the candidates of all runs of items, in ascending order; corrects the marks in `bits`. False where the limits
-  // missed its boundary or a list overflowed: then `out` and `bits` are undefined.
+  // From the candidates of `count` workers, each in ascending order; corrects the marks in `bits`. False where the
+  // limits missed its boundary or a list overflowed: then `out` and `bits` are undefined.
   bool from_candidates(const Ranks& ranks, Filter filter, const Limits& limits, const Candidates* runs, int64_t count,
                        uint64_t* bits, RowRanks& out);
 

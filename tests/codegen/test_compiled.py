@@ -69,7 +69,7 @@ def test_faults_are_found() -> None:
     assert compiled.occupancy(gpu, 8, 255, 164 << 10) == 0.0
 
 
-# On Hopper, what the older Triton compiles: every kernel, arithmetic, and shape of the stream and the losses.
+# On Hopper, what the older Triton compiles: every kernel, arithmetic, and shape of the scan and the losses.
 SHIPPED = "|".join(
     (
         r"rank_slice 20:500 d=(64|128|320) bf16( B=64)?$",

@@ -50,7 +50,7 @@ def test_equals_the_reference(size: tuple[int, int, int], seed: int, precision: 
 
 
 @pytest.mark.parametrize(("b", "v", "d", "k"), [(600, 9_000, 8, 20), (2, 30_000, 5, 30_000), (3, 8_500, 1_024, 1)])
-def test_streamed_catalogs_equal_the_reference(b: int, v: int, d: int, k: int) -> None:
+def test_scanned_catalogs_equal_the_reference(b: int, v: int, d: int, k: int) -> None:
     query, catalog = integers(b, d, 1), integers(v, d, 2)
     same(query, catalog, k)
     same(query, catalog, min(k, v - 70), precision="bf16", first_item=70, bias=integers(1, v, 3)[0])
