@@ -111,7 +111,7 @@ def resident_blocks(precision: str, query: Tensor, catalog: Tensor) -> Blocks:
 
 
 def scan_blocks(
-    precision: str, query: Tensor, catalog: Tensor, has_start: bool, has_stop: bool, has_bias: bool
+    precision: str, query: Tensor, catalog: Tensor, has_start: bool, has_stop: bool, has_bias: bool, check: bool
 ) -> Blocks:
     """The tile of rank_slice's scan; has_start and has_stop as its `Plan` says.
 
@@ -123,6 +123,8 @@ def scan_blocks(
     blocks, width = scoring_blocks(precision, query, catalog), query.shape[1]
     bf16 = narrow(precision, query, catalog)
     one_dtype = query.dtype == catalog.dtype and (bf16 or precision != "bf16")
+    if check and is_blackwell(query.device):  # a check takes registers that more scores a thread do not leave
+        return replace(blocks, v=64)
     if not tensor_cores_read_shared(query.device) or blocks.v < 128 or has_start or not one_dtype:
         return blocks
     if bf16 and width <= RESIDENT_WIDTH:

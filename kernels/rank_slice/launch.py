@@ -54,8 +54,8 @@ def _cut(r: Ranking, slack: float) -> tuple[Plan, shapes.Blocks]:
     excluded = triton.cdiv(2 * r.values.numel(), max(r.rows, 1)) if r.skip_excluded else 0
     sizes = (r.rows, r.ranked, r.start, r.stop, r.top, r.words is not None, excluded, shapes.sm_count(device), slack)
     zones = plan(*sizes, shapes.scoring_blocks(r.precision, r.query, r.catalog))
-    has_bias = r.bias is not None
-    blocks = shapes.scan_blocks(r.precision, r.query, r.catalog, zones.has_start, zones.has_stop, has_bias)
+    forms = (zones.has_start, zones.has_stop, r.bias is not None, r.bad is not None)
+    blocks = shapes.scan_blocks(r.precision, r.query, r.catalog, *forms)
     return plan(*sizes, blocks), blocks
 
 

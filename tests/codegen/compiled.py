@@ -75,7 +75,7 @@ class Compiled:
     spills: int  # instructions on NVIDIA, bytes of scratch on AMD
     matrix: int  # instructions of the matrix unit
     copies: int  # asynchronous copies
-    instructions: int
+    instructions: int  # 0 where nothing was disassembled
     occupancy: float  # resident warps over the most there can be
 
     def faults(self) -> list[str]:
@@ -175,7 +175,7 @@ def read(case: Case, launch: Launch, gpu: Gpu) -> Compiled:
     compiled = launch.compiled
     multiplies = "tt.dot" in compiled.asm["ttir"]
     nvidia = gpu.target.backend == "cuda"
-    facts = _read_cubin(compiled) if nvidia else _read_hsaco(compiled)
+    facts = _read_cubin(compiled, multiplies) if nvidia else _read_hsaco(compiled)
     code = facts.pop("code")
     warps = compiled.metadata.num_warps
     shared = compiled.metadata.shared
@@ -208,27 +208,21 @@ def occupancy(gpu: Gpu, warps: int, registers: int, shared: int) -> float:
     return blocks * warps / gpu.warps
 
 
-def disassembled(compiled: Any) -> tuple[int, str]:
-    """Registers of a thread, and the machine code for NVIDIA as text."""
+def _read_cubin(compiled: Any, multiplies: bool) -> dict[str, Any]:
+    """Disassembling takes as long as compiling a small kernel: one without a product and without a stack is not."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _output(tools / "cuobjdump", "--dump-resource-usage", cubin)
-        code = _output(tools / "nvdisasm", "-c", cubin)
+        code = _output(tools / "nvdisasm", "-c", cubin) if multiplies or "STACK:0 " not in usage else ""
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None, usage
-    return int(registers[1]), code
-
-
-def _read_cubin(compiled: Any) -> dict[str, Any]:
-    registers, code = disassembled(compiled)
-    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/.*$", code, re.MULTILINE)
     return {
-        "registers": registers,
+        "registers": int(registers[1]),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "copies": len(re.findall(r"LDGSTS|UTMALDG", code)),
-        "instructions": len(lines),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE)),
         "code": code,
     }
 
@@ -410,7 +404,8 @@ CASES = [
     top_k_case("ieee", 300, 20),
     top_k_case("bf16", 300, 5_000, extras=True),
     *(loss_case("bits", "bf16", d) for d in (16, 64, 128, 300, 320, 1024)),
-    *(loss_case("bits", product, d) for product in ("tf32", "ieee") for d in (16, 64, 300, 1024)),
+    *(loss_case("bits", "tf32", d) for d in (16, 64, 300, 1024)),
+    loss_case("bits", "ieee", 300),  # its scores are torch's, whatever the width
     loss_case("bits", "bf16", 300, extras=True),
     loss_case("bits", "bf16", 300, dtype=torch.float32),
     *(loss_case("all", product, 300) for product in ("bf16", "tf32", "ieee")),

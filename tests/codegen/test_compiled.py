@@ -72,15 +72,16 @@ def test_faults_are_found() -> None:
 # On Hopper, what the older Triton compiles: every kernel, arithmetic, and shape of the scan and the losses.
 SHIPPED = "|".join(
     (
-        r"rank_slice 20:500 d=(64|128|320) bf16( B=64)?$",
-        r"rank_slice 20:20000 d=(128|320) bf16$",
-        r"rank_slice 20:20000 d=300 (bf16|tf32|ieee)( extras)?$",
-        r"rank_slice 10000:(10500|20000) d=300 bf16$",
+        r"rank_slice 20:500 d=(128|320) bf16( extras)?$",
+        r"rank_slice 20:20000 d=128 bf16$",
+        r"rank_slice 20:20000 d=300 (bf16 extras|tf32|ieee)$",
+        r"rank_slice 10000:20000 d=300 bf16$",
         r"top_k \d+ d=300 bf16 extras$",
-        r"slice_cross_entropy bits d=(128|320) bf16$",
-        r"(slice_cross_entropy|sampled_softmax) (bits|own|shared) d=300 (bf16|tf32|ieee)$",
-        r"slice_cross_entropy bits d=300 bf16 extras$",
+        r"slice_cross_entropy bits d=128 bf16$",
+        r"slice_cross_entropy bits d=300 (bf16 extras|tf32|ieee)$",
+        r"sampled_softmax (own|shared) d=300 bf16$",
         r"flash_loss (all|ids) d=128 bf16$",
+        r"layer_norm d=300$",  # at 128 it keeps two numbers of Adam's kernel on the stack
     )
 )
 
@@ -100,5 +101,5 @@ def test_triton_3_6_compiles_the_kernels_too() -> None:
     assert "Triton 3.6.0" in done.stdout, done.stderr
     assert done.returncode == 0, done.stdout + done.stderr
     assert not [kernel for kernel in launched_kernels() if f"| {kernel} |" not in done.stdout]
-    for case in ("20:500 d=128 bf16 |", "d=128 bf16 B=64 |", "d=320 bf16 |", "d=300 tf32 |", "d=300 ieee |"):
+    for case in ("20:500 d=128 bf16 |", "d=128 bf16 extras |", "d=320 bf16 |", "d=300 tf32 |", "d=300 ieee |"):
         assert case in done.stdout
