@@ -14,6 +14,7 @@ from alterrec_fast.ops import (
 )
 
 if TYPE_CHECKING:
+    from alterrec_fast.nn.fused_item_embedding import FusedItemEmbedding
     from alterrec_fast.nn.losses import FullSoftmaxLoss, SampledSoftmaxLoss, SliceCrossEntropy
     from alterrec_fast.nn.sampler import RankSliceSampler
     from alterrec_fast.nn.teachers import TeacherCopy
@@ -24,6 +25,7 @@ __all__ = [
     "BackendError",
     "Config",
     "FullSoftmaxLoss",
+    "FusedItemEmbedding",
     "RankSlice",
     "RankSliceSampler",
     "SampledSoftmaxLoss",
@@ -43,6 +45,7 @@ __all__ = [
 _LAZY = {
     "Config": "alterrec_fast.training.config",
     "FullSoftmaxLoss": "alterrec_fast.nn.losses",
+    "FusedItemEmbedding": "alterrec_fast.nn.fused_item_embedding",
     "RankSliceSampler": "alterrec_fast.nn.sampler",
     "SampledSoftmaxLoss": "alterrec_fast.nn.losses",
     "SliceCrossEntropy": "alterrec_fast.nn.losses",

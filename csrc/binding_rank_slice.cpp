@@ -48,14 +48,17 @@ struct Inputs {
   int64_t first_item;
   c10::string_view precision;
   bool check;
+  const std::optional<Tensor>&norm_weight, &norm_bias;
+  double norm_eps;
 };
 
 // A problem together with the tensors that it points into. Ranks are asked for by its users.
 struct Arguments {
   Tensor query, catalog, bias;
+  Norm norm;
   RankProblem problem{};
 
-  explicit Arguments(const Inputs& in) {
+  explicit Arguments(const Inputs& in) : norm(in.norm_weight, in.norm_bias, in.norm_eps, in.query.size(-1)) {
     TORCH_CHECK_VALUE(in.precision == "fp32" || in.precision == "bf16", "precision must be fp32 or bf16, got ",
                       in.precision);
     TORCH_CHECK_VALUE(in.catalog.dim() == 2, "catalog must be (V, d), got ", in.catalog.sizes());
@@ -69,6 +72,7 @@ struct Arguments {
     if (in.bias.has_value()) bias = floats_of("bias", *in.bias, items);
     problem.query = matrix(query);
     problem.catalog = matrix(catalog);
+    problem.catalog.norm = norm.get();
     problem.arithmetic = choose_arithmetic(in.precision == "bf16");
     problem.bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
     problem.first_item = in.first_item;
@@ -113,8 +117,10 @@ void write_ids(const uint64_t* bits, int64_t words, int32_t* out, int64_t size) 
 std::tuple<Tensor, Tensor, Tensor> rank_slice(const Tensor& query, const Tensor& catalog, int64_t start, int64_t stop,
                                               int64_t top, const Tensor& exclude_values, const Tensor& exclude_offsets,
                                               const std::optional<Tensor>& bias, int64_t first_item,
-                                              c10::string_view precision, bool check) {
-  Arguments arguments({query, catalog, bias, first_item, precision, check});
+                                              c10::string_view precision, bool check,
+                                              const std::optional<Tensor>& norm_weight,
+                                              const std::optional<Tensor>& norm_bias, double norm_eps) {
+  Arguments arguments({query, catalog, bias, first_item, precision, check, norm_weight, norm_bias, norm_eps});
   RankProblem& problem = arguments.problem;
   const int64_t rows = query.size(0), items = catalog.size(0), size = stop - start;
   check_rank("start, stop", start, stop, items - first_item);
@@ -151,8 +157,9 @@ std::tuple<Tensor, Tensor, Tensor> rank_slice(const Tensor& query, const Tensor&
 
 std::tuple<Tensor, Tensor> top_k(const Tensor& query, const Tensor& catalog, int64_t k, const Tensor& exclude_values,
                                  const Tensor& exclude_offsets, const std::optional<Tensor>& bias, int64_t first_item,
-                                 c10::string_view precision, bool check) {
-  Arguments arguments({query, catalog, bias, first_item, precision, check});
+                                 c10::string_view precision, bool check, const std::optional<Tensor>& norm_weight,
+                                 const std::optional<Tensor>& norm_bias, double norm_eps) {
+  Arguments arguments({query, catalog, bias, first_item, precision, check, norm_weight, norm_bias, norm_eps});
   RankProblem& problem = arguments.problem;
   const int64_t rows = query.size(0), items = catalog.size(0);
   check_rank("k", 0, k, items - first_item);

@@ -5,6 +5,7 @@
 #include <c10/util/Exception.h>
 
 #include <limits>
+#include <optional>
 
 #include "cpu/tile.h"
 
@@ -38,6 +39,22 @@ inline at::Tensor floats_of(const char* name, const at::Tensor& t, int64_t lengt
   TORCH_CHECK_TYPE(at::isFloatingType(t.scalar_type()), name, " must be float32 or bfloat16, got ", t.scalar_type());
   return t.detach().to(at::kFloat).contiguous();
 }
+
+// The LayerNorm over a catalog's rows together with its tensors, or none.
+struct Norm {
+  at::Tensor weight, bias;
+  RowNorm norm{};
+
+  Norm(const std::optional<at::Tensor>& weight_, const std::optional<at::Tensor>& bias_, double eps, int64_t width) {
+    if (!weight_) return;
+    weight = floats_of("norm_weight", *weight_, width);
+    bias = floats_of("norm_bias", *bias_, width);
+    norm = {weight.const_data_ptr<float>(), bias.const_data_ptr<float>(), static_cast<float>(eps)};
+  }
+  Norm(const Norm&) = delete;
+
+  const RowNorm* get() const { return weight.defined() ? &norm : nullptr; }
+};
 
 // int32 or int64 ids of any shape, dense.
 inline at::Tensor ids_of(const char* name, const at::Tensor& t) {

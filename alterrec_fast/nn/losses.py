@@ -88,6 +88,8 @@ class _Loss(KeepsDtype):
 class _CatalogLoss(_Loss):
     """`slice_cross_entropy` over the rows whose target is not ignored."""
 
+    _op = staticmethod(slice_cross_entropy)
+
     def __init__(self, first_item: int, max_saved_bytes: int, *options: Any):
         super().__init__(*options)
         for name, value in (("first_item", first_item), ("max_saved_bytes", max_saved_bytes)):
@@ -109,7 +111,7 @@ class _CatalogLoss(_Loss):
         rows = real_rows(query, target, self.ignore_index)
         if neg is not None:
             rows = self._rows_of_negatives(neg.batch_size, target, rows)
-        losses = slice_cross_entropy(
+        losses = self._op(
             take_rows(query, rows, 1),
             catalog,
             take_rows(target, rows, 0),

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from alterrec_fast.nn.buffers import KeepsDtype
+from alterrec_fast.nn.fused_item_embedding import FusedItemEmbedding
 from alterrec_fast.nn.losses import real_rows, take_rows
 from alterrec_fast.nn.teachers import TeacherCopy, mean_of_items
 from alterrec_fast.ops import RankSlice, checks, dispatch, rank_slice
+from alterrec_fast.ops.layer_norm import NO_NORM, RowNorm
 from alterrec_fast.ops.slices import check_weights
 
 RANDOM = ("uniform", "popularity", "log_uniform")
@@ -138,7 +140,7 @@ class RankSliceSampler(KeepsDtype):
     def forward(
         self,
         query: Tensor,
-        catalog: Tensor,
+        catalog: Tensor | FusedItemEmbedding,
         target: Tensor,
         *,
         history: Tensor | None = None,
@@ -151,7 +153,7 @@ class RankSliceSampler(KeepsDtype):
 
         Args:
             query: (B, d) or (B, L, d), the model's own.
-            catalog: (V, d), the model's own.
+            catalog: (V, d), the model's own; or its FusedItemEmbedding, as a teacher may give as well.
             target: (B,) or (B, L) int32 or int64; ignore_index where there is none.
             history: (B, L) ids of each session's items, in order; ids below first_item are padding.
             bias: (V,), added to the model's scores, and not to a teacher's. An item whose bias is -inf is no negative,
@@ -162,6 +164,7 @@ class RankSliceSampler(KeepsDtype):
             TypeError, ValueError, BackendError: as `rank_slice` does, and where `history` is needed and missing. Rows
                 in messages count the targets not ignored.
         """
+        catalog, norm = _rows_of(catalog)
         rows = self._rows(query, catalog, target, bias)
         exclude = self._excluded(target, catalog.shape[0], history, rows)
         v, device = catalog.shape[0], query.device
@@ -176,7 +179,7 @@ class RankSliceSampler(KeepsDtype):
                 device=device,
                 weights=self._weights(v, device, bias),
             )
-        slice_ = self._slice(query, catalog, target, history, bias, inputs, rows, exclude)
+        slice_ = self._slice(query, catalog, norm, target, history, bias, inputs, rows, exclude)
         if self.hard_fraction == 1.0:
             return slice_
         return slice_.mix(self.hard_fraction, self._draws.next(device), self._weights(v, device, bias))
@@ -184,7 +187,7 @@ class RankSliceSampler(KeepsDtype):
     def sample(
         self,
         query: Tensor,
-        catalog: Tensor,
+        catalog: Tensor | FusedItemEmbedding,
         target: Tensor,
         *,
         num_negatives: int,
@@ -201,6 +204,7 @@ class RankSliceSampler(KeepsDtype):
         checks.check_integer("num_negatives", num_negatives)
         if num_negatives < 0:
             raise ValueError(f"num_negatives must be at least 0, got {num_negatives}")
+        catalog, norm = _rows_of(catalog)
         rows = self._rows(query, catalog, target, bias)
         exclude = self._excluded(target, catalog.shape[0], history, rows)
         hard = round(self.hard_fraction * num_negatives)
@@ -210,7 +214,7 @@ class RankSliceSampler(KeepsDtype):
         drawn = self._random_ids(catalog.shape[0], exclude, num_negatives - hard, generator, bias)
         if hard == 0:
             return drawn
-        slice_ = self._slice(query, catalog, target, history, bias, inputs, rows, exclude)
+        slice_ = self._slice(query, catalog, norm, target, history, bias, inputs, rows, exclude)
         return torch.cat([slice_.sample(hard, generator), drawn], 1)
 
     def log_q(self, *, num_negatives: int, num_items: int) -> Tensor:
@@ -282,6 +286,7 @@ class RankSliceSampler(KeepsDtype):
         self,
         query: Tensor,
         catalog: Tensor,
+        norm: RowNorm,
         target: Tensor,
         history: Tensor | None,
         bias: Tensor | None,
@@ -294,7 +299,7 @@ class RankSliceSampler(KeepsDtype):
             if bias is not None:  # its masks alone; +inf becomes NaN and stays an error
                 bias = torch.where(bias == -torch.inf, bias, bias * 0.0)
             with torch.no_grad():
-                query, catalog = self._ask(self.teacher, target, catalog.shape[0], history, inputs)
+                query, catalog, norm = self._ask(self.teacher, target, catalog.shape[0], history, inputs)
         if torch.compiler.is_compiling():  # ignored rows are ranked, too, and may hold anything: NaN would be an error
             query = query.detach().masked_fill((target == self.ignore_index).unsqueeze(-1), 0.0)
         return rank_slice(
@@ -308,13 +313,15 @@ class RankSliceSampler(KeepsDtype):
             precision=self.precision,
             check=self.check,
             backend=self.backend,
+            _norm=norm,
         )
 
     def _ask(
         self, teacher: Teacher, target: Tensor, num_items: int, history: Tensor | None, inputs: tuple[Any, ...] | None
-    ) -> tuple[Tensor, Tensor]:
-        """The teacher's query, of target's shape and a last dimension, and catalog (V, f)."""
+    ) -> tuple[Tensor, Tensor, RowNorm]:
+        """The teacher's query, of target's shape and a last dimension, and catalog (V, f) with its norm."""
         query: Tensor | None
+        norm = NO_NORM
         if isinstance(teacher, Tensor):
             query, catalog = None, teacher
         else:
@@ -325,7 +332,7 @@ class RankSliceSampler(KeepsDtype):
             answer: Any = teacher(*inputs)
             if not isinstance(answer, tuple) or len(answer) != 2:
                 raise TypeError(f"the teacher must return a tuple (query, catalog), got {checks.kind_of(answer)}")
-            query, catalog = answer
+            query, (catalog, norm) = answer[0], _rows_of(answer[1])
             checks.check_tensor("the teacher's query", query)
             checks.check_tensor("the teacher's catalog", catalog)
         if catalog.ndim != 2 or catalog.shape[0] != num_items:
@@ -336,7 +343,7 @@ class RankSliceSampler(KeepsDtype):
             query = mean_of_items(catalog, history, self.first_item, per_place=target.ndim == 2)
         if query.shape[:-1] != target.shape:
             raise ValueError(f"the teacher's query must be {tuple(target.shape)} and f, got {tuple(query.shape)}")
-        return query, catalog
+        return query, catalog, norm
 
     def _excluded(self, target: Tensor, num_items: int, history: Tensor | None, rows: Tensor | None) -> Tensor:
         """(T, m) ids that are never negatives of a row: its target and, if asked for, its session; -1 is none."""
@@ -420,6 +427,11 @@ class _Draws:
         self.number += 1
         state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
         return torch.Generator(device).manual_seed(int(state))
+
+
+def _rows_of(catalog: Any) -> tuple[Tensor, RowNorm]:
+    """A catalog's rows and the norm over them."""
+    return (catalog.table, catalog.norm) if isinstance(catalog, FusedItemEmbedding) else (catalog, NO_NORM)
 
 
 def _needed(name: str, value: Tensor | None, why: str) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from alterrec_fast.nn.fused_item_embedding import FusedItemEmbedding
 from alterrec_fast.ops import checks
 
 
@@ -50,7 +51,7 @@ class TeacherCopy(nn.Module):
         checks.check_number("decay", decay)
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"decay must lie in [0, 1], got {decay}")
-        self.vectors = vectors
+        self.vectors, self.decay = vectors, float(decay)
         self.copy = AveragedModel(_unwrapped(model), multi_avg_fn=get_ema_multi_avg_fn(decay))
         self.copy.update_parameters(_unwrapped(model))  # the first call copies, all later ones average
         self.copy.eval().requires_grad_(False)
@@ -75,7 +76,14 @@ class TeacherCopy(nn.Module):
         if shapes != expected:
             other = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
             raise ValueError(f"model must be of the kind that was copied; {other[0]} has another shape or is missing")
+        # A fused table is made of buffers, which are taken over at once: it moves here.
+        pairs = zip(self.copy.module.modules(), model.modules(), strict=True)
+        weights = [both for mine, theirs in pairs for both in _weights(mine, theirs)]
+        moved = [mine.lerp(theirs, 1.0 - self.decay) for mine, theirs in weights]
         self.copy.update_parameters(model)
+        with torch.no_grad():
+            for (mine, _), vector in zip(weights, moved, strict=True):
+                mine.copy_(vector)
 
     def train(self, mode: bool = True) -> TeacherCopy:
         """As of any module, but that the copy stays in eval mode."""
@@ -105,6 +113,14 @@ def mean_of_items(vectors: Tensor, history: Tensor, first_item: int, per_place: 
     if per_place:
         return rows.cumsum(1) / real.cumsum(1).clamp(min=1).unsqueeze(2)
     return rows.sum(1) / real.sum(1).clamp(min=1).unsqueeze(1)
+
+
+def _weights(mine: nn.Module, theirs: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """What a copy averages of a fused table: not its moments; nothing of other modules."""
+    if not isinstance(mine, FusedItemEmbedding):
+        return []
+    pairs = ((getattr(mine, name), getattr(theirs, name)) for name in ("table", "norm_weight", "norm_bias"))
+    return [pair for pair in pairs if pair[0] is not None]
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

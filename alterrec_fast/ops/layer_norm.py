@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,25 @@ from torch.autograd.function import once_differentiable
 
 TRITON = importlib.util.find_spec("triton") is not None
 WIDEST = 4096  # numbers in a row, at most, for the kernels
+
+
+class RowNorm(NamedTuple):
+    """The LayerNorm that a catalog's rows go through when they are read; none without a weight."""
+
+    norm_weight: Tensor | None = None  # (d,) float32, as the bias
+    norm_bias: Tensor | None = None
+    norm_eps: float = 1e-5
+
+    def of(self, rows: Tensor) -> Tensor:
+        """rows (n, d) -> (n, d); float32 with a norm, else the rows themselves."""
+        if self.norm_weight is None:
+            return rows
+        wide = rows if rows.dtype == torch.float64 else rows.float()
+        with torch.autocast(rows.device.type, enabled=False):
+            return F.layer_norm(wide, (rows.shape[1],), self.norm_weight, self.norm_bias, self.norm_eps)
+
+
+NO_NORM = RowNorm()
 
 
 class _LayerNorm(torch.autograd.Function):

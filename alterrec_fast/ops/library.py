@@ -67,7 +67,7 @@ class Op(Generic[Inputs]):
         triton: Callable[[Inputs], tuple[Tensor, ...]],
         fake: Callable[[Inputs], tuple[Tensor, ...]],
     ):
-        self.name, self.inputs, self.arguments = name, inputs, _arguments(inputs)
+        self.name, self.inputs, self.arguments = name, inputs, arguments_of(inputs)
         self._define(f"native_{name}", self.arguments, outputs)
         self._define(name, self.arguments | {"engine": str}, outputs)
         self._op = getattr(torch.ops.alterrec_fast, name).default
@@ -84,7 +84,7 @@ class Op(Generic[Inputs]):
             torch.library.register_fake(op, lambda *values: fake(self._packed(values)), lib=LIBRARY)
 
     def __call__(self, inputs: Inputs, engine: str) -> tuple[Tensor, ...]:
-        values = _flattened(inputs)
+        values = flattened(inputs)
         result = self._native(*values) if engine == "native" else self._op(*values, engine)
         return cast(tuple[Tensor, ...], result)
 
@@ -164,7 +164,7 @@ def _differentiable_gradients(
         return torch.autograd.grad(losses, list(views.values()), grad_losses, create_graph=True)
 
 
-def _arguments(inputs: type[tuple[Any, ...]]) -> dict[str, Any]:
+def arguments_of(inputs: type[tuple[Any, ...]]) -> dict[str, Any]:
     """Names and types of a NamedTuple's fields, those of a NamedTuple among them in its place."""
     arguments: dict[str, Any] = {}
     for name, kind in _field_types(inputs).items():
@@ -172,8 +172,8 @@ def _arguments(inputs: type[tuple[Any, ...]]) -> dict[str, Any]:
     return arguments
 
 
-def _flattened(inputs: tuple[Any, ...]) -> list[Any]:
-    """The values of `_arguments`, in their order."""
+def flattened(inputs: tuple[Any, ...]) -> list[Any]:
+    """The values of `arguments_of`, in their order."""
     values: list[Any] = []
     for value in inputs:
         if isinstance(value, tuple):
@@ -184,7 +184,7 @@ def _flattened(inputs: tuple[Any, ...]) -> list[Any]:
 
 
 def _pack(kind: type[tuple[Any, ...]], values: Iterator[Any]) -> tuple[Any, ...]:
-    """The inverse of `_flattened`."""
+    """The inverse of `flattened`."""
     return kind(*(_pack(k, values) if hasattr(k, "_fields") else next(values) for k in _field_types(kind).values()))
 
 

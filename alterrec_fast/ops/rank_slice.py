@@ -9,6 +9,7 @@ from torch import Tensor
 
 from alterrec_fast.ops import checks, dispatch
 from alterrec_fast.ops.checks import check_exclude_values
+from alterrec_fast.ops.layer_norm import NO_NORM, RowNorm
 from alterrec_fast.ops.library import Op
 from alterrec_fast.ops.reference import rank_slice_ref
 from alterrec_fast.ops.slices import RankSlice, bits_width, exclude_lists, unchecked_slice, uses_bits
@@ -27,6 +28,7 @@ def rank_slice(
     precision: str | None = None,
     check: bool | None = None,
     backend: str | None = None,
+    _norm: RowNorm = NO_NORM,  # of item tables, whose rows are ranked as they come out of it
 ) -> RankSlice:
     """The items of ranks [start, stop) by the score ``query @ catalog.T + bias``, for every row of the query.
 
@@ -65,11 +67,13 @@ def rank_slice(
     checked = dispatch.choose_check(check, query)
     arithmetic = dispatch.choose_precision(precision, query, catalog)
     query, catalog, bias = dispatch.detached(query, catalog, bias)
+    if engine != "native":
+        catalog, _norm = _norm.of(catalog), NO_NORM
     if engine == "reference":
         if checked:
             check_exclude_values(exclude_ids, catalog.shape[0])
         return rank_slice_ref(query, catalog, start, stop, top, exclude_ids, bias, first_item, arithmetic, checked)
-    inputs = _Inputs(query, catalog, start, stop, top, *exclude_ids, bias, first_item, arithmetic, checked)
+    inputs = _Inputs(query, catalog, start, stop, top, *exclude_ids, bias, first_item, arithmetic, checked, _norm)
     members, best, thresholds = _op(inputs, engine)
     as_bits = uses_bits(catalog.shape[0], stop - start)
     return unchecked_slice(
@@ -97,6 +101,7 @@ class _Inputs(NamedTuple):
     first_item: int
     precision: str
     check: bool
+    norm: RowNorm
 
 
 def _fake(x: _Inputs) -> tuple[Tensor, Tensor, Tensor]:

@@ -176,7 +176,7 @@ def slice_cross_entropy_ref(
     b, v = query.shape[0], catalog.shape[0]
     ignored = (target == ignore_index).unsqueeze(1)  # (B, 1)
     q, e = widen(query, precision).masked_fill(ignored, 0.0), widen(catalog, precision)
-    masked = _masked(bias, v, e.device)
+    masked = masked_items(bias, v, e.device)
     offset = None if bias is None else bias.to(e.dtype).masked_fill(masked, 0.0)
 
     def block(q: Tensor, e: Tensor, offset: Tensor | None, begin: int, end: int) -> Tensor:
@@ -184,11 +184,11 @@ def slice_cross_entropy_ref(
         y = y.masked_fill(masked, -math.inf)
         member = _negatives(neg, begin, end, v, first_item, y.device) & ~masked
         if check:
-            _check_finite(y[:, first_item:], masked[first_item:] | ignored[begin:end], begin)
-        pos_ids = _positive_ids(target, positives, begin, end, ignore_index)  # (b, 1 + P)
+            check_finite(y[:, first_item:], masked[first_item:] | ignored[begin:end], begin)
+        pos_ids = positive_ids(target, positives, begin, end, ignore_index)  # (b, 1 + P)
         member = member.scatter(1, pos_ids[:, :1].clamp(min=0), False)  # the target never is a negative
         logits = y.gather(1, pos_ids.clamp(min=0))
-        return _row_loss(y, member, logits, pos_ids, positive_weight)
+        return row_losses(log_sum_exp(y, member), logits, pos_ids, positive_weight)
 
     if check:
         check_loss_ids(target, positives, bias, first_item, v, ignore_index)
@@ -220,11 +220,11 @@ def sampled_softmax_ref(
         check_loss_ids(target, positives, bias, 0, v, ignore_index)
         check_ids_in("neg", neg if neg.ndim == 2 else neg.unsqueeze(1), 0, v, -1)
     ignored = (target == ignore_index).unsqueeze(1)  # (B, 1)
-    pos_ids = _positive_ids(target, positives, 0, b, ignore_index)  # (B, 1 + P)
+    pos_ids = positive_ids(target, positives, 0, b, ignore_index)  # (B, 1 + P)
     touched, place = torch.cat([pos_ids.flatten(), neg.flatten().long()]).clamp(min=0).unique(return_inverse=True)
     rows = _TouchedRows.apply(catalog, touched) if sparse_grad else catalog.index_select(0, touched)
     rows, q = widen(rows, precision), widen(query, precision).masked_fill(ignored, 0.0)
-    masked = _masked(bias, v, q.device)[touched]
+    masked = masked_items(bias, v, q.device)[touched]
     shift = torch.zeros(touched.numel(), dtype=q.dtype, device=q.device)  # what is added to q . e
     if bias is not None:
         shift = shift + bias.index_select(0, touched).to(q.dtype).masked_fill(masked, 0.0)
@@ -243,8 +243,8 @@ def sampled_softmax_ref(
         member = (ids >= 0) & (ids != pos[:, :1]) & ~masked[places]
         pos_logits = logits(q, rows, shift, minus, place_pos[begin:end])
         if check:
-            _check_finite(torch.cat([y, pos_logits], 1), torch.cat([~member, pos < 0], 1), begin)
-        return _row_loss(y, member, pos_logits, pos, positive_weight)
+            check_finite(torch.cat([y, pos_logits], 1), torch.cat([~member, pos < 0], 1), begin)
+        return row_losses(log_sum_exp(y, member), pos_logits, pos, positive_weight)
 
     width = neg.shape[0] if neg.ndim == 1 else neg.shape[1] * query.shape[1]
     blocks = list(_blocks(b, width)) or [(0, 0)]
@@ -274,18 +274,18 @@ def _scores(
         scores = q @ e.T
         if bias is not None:
             scores += bias[first_item:].to(scores.dtype)
-        masked = _masked(bias, catalog.shape[0], scores.device)[first_item:]
+        masked = masked_items(bias, catalog.shape[0], scores.device)[first_item:]
         if check:
-            _check_finite(scores, masked, row)
+            check_finite(scores, masked, row)
         return scores.masked_fill_(masked, -math.inf)
 
 
-def _masked(bias: Tensor | None, num_items: int, device: torch.device) -> Tensor:
+def masked_items(bias: Tensor | None, num_items: int, device: torch.device) -> Tensor:
     """(V,) bool, the items that are never candidates: their bias is -inf."""
     return torch.zeros(num_items, dtype=torch.bool, device=device) if bias is None else bias.detach() == -math.inf
 
 
-def _check_finite(scores: Tensor, skipped: Tensor, row: int) -> None:
+def check_finite(scores: Tensor, skipped: Tensor, row: int) -> None:
     """Raises ValueError with the row where a score that is not `skipped` (bool, broadcast) is not finite."""
     finite = torch.isfinite(scores) | skipped
     if not finite.all():
@@ -365,7 +365,7 @@ def _negatives(
     return mask
 
 
-def _positive_ids(target: Tensor, positives: Tensor | None, begin: int, end: int, ignore_index: int) -> Tensor:
+def positive_ids(target: Tensor, positives: Tensor | None, begin: int, end: int, ignore_index: int) -> Tensor:
     """(b, 1 + P) int64: target and positives; -1 for none, in a whole row where the target is ignored."""
     first = target[begin:end].long().unsqueeze(1)
     ignored = first == ignore_index
@@ -373,19 +373,35 @@ def _positive_ids(target: Tensor, positives: Tensor | None, begin: int, end: int
     return ids.masked_fill(ignored, -1)
 
 
-def _row_loss(y: Tensor, member: Tensor, logits: Tensor, pos_ids: Tensor, positive_weight: float) -> Tensor:
+def log_sum_exp(y: Tensor, member: Tensor) -> Tensor:
+    """(b, 1) of the members among y (b, N), -inf where there is none."""
+    has_negatives = member.any(1, keepdim=True)
+    # Zeros in place of the logits of a row without negatives keep NaN out of its gradient.
+    lse = y.masked_fill(~member, -math.inf).masked_fill(~has_negatives, 0.0).logsumexp(1, keepdim=True)
+    return lse.masked_fill(~has_negatives, -math.inf)
+
+
+def row_losses(lse: Tensor, logits: Tensor, pos_ids: Tensor, positive_weight: float) -> Tensor:
     """softplus(lse - y_t) + weight * sum_k softplus(lse - y_k), lse that of the members (AlterRec, Eqs. 8 to 11).
 
-    y (b, N) with member (b, N) bool; logits (b, 1 + P) of target and positives, pos_ids their ids, -1 for none.
+    lse (b, 1), logits (b, 1 + P) of target and positives, pos_ids their ids, -1 for none. A row without negatives has
+    zero loss.
     """
-    has_negatives = member.any(1, keepdim=True)
-    # A row without negatives has zero loss; zeros in place of its logits keep NaN out of its gradient.
-    lse = y.masked_fill(~member, -math.inf).masked_fill(~has_negatives, 0.0).logsumexp(1, keepdim=True)
-    counted = (pos_ids >= 0) & (pos_ids[:, :1] >= 0) & has_negatives
-    losses = -F.logsigmoid(logits.masked_fill(~counted, 0.0) - lse)  # softplus(lse - logits), exact at both ends
-    weight = torch.full_like(losses, positive_weight)
+    counted = counts(lse, pos_ids)
+    # softplus(lse - logits), exact at both ends
+    losses = -F.logsigmoid(logits.masked_fill(~counted, 0.0) - lse.masked_fill(lse == -math.inf, 0.0))
+    return torch.where(counted, losses * positive_weights(losses, positive_weight), 0.0).sum(1)
+
+
+def counts(lse: Tensor, pos_ids: Tensor) -> Tensor:
+    """(b, 1 + P) bool, the targets and positives that have a loss."""
+    return (pos_ids >= 0) & (pos_ids[:, :1] >= 0) & (lse != -math.inf)
+
+
+def positive_weights(like: Tensor, positive_weight: float) -> Tensor:
+    weight = torch.full_like(like, positive_weight)
     weight[:, 0] = 1.0
-    return torch.where(counted, losses * weight, 0.0).sum(1)
+    return weight
 
 
 def reduce_loss(rows: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:

@@ -66,11 +66,67 @@ def slice_cross_entropy(
         TypeError, ValueError, BackendError: as `rank_slice` does; ValueError also for ids beyond the catalog and,
             with the row, for a target or positive whose bias is -inf.
     """
+    x = checked_problem(
+        query,
+        catalog,
+        target,
+        neg,
+        positives=positives,
+        positive_weight=positive_weight,
+        temperature=temperature,
+        bias=bias,
+        first_item=first_item,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        max_saved_bytes=max_saved_bytes,
+        precision=precision,
+        check=check,
+        backend=backend,
+    )
+    if x.engine == "reference":
+        losses = _reference(x.problem, neg, x.arithmetic, x.check)
+    else:
+        saved_size = 0
+        if dispatch.needs_gradient(query, catalog, bias):
+            bounded = torch.sym_min(max_saved_bytes, saved_by_native(query.shape[0], query.shape[1], catalog.shape[0]))
+            saved_size = bounded if x.engine == "native" else _saved_by_triton(x.problem)
+        losses = _op(_Forward(x.problem, saved_size, x.check), x.engine)[0]
+    return reduce_loss(losses, target, ignore_index, reduction)
+
+
+class Checked(NamedTuple):
+    """A call's problem and choices, once its arguments are checked."""
+
+    problem: SliceLoss
+    engine: str
+    arithmetic: str
+    check: bool
+
+
+def checked_problem(
+    query: Tensor,
+    catalog: Tensor,
+    target: Tensor,
+    neg: RankSlice | None,
+    *,
+    positives: Tensor | None,
+    positive_weight: float,
+    temperature: float,
+    bias: Tensor | None,
+    first_item: int,
+    reduction: str,
+    ignore_index: int,
+    max_saved_bytes: int,
+    precision: str | None,
+    check: bool | None,
+    backend: str | None,
+) -> Checked:
+    """The arguments of `slice_cross_entropy`, checked but for values."""
     checks.check_tensor("query", query)
     engine = dispatch.choose_backend(backend, query, "slice_cross_entropy")
     checks.check_matrices(query, catalog, bias, first_item, engine)
     checks.check_loss(temperature, positive_weight, reduction)
-    (b, d), v = query.shape, catalog.shape[0]
+    b, v = query.shape[0], catalog.shape[0]
     checks.check_ids("target", target, b, (1,), query.device)
     if positives is not None:
         checks.check_ids("positives", positives, b, (2,), query.device)
@@ -102,15 +158,7 @@ def slice_cross_entropy(
         ignore_index,
         arithmetic == "bf16",
     )
-    if engine == "reference":
-        losses = _reference(problem, neg, arithmetic, checked)
-    else:
-        saved_size = 0
-        if dispatch.needs_gradient(query, catalog, bias):
-            bounded = torch.sym_min(max_saved_bytes, _saved_by_native(b, v, d))
-            saved_size = bounded if engine == "native" else _saved_by_triton(problem)
-        losses = _op(_Forward(problem, saved_size, checked), engine)[0]
-    return reduce_loss(losses, target, ignore_index, reduction)
+    return Checked(problem, engine, arithmetic, checked)
 
 
 class SliceLoss(NamedTuple):
@@ -148,7 +196,7 @@ class _Backward(NamedTuple):
     needs: list[bool]  # whether the gradient of query, catalog, bias is asked for
 
 
-def _saved_by_native(rows: int, items: int, width: int) -> int:
+def saved_by_native(rows: int, width: int, items: int) -> int:
     """The most that the native engine can use: float32 logits of whole tiles of 512 items with a scale for each tile
     and row; for a slice of ids, a softmax over them and a mean embedding."""
     return rows * (-(-items // 512) * (512 + 1) + width) * 4

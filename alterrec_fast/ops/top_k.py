@@ -9,6 +9,7 @@ from torch import Tensor
 
 from alterrec_fast.ops import checks, dispatch
 from alterrec_fast.ops.checks import check_exclude_values
+from alterrec_fast.ops.layer_norm import NO_NORM, RowNorm
 from alterrec_fast.ops.library import Op
 from alterrec_fast.ops.reference import top_k_ref
 from alterrec_fast.ops.slices import exclude_lists
@@ -32,6 +33,7 @@ def top_k(
     precision: str | None = None,
     check: bool | None = None,
     backend: str | None = None,
+    _norm: RowNorm = NO_NORM,  # of item tables, whose rows are ranked as they come out of it
 ) -> TopK:
     """The k best items by the score ``query @ catalog.T + bias``: scores (B, k) float32 and indices (B, k) int64.
 
@@ -56,11 +58,13 @@ def top_k(
     checked = dispatch.choose_check(check, query)
     arithmetic = dispatch.choose_precision(precision, query, catalog)
     query, catalog, bias = dispatch.detached(query, catalog, bias)
+    if engine != "native":
+        catalog, _norm = _norm.of(catalog), NO_NORM
     if engine == "reference":
         if checked:
             check_exclude_values(exclude_ids, catalog.shape[0])
         return TopK(*top_k_ref(query, catalog, k, exclude_ids, bias, first_item, arithmetic, checked))
-    inputs = _Inputs(query, catalog, k, *exclude_ids, bias, first_item, arithmetic, checked)
+    inputs = _Inputs(query, catalog, k, *exclude_ids, bias, first_item, arithmetic, checked, _norm)
     return TopK(*_op(inputs, engine))
 
 
@@ -74,6 +78,7 @@ class _Inputs(NamedTuple):
     first_item: int
     precision: str
     check: bool
+    norm: RowNorm
 
 
 def _fake(x: _Inputs) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 // the sanitizers' test binary (tests/plain_blas.cpp), so that no kernel knows torch.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 
@@ -38,5 +39,18 @@ int num_threads();
 
 // Calls task(i) once for each i in [0, tasks), spread over the threads; the first exception is thrown to the caller.
 void parallel_for(int64_t tasks, const std::function<void(int64_t)>& task);
+
+// Runs the tasks inside a parallel region even if there is only one: the BLAS then always uses one thread for each
+// product, and rounds in the same way for any number of threads.
+template <class Task>
+inline void for_each(int64_t tasks, const Task& task) {
+  parallel_for(std::max<int64_t>(tasks, 2), [&](int64_t i) {
+    if (i < tasks) task(i);
+  });
+}
+
+// Partial sums are over chunks. Their number must not depend on the number of threads, else results would.
+// The chunk'th of `chunks` nearly equal parts of [0, n) begins here.
+inline int64_t part(int64_t n, int64_t chunk, int64_t chunks) { return n * chunk / chunks; }
 
 }  // namespace alterrec

@@ -6,59 +6,30 @@
 
 #include "cpu/blas.h"
 #include "cpu/kernels.h"
-#include "cpu/loss_bf16.h"
 
 namespace alterrec {
 namespace {
 
-constexpr int64_t kTileColumns = 512;  // columns of a tile, a multiple of 64
-constexpr int64_t kBlock = 512;        // rows that meet a tile at once: kTileColumns * kBlock logits stay in cache
-constexpr int64_t kWords = kTileColumns / 64;
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
-
-// Partial sums are over chunks of tiles. Their number must not depend on the number of threads, else results would.
-constexpr int64_t kForwardChunks = 64, kBackwardChunks = 16;
-constexpr int64_t kPartBytes = 64 << 20;
-
-// Runs the tasks inside a parallel region even if there is only one: the BLAS then always uses one thread for each
-// product, and rounds in the same way for any number of threads.
-template <class Task>
-void for_each(int64_t tasks, const Task& task) {
-  parallel_for(std::max<int64_t>(tasks, 2), [&](int64_t i) {
-    if (i < tasks) task(i);
-  });
-}
-
-// The chunk'th of `chunks` nearly equal parts of [0, n) begins here.
-int64_t part(int64_t n, int64_t chunk, int64_t chunks) { return n * chunk / chunks; }
+constexpr int64_t kForwardChunks = 64;
 
 }  // namespace
-
-struct DenseLoss::Scratch {
-  Buffer<uint64_t> masks;         // (kBlock, kWords)
-  Buffer<float> logits;           // (kBlock, kTileColumns)
-  Buffer<uint16_t> exponentials;  // the same in bf16
-  Buffer<float> gathered, tile_copy;
-  const float* tile;  // (count, d) float32
-  int64_t tile_stride;
-  Bf16Tile bf16;
-  Buffer<float> weights, scaled_query, query_product, catalog_sum, bias_sum, row;
-};
 
 DenseLoss::DenseLoss(const LossProblem& problem, const Columns& columns, const Members& members)
     : problem_(problem),
       columns_(columns),
       members_(members),
+      few_(members.few(columns.count)),
       arithmetic_(choose_arithmetic(problem.bf16)),
       rows_(problem.query.rows),
       width_(problem.query.cols),
-      padded_(arithmetic_ == Arithmetic::kBf16 ? round_up(width_, 32) : width_),
+      padded_(arithmetic_ == Arithmetic::kBf16 && !few_ ? round_up(width_, 32) : width_),
       tiles_((columns.count + kTileColumns - 1) / kTileColumns),
       query_(float_rows(problem.query, 0, rows_, problem.bf16, query_copy_, &query_stride_)),
       positives_(problem, query_, query_stride_),
       target_column_(rows_),
       ids_count_(members.form == Members::Form::kIds ? rows_ : 0) {
-  if (arithmetic_ == Arithmetic::kBf16) {
+  if (arithmetic_ == Arithmetic::kBf16 && !few_) {
     bf16_rows(problem.query, 0, rows_, padded_, query_bf16_.reserve(rows_ * padded_));
   }
   for (int64_t row = 0; row < rows_; ++row) target_column_[row] = column_of(positives_.item(row, 0));
@@ -78,33 +49,18 @@ int64_t DenseLoss::saved_tile_bytes() const {
 }
 
 DenseLoss::Saved DenseLoss::saved(const uint8_t* bytes, int64_t size) const {
-  const int64_t tiles = rows_ == 0 ? 0 : size / saved_tile_bytes();
   uint8_t* values = const_cast<uint8_t*>(bytes);
+  if (few_) {
+    const bool room = size > 0 && size >= rows_ * members_.ids_width * static_cast<int64_t>(sizeof(float));
+    return {0, nullptr, nullptr, room ? reinterpret_cast<float*>(values) : nullptr};
+  }
+  const int64_t tiles = rows_ == 0 ? 0 : size / saved_tile_bytes();
   const int64_t value_bytes = tiles * (saved_tile_bytes() - rows_ * static_cast<int64_t>(sizeof(float)));
-  return {tiles, reinterpret_cast<float*>(values + value_bytes), values};
+  return {tiles, reinterpret_cast<float*>(values + value_bytes), values, nullptr};
 }
 
 DenseLoss::Tile DenseLoss::tile(int64_t index) const {
   return {index, index * kTileColumns, std::min(kTileColumns, columns_.count - index * kTileColumns)};
-}
-
-DenseLoss::PosByTile DenseLoss::sort_positives() const {
-  const auto each = [&](const auto& visit) {  // visit(tile, entry), in the order of entries
-    for (int64_t row = 0; row < rows_; ++row) {
-      for (int64_t k = 0; k < positives_.width(); ++k) {
-        if (positives_.dlogit(row, k) == 0.0f) continue;
-        visit(column_of(positives_.item(row, k)) / kTileColumns, static_cast<uint32_t>(row * positives_.width() + k));
-      }
-    }
-  };
-  PosByTile out;
-  out.begin.assign(tiles_ + 1, 0);
-  each([&](int64_t tile, uint32_t) { ++out.begin[tile + 1]; });
-  for (int64_t tile = 0; tile < tiles_; ++tile) out.begin[tile + 1] += out.begin[tile];
-  out.entries.resize(out.begin[tiles_]);
-  std::vector<int64_t> next(out.begin.begin(), out.begin.end() - 1);
-  each([&](int64_t tile, uint32_t entry) { out.entries[next[tile]++] = entry; });
-  return out;
 }
 
 // Makes the tile's rows ready for the products.
@@ -123,7 +79,8 @@ void DenseLoss::load(const Tile& tile, Scratch& scratch) const {
     rows.data = row_at(rows, tile.begin);
   }
   rows.rows = tile.count;
-  if (arithmetic_ == Arithmetic::kBf16) {
+  if (rows.norm) rows = normalised(rows, 0, tile.count, scratch.normed);
+  if (arithmetic_ == Arithmetic::kBf16 && !few_) {
     scratch.bf16.load(rows, padded_);
   } else {
     scratch.tile = float_rows(rows, 0, tile.count, problem_.bf16, scratch.tile_copy, &scratch.tile_stride);
@@ -190,8 +147,18 @@ void DenseLoss::logits(const Tile& tile, int64_t begin, int64_t end, float* y, S
   }
 }
 
-void DenseLoss::forward_tile(const Tile& tile, const Saved& saved, float* top, float* sum, Fault& fault,
+// Adds p (end - begin, kTileColumns), each row over its largest logit in the tile, to the means: sums.top has been raised
+// to that, and scratch.weights says by what the row's exponentials are larger than they would be over sums.top.
+void DenseLoss::add_to_means(const Tile& tile, int64_t begin, int64_t end, const void* p, const Sums& sums,
                              Scratch& scratch) const {
+  const float* weights = scratch.weights.get();
+  if (std::all_of(weights, weights + (end - begin), [](float w) { return w == 0.0f; })) return;
+  add_products(tile, begin, end, p, nullptr, false, sums.mean, scratch);
+}
+
+void DenseLoss::forward_tile(const Tile& tile, const Saved& saved, const Sums& sums, Fault& fault,
+                             Scratch& scratch) const {
+  if (few_) return forward_few(tile, saved, sums, fault, scratch);
   const LossKernels& kernel = loss_kernels();
   const bool keeps = tile.index < saved.tiles, bf16 = arithmetic_ == Arithmetic::kBf16;
   const int64_t words = (tile.count + 63) / 64;
@@ -206,50 +173,63 @@ void DenseLoss::forward_tile(const Tile& tile, const Saved& saved, float* top, f
     loaded = true;
     const int64_t place = (tile.index * rows_ + begin) * kTileColumns;  // in saved.values
     const bool in_place = keeps && !bf16;
-    float* y =
+    float* const y =
         in_place ? reinterpret_cast<float*>(saved.values) + place : scratch.logits.reserve(kBlock * kTileColumns);
+    uint16_t* const narrow = !bf16   ? nullptr
+                             : keeps ? reinterpret_cast<uint16_t*>(saved.values) + place
+                             : sums.mean ? scratch.exponentials.reserve(kBlock * kTileColumns)
+                                         : nullptr;
+    float* weights = scratch.weights.reserve(kBlock);
     logits(tile, begin, end, y, scratch);
-    for (int64_t row = begin; row < end; ++row, y += kTileColumns) {
+    for (int64_t row = begin; row < end; ++row) {
+      float* x = y + (row - begin) * kTileColumns;
       const uint64_t* mask = scratch.masks.get() + (row - begin) * kWords;
       bool finite = true;
-      const float largest = kernel.row_max(y, mask, words, &finite);
+      const float largest = kernel.row_max(x, mask, words, &finite);
       if (!finite && !positives_.ignored(row)) {
         for (int64_t c = std::max<int64_t>(0, problem_.first_item - tile.begin); c < tile.count; ++c) {
           const bool masked = columns_.masked && columns_.masked[(tile.begin + c) / 64] >> (tile.begin + c) % 64 & 1;
-          if (std::isfinite(y[c]) || masked) continue;
-          fault.note(row, tile.begin + c, y[c]);
+          if (std::isfinite(x[c]) || masked) continue;
+          fault.note(row, tile.begin + c, x[c]);
           // Where nothing is checked, such a negative shall show in the loss.
-          if (mask[c / 64] >> c % 64 & 1) sum[row] = std::numeric_limits<float>::quiet_NaN();
+          if (mask[c / 64] >> c % 64 & 1) sums.sum[row] = std::numeric_limits<float>::quiet_NaN();
         }
       }
-      float part_sum;
-      if (keeps && bf16) {
-        uint16_t* out = reinterpret_cast<uint16_t*>(saved.values) + place + (row - begin) * kTileColumns;
-        part_sum = kernel.row_exp_bf16(y, mask, words, largest, out);
-      } else {
-        part_sum = kernel.row_exp(y, mask, words, largest, y);
-      }
+      const float part_sum = narrow ? kernel.row_exp_bf16(x, mask, words, largest, narrow + (x - y))
+                                    : kernel.row_exp(x, mask, words, largest, x);
       if (keeps) saved.top[tile.index * rows_ + row] = largest;
+      weights[row - begin] = 0.0f;
       if (largest == kLowest) continue;
-      if (largest > top[row]) {
-        sum[row] = sum[row] * std::exp(top[row] - largest) + part_sum;
-        top[row] = largest;
+      float &top = sums.top[row], &sum = sums.sum[row];
+      if (largest > top) {
+        const float shrink = std::exp(top - largest);
+        sum = sum * shrink + part_sum;
+        if (sums.mean) kernel.scale(shrink, sums.mean + row * width_, width_, sums.mean + row * width_);
+        top = largest;
+        weights[row - begin] = 1.0f;
       } else {
-        sum[row] += part_sum * std::exp(largest - top[row]);
+        weights[row - begin] = std::exp(largest - top);
+        sum += part_sum * weights[row - begin];
       }
     }
+    if (sums.mean) add_to_means(tile, begin, end, narrow ? static_cast<const void*>(narrow) : y, sums, scratch);
   }
 }
 
-void DenseLoss::forward(uint8_t* bytes, int64_t size, float* losses, float* lse) const {
+void DenseLoss::forward(uint8_t* bytes, int64_t size, float* losses, float* lse, float* mean) const {
   const Saved keep = saved(bytes, size);
-  const int64_t chunks = std::min(tiles_, kForwardChunks);
+  const int64_t chunks = mean ? mean_chunks() : std::min(tiles_, kForwardChunks);
   std::vector<float> top(chunks * rows_, kLowest), sum(chunks * rows_, 0.0f);
   std::vector<Fault> faults(chunks);
+  Buffer<float> means;
+  if (mean) means.reserve(chunks * rows_ * width_);
   for_each(chunks, [&](int64_t chunk) {
     Scratch scratch;
+    float* chunk_mean = mean ? means.get() + chunk * rows_ * width_ : nullptr;
+    if (chunk_mean) std::fill(chunk_mean, chunk_mean + rows_ * width_, 0.0f);
+    const Sums sums{top.data() + chunk * rows_, sum.data() + chunk * rows_, chunk_mean};
     for (int64_t t = part(tiles_, chunk, chunks); t < part(tiles_, chunk + 1, chunks); ++t) {
-      forward_tile(tile(t), keep, top.data() + chunk * rows_, sum.data() + chunk * rows_, faults[chunk], scratch);
+      forward_tile(tile(t), keep, sums, faults[chunk], scratch);
     }
   });
   Fault fault = positives_.fault();
@@ -264,6 +244,14 @@ void DenseLoss::forward(uint8_t* bytes, int64_t size, float* losses, float* lse)
       total += sum[i] == 0 ? 0.0 : sum[i] * std::exp(static_cast<double>(top[i]) - largest);
     }
     lse[row] = total == 0 ? kLowest : static_cast<float>(largest + std::log(total));
+    if (!mean) continue;
+    std::fill(mean + row * width_, mean + (row + 1) * width_, 0.0f);
+    for (int64_t chunk = 0; chunk < chunks && total != 0; ++chunk) {
+      const int64_t i = chunk * rows_ + row;
+      if (sum[i] == 0) continue;
+      const auto weight = static_cast<float>(std::exp(static_cast<double>(top[i]) - largest) / total);
+      loss_kernels().add_scaled(weight, means.get() + i * width_, width_, mean + row * width_);
+    }
   }
   positives_.losses(lse, losses);
 }
@@ -308,115 +296,6 @@ void DenseLoss::add_products(const Tile& tile, int64_t begin, int64_t end, const
       kernel.add_scaled(weights[i], product + i * padded_, width_, query_sum + (begin + i) * width_);
     }
   }
-}
-
-void DenseLoss::backward_tile(const Tile& tile, const BackwardPass& pass, float* query_sum, Scratch& scratch) const {
-  const auto& [saved, lse, positives, gradients, by_item] = pass;
-  const LossKernels& kernel = loss_kernels();
-  const bool keeps = tile.index < saved.tiles, bf16 = arithmetic_ == Arithmetic::kBf16;
-  const int64_t words = (tile.count + 63) / 64;
-  // A float32 gradient is summed where it belongs, unless its rows are padded or scattered.
-  const bool direct = gradients.catalog && !gradients.catalog_bf16 && padded_ == width_ && !by_item;
-  float* catalog_sum = direct              ? static_cast<float*>(gradients.catalog) + tile.begin * width_
-                       : gradients.catalog ? scratch.catalog_sum.reserve(kTileColumns * padded_)
-                                           : nullptr;
-  float* bias_sum = gradients.bias ? scratch.bias_sum.reserve(kTileColumns) : nullptr;
-  if (bias_sum) std::fill(bias_sum, bias_sum + tile.count, 0.0f);
-  load(tile, scratch);
-  bool added = false;
-  for (int64_t begin = 0; begin < rows_; begin += kBlock) {
-    const int64_t end = std::min(rows_, begin + kBlock);
-    float* weights = scratch.weights.reserve(kBlock);
-    const void* p;
-    if (keeps) {
-      const float* top = saved.top + tile.index * rows_;
-      if (*std::max_element(top + begin, top + end) == kLowest) continue;
-      for (int64_t row = begin; row < end; ++row) {
-        // Rows without loss have the weight zero, and maybe no finite lse.
-        const float weight = positives_.weights()[row];
-        weights[row - begin] = weight == 0.0f ? 0.0f : weight * std::exp(top[row] - lse[row]);
-      }
-      p = saved.values + (tile.index * rows_ + begin) * kTileColumns * (bf16 ? 2 : 4);
-    } else {
-      if (!fill_masks(tile, begin, end, scratch)) continue;
-      float* y = scratch.logits.reserve(kBlock * kTileColumns);
-      uint16_t* narrow = bf16 ? scratch.exponentials.reserve(kBlock * kTileColumns) : nullptr;
-      logits(tile, begin, end, y, scratch);
-      for (int64_t i = 0; i < end - begin; ++i) {
-        const uint64_t* mask = scratch.masks.get() + i * kWords;
-        weights[i] = positives_.weights()[begin + i];
-        if (bf16) {
-          kernel.row_exp_bf16(y + i * kTileColumns, mask, words, lse[begin + i], narrow + i * kTileColumns);
-        } else {
-          kernel.row_exp(y + i * kTileColumns, mask, words, lse[begin + i], y + i * kTileColumns);
-        }
-      }
-      p = bf16 ? static_cast<const void*>(narrow) : y;
-    }
-    for (int64_t i = 0; i < end - begin; ++i) weights[i] /= problem_.temperature;
-    for (int64_t i = 0; bias_sum && i < end - begin; ++i) {
-      const float* row = static_cast<const float*>(p) + i * kTileColumns;
-      if (bf16) {
-        float* wide = scratch.row.reserve(kTileColumns);
-        kernels().widen(static_cast<const uint16_t*>(p) + i * kTileColumns, tile.count, wide);
-        row = wide;
-      }
-      kernel.add_scaled(weights[i], row, tile.count, bias_sum);
-    }
-    add_products(tile, begin, end, p, catalog_sum, added, query_sum, scratch);
-    added = true;
-  }
-  if (catalog_sum && !added) std::fill(catalog_sum, catalog_sum + tile.count * padded_, 0.0f);
-  for (int64_t i = positives.begin[tile.index]; i < positives.begin[tile.index + 1]; ++i) {
-    const int64_t row = positives.entries[i] / positives_.width(), place = positives.entries[i] % positives_.width();
-    const int64_t column = column_of(positives_.item(row, place)) - tile.begin;
-    const float dlogit = positives_.dlogit(row, place) / problem_.temperature;
-    if (catalog_sum) kernel.add_scaled(dlogit, query_ + row * query_stride_, width_, catalog_sum + column * padded_);
-    if (bias_sum) bias_sum[column] += dlogit;
-  }
-  for (int64_t i = 0; i < tile.count; ++i) {
-    const int64_t row = by_item ? columns_.items[tile.begin + i] : tile.begin + i;
-    if (bias_sum) gradients.bias[row] = bias_sum[i];
-    if (!catalog_sum || direct) continue;
-    write_row(catalog_sum + i * padded_, row, width_, gradients.catalog_bf16, gradients.catalog);
-  }
-}
-
-// Adds the chunks' parts in their order, and what targets and positives add.
-void DenseLoss::finish_query(const float* parts, int64_t chunks, const Gradients& gradients) const {
-  constexpr int64_t kRowsPerTask = 32;
-  for_each((rows_ + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
-    std::vector<float> sum(width_), of_positives(width_);
-    for (int64_t row = task * kRowsPerTask; row < std::min(rows_, (task + 1) * kRowsPerTask); ++row) {
-      std::fill(sum.begin(), sum.end(), 0.0f);
-      std::fill(of_positives.begin(), of_positives.end(), 0.0f);
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        loss_kernels().add_scaled(1.0f, parts + (chunk * rows_ + row) * width_, width_, sum.data());
-      }
-      positives_.add_to_query_gradient(row, of_positives.data());
-      loss_kernels().add_scaled(1.0f / problem_.temperature, of_positives.data(), width_, sum.data());
-      write_row(sum.data(), row, width_, gradients.query_bf16, gradients.query);
-    }
-  });
-}
-
-void DenseLoss::backward(const float* grad_losses, const float* lse, const uint8_t* bytes, int64_t size,
-                         const Gradients& gradients, bool by_item) {
-  positives_.differentiate(grad_losses, lse);
-  const BackwardPass pass{saved(bytes, size), lse, sort_positives(), gradients, by_item};
-  const int64_t part_bytes = std::max<int64_t>(1, rows_ * width_ * static_cast<int64_t>(sizeof(float)));
-  const int64_t chunks = std::min(tiles_, std::clamp<int64_t>(kPartBytes / part_bytes, 1, kBackwardChunks));
-  Buffer<float> parts_memory;
-  float* parts = gradients.query ? parts_memory.reserve(chunks * rows_ * width_) : nullptr;
-  for_each(chunks, [&](int64_t chunk) {
-    Scratch scratch;
-    float* query_sum = gradients.query ? parts + chunk * rows_ * width_ : nullptr;
-    if (query_sum) std::fill(query_sum, query_sum + rows_ * width_, 0.0f);
-    for (int64_t t = part(tiles_, chunk, chunks); t < part(tiles_, chunk + 1, chunks); ++t) {
-      backward_tile(tile(t), pass, query_sum, scratch);
-    }
-  });
-  if (gradients.query) finish_query(parts, chunks, gradients);
 }
 
 }  // namespace alterrec

@@ -12,6 +12,11 @@ namespace {
 
 constexpr int64_t kRowsPerTask = 64;
 
+// A row of the catalog, in memory or, where it has a norm, in `normed`.
+const void* row_of(const Matrix& catalog, int64_t id, Buffer<float>& normed) {
+  return catalog.norm ? normalised(catalog, id, 1, normed).data : row_at(catalog, id);
+}
+
 // log(1 + exp(x)) and its derivative, exact at both ends.
 double softplus(double x) { return std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x))); }
 double sigmoid(double x) { return x >= 0 ? 1.0 / (1.0 + std::exp(-x)) : std::exp(x) / (1.0 + std::exp(x)); }
@@ -40,7 +45,7 @@ void Fault::raise() const {
 }
 
 Row row_kind(const LossProblem& problem) {
-  if (problem.catalog.bf16) return Row::kBF16;
+  if (problem.catalog.bf16 && !problem.catalog.norm) return Row::kBF16;
   return problem.bf16 ? Row::kF32Rounded : Row::kF32;
 }
 
@@ -70,11 +75,12 @@ Positives::Positives(const LossProblem& problem, const float* query, int64_t str
   std::vector<Fault> faults((rows_ + kRowsPerTask - 1) / kRowsPerTask);
   const auto dot = loss_kernels().dot_rows[static_cast<int>(row_kind(problem))];
   parallel_for(faults.size(), [&](int64_t task) {
+    Buffer<float> normed;
     for (int64_t row = task * kRowsPerTask; row < std::min(rows_, (task + 1) * kRowsPerTask); ++row) {
       for (int64_t k = 0; k < width_; ++k) {
         const int64_t id = item(row, k);
         if (id < 0) continue;
-        const void* e = row_at(problem.catalog, id);
+        const void* e = row_of(problem.catalog, id, normed);
         float y = 0;
         dot(query + row * stride, &e, 1, problem.catalog.cols, &y);
         if (problem.bias) y += problem.bias[id];
@@ -123,10 +129,11 @@ void Positives::differentiate(const float* grad_losses, const float* lse) {
 
 void Positives::add_to_query_gradient(int64_t row, float* out) const {
   const auto add = loss_kernels().weighted_sum[static_cast<int>(row_kind(problem_))];
+  Buffer<float> normed;
   for (int64_t k = 0; k < width_; ++k) {
     const float weight = dlogit(row, k);
     if (weight == 0.0f) continue;
-    const void* e = row_at(problem_.catalog, item(row, k));
+    const void* e = row_of(problem_.catalog, item(row, k), normed);
     add(&weight, &e, 1, problem_.catalog.cols, out);
   }
 }

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "cpu/isa.h"
+#include "cpu/table_kernels.h"
 
 // Vectors are only passed to functions that are always inlined, so their calling convention does not matter.
 #if !defined(__clang__)
@@ -21,6 +22,7 @@ namespace {
 
 namespace plain {
 #include "cpu/loss_kernels_impl.h"
+#include "cpu/table_kernels_impl.h"
 }
 
 #if defined(ALTERREC_X86)
@@ -32,6 +34,7 @@ namespace plain {
 #endif
 namespace avx2 {
 #include "cpu/loss_kernels_impl.h"
+#include "cpu/table_kernels_impl.h"
 }
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -43,6 +46,7 @@ namespace avx2 {
 #endif
 namespace avx512 {
 #include "cpu/loss_kernels_impl.h"
+#include "cpu/table_kernels_impl.h"
 }
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -59,6 +63,14 @@ const LossKernels& loss_kernels() {
   if (isa() == Isa::kAvx2) return avx2::kernels;
 #endif
   return plain::kernels;
+}
+
+const TableKernels& table_kernels() {
+#if defined(ALTERREC_X86)
+  if (isa() >= Isa::kAvx512) return avx512::for_tables;
+  if (isa() == Isa::kAvx2) return avx2::for_tables;
+#endif
+  return plain::for_tables;
 }
 
 }  // namespace alterrec

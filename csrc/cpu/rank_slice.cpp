@@ -332,7 +332,8 @@ class Engine {
       const char* row = static_cast<const char*>(problem_.catalog.data) + items[i] * problem_.catalog.stride * size;
       std::copy_n(row, bytes, gathered.get() + i * bytes);
     }
-    const Matrix sample{gathered.get(), problem_.catalog.bf16, sampled_, problem_.catalog.cols, problem_.catalog.cols};
+    const Matrix sample{gathered.get(), problem_.catalog.bf16, sampled_, problem_.catalog.cols, problem_.catalog.cols,
+                        problem_.catalog.norm};
 
     std::vector<Limits> limits(count);
     const int64_t rows = kSampleRows;

@@ -6,12 +6,27 @@
 #include "cpu/blas.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
+#include "cpu/table_kernels.h"
 
 namespace alterrec {
 
 Arithmetic choose_arithmetic(bool bf16) {
   if (!bf16) return Arithmetic::kFp32;
   return isa() >= Isa::kAvx512Bf16 ? Arithmetic::kBf16 : Arithmetic::kBf16InFp32;
+}
+
+Matrix normalised(const Matrix& x, int64_t begin, int64_t count, Buffer<float>& copy) {
+  float* out = copy.reserve(count * x.cols);
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t place = (begin + r) * x.stride;
+    const float* row = static_cast<const float*>(x.data) + place;
+    if (x.bf16) {
+      kernels().widen(static_cast<const uint16_t*>(x.data) + place, x.cols, out + r * x.cols);
+      row = out + r * x.cols;
+    }
+    table_kernels().normalise(row, x.cols, *x.norm, out + r * x.cols);
+  }
+  return {out, false, count, x.cols, x.cols};
 }
 
 const float* float_rows(const Matrix& x, int64_t begin, int64_t count, bool round, Buffer<float>& copy,
@@ -65,6 +80,7 @@ void QueryBlock::scores(const Matrix& catalog, int64_t item, int64_t count, floa
     for (int64_t r = 0; r < rows_; ++r) std::fill_n(out + r * ld, count, 0.0f);
     return;
   }
+  if (catalog.norm) return scores(normalised(catalog, item, count, scratch.normed), 0, count, out, ld, scratch);
   if (arithmetic_ == Arithmetic::kBf16) {
     uint16_t* panel = scratch.pairs.reserve(kPanel * width_);
     for (int64_t p = 0; p < count; p += kPanel) {

@@ -7,13 +7,21 @@
 
 namespace alterrec {
 
-// A row-major matrix of float32 or bfloat16 with unit last stride; `stride` >= `cols` elements from row to row.
+// A LayerNorm over each row, applied when the row is read.
+struct RowNorm {
+  const float *weight, *bias;  // (cols,)
+  float eps;
+};
+
+// A row-major matrix of float32 or bfloat16 with unit last stride; `stride` >= `cols` elements from row to row. With a
+// norm its rows are those that come out of it, in float32; they are nowhere stored.
 struct Matrix {
   const void* data;
   bool bf16;
   int64_t rows;
   int64_t cols;
   int64_t stride;
+  const RowNorm* norm = nullptr;
 };
 
 // How products are computed: in float32; of bfloat16 values by instructions for them; or of bfloat16 values in float32
@@ -26,7 +34,10 @@ constexpr int64_t kPanel = 32;  // items in one packed panel of a tile
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// Rows [begin, begin + count) of x as float32, rounded to bfloat16 first where `round`: a pointer into x where that
+// Rows [begin, begin + count) of x, whose norm is applied, in `copy`.
+Matrix normalised(const Matrix& x, int64_t begin, int64_t count, Buffer<float>& copy);
+
+// For x without a norm, as all below. Rows [begin, begin + count) of x as float32, rounded to bfloat16 first where `round`: a pointer into x where that
 // changes nothing, else a copy in `copy`; *stride receives the row stride.
 const float* float_rows(const Matrix& x, int64_t begin, int64_t count, bool round, Buffer<float>& copy,
                         int64_t* stride);
@@ -48,6 +59,7 @@ void pack_panels(const Matrix& x, int64_t begin, int64_t count, int64_t width, u
 class QueryBlock {
  public:
   struct Scratch {
+    Buffer<float> normed;    // the tile's rows, where they have a norm
     Buffer<float> floats;    // the tile, or packed panels of it, in float32
     Buffer<uint16_t> pairs;  // packed panels in bfloat16
   };

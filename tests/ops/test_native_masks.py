@@ -13,6 +13,7 @@ from torch import Tensor
 
 import alterrec_fast as af
 from alterrec_fast.ops import library
+from alterrec_fast.ops.layer_norm import NO_NORM
 from tests.conftest import integers
 from tests.ops.loss_helpers import call
 
@@ -139,7 +140,7 @@ def test_what_is_too_short_is_refused() -> None:
         forward(query, catalog, target, None, None, 1.0, 1.0, torch.zeros(600), *rest[3:])
     exclude = torch.empty(0, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"exclude offsets must be \[4\], got \[3\]"):
-        torch.ops.alterrec_fast.native_top_k(query, catalog, 3, *exclude, None, 0, "fp32", True)
+        torch.ops.alterrec_fast.native_top_k(query, catalog, 3, *exclude, None, 0, "fp32", True, *NO_NORM)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")

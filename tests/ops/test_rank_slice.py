@@ -12,6 +12,7 @@ from torch import Tensor
 
 import alterrec_fast as af
 from alterrec_fast.ops import library
+from alterrec_fast.ops.layer_norm import NO_NORM
 from alterrec_fast.ops.slices import exclude_lists
 from tests.ops.loss_helpers import INSTRUCTION_SETS, run_with_isa
 
@@ -223,8 +224,8 @@ def test_is_an_op() -> None:
     query, catalog = integers(4, 8, 1), integers(300, 8, 2)
     exclude = exclude_lists(torch.tensor([[1, -1], [2, 3], [4, 299], [-1, -1]]), 4, torch.device("cpu"))
     op = torch.ops.alterrec_fast.rank_slice.default
-    torch.library.opcheck(op, (query, catalog, 3, 200, 2, *exclude, None, 0, "fp32", True, "native"))
-    torch.library.opcheck(op, (query, catalog, 3, 5, 2, *exclude, catalog[:, 0], 9, "bf16", False, "native"))
+    torch.library.opcheck(op, (query, catalog, 3, 200, 2, *exclude, None, 0, "fp32", True, *NO_NORM, "native"))
+    torch.library.opcheck(op, (query, catalog, 3, 5, 2, *exclude, catalog[:, 0], 9, "bf16", False, *NO_NORM, "native"))
 
 
 def test_compiles_into_one_graph() -> None:
@@ -262,13 +263,13 @@ def test_the_op_itself_checks_what_it_is_given() -> None:
     none = exclude_lists(None, 4, torch.device("cpu"))
     op = torch.ops.alterrec_fast.rank_slice
     with pytest.raises(ValueError, match=r"query must be \(rows, 8\)"):
-        op(query[:, :4], catalog, 3, 50, 0, *none, None, 0, "fp32", True, "native")
+        op(query[:, :4], catalog, 3, 50, 0, *none, None, 0, "fp32", True, *NO_NORM, "native")
     with pytest.raises(TypeError, match="float32 or bfloat16"):
-        op(query.half(), catalog, 3, 50, 0, *none, None, 0, "fp32", True, "native")
+        op(query.half(), catalog, 3, 50, 0, *none, None, 0, "fp32", True, *NO_NORM, "native")
     with pytest.raises(ValueError, match="expected ranks in"):
-        op(query, catalog, 3, 91, 0, *none, None, 0, "fp32", True, "native")
+        op(query, catalog, 3, 91, 0, *none, None, 0, "fp32", True, *NO_NORM, "native")
     with pytest.raises(ValueError, match="offsets must rise"):
-        op(query, catalog, 3, 9, 0, none[0], none[1] + 1, None, 0, "fp32", True, "native")
+        op(query, catalog, 3, 9, 0, none[0], none[1] + 1, None, 0, "fp32", True, *NO_NORM, "native")
 
 
 def test_masked_items_may_score_minus_infinity_unchecked() -> None:

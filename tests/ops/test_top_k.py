@@ -12,6 +12,7 @@ from torch import Tensor
 
 import alterrec_fast as af
 from alterrec_fast.ops import library
+from alterrec_fast.ops.layer_norm import NO_NORM
 from alterrec_fast.ops.slices import exclude_lists
 
 pytestmark = pytest.mark.skipif(bool(library.NO_EXTENSION), reason="the extension is not built")
@@ -84,8 +85,8 @@ def test_is_an_op_that_compiles_into_one_graph() -> None:
     query, catalog = integers(4, 8, 1), integers(300, 8, 2)
     exclude = exclude_lists(torch.arange(4), 4, torch.device("cpu"))
     op = torch.ops.alterrec_fast.top_k.default
-    torch.library.opcheck(op, (query, catalog, 7, *exclude, None, 0, "fp32", True, "native"))
-    torch.library.opcheck(op, (query, catalog, 7, *exclude, catalog[:, 0], 5, "bf16", False, "native"))
+    torch.library.opcheck(op, (query, catalog, 7, *exclude, None, 0, "fp32", True, *NO_NORM, "native"))
+    torch.library.opcheck(op, (query, catalog, 7, *exclude, catalog[:, 0], 5, "bf16", False, *NO_NORM, "native"))
 
     def best(query: Tensor, catalog: Tensor) -> Tensor:
         return af.top_k(query, catalog, k=7, exclude=torch.arange(4))[0] * 2
