@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from alterrec_fast.nn.losses import FullSoftmaxLoss, SampledSoftmaxLoss, SliceCrossEntropy
     from alterrec_fast.nn.sampler import RankSliceSampler
     from alterrec_fast.nn.teachers import TeacherCopy
-    from alterrec_fast.run import load, train, train_seeds
+    from alterrec_fast.run import train, train_seeds
+    from alterrec_fast.trained import load
     from alterrec_fast.training.config import Config
 
 __all__ = [
@@ -50,7 +51,7 @@ _LAZY = {
     "SampledSoftmaxLoss": "alterrec_fast.nn.losses",
     "SliceCrossEntropy": "alterrec_fast.nn.losses",
     "TeacherCopy": "alterrec_fast.nn.teachers",
-    "load": "alterrec_fast.run",
+    "load": "alterrec_fast.trained",
     "train": "alterrec_fast.run",
     "train_seeds": "alterrec_fast.run",
 }

@@ -141,21 +141,42 @@ def train(
 @app.command()
 def recommend(
     run: Annotated[Path, typer.Argument(help="run directory")],
-    session: Annotated[str, typer.Option(help="item ids, oldest first, separated by spaces; quote ids that hold one")],
+    session: Annotated[
+        str | None, typer.Option(help="item ids, oldest first, separated by spaces; quote ids that hold one")
+    ] = None,
+    sessions: Annotated[
+        Path | None, typer.Option(help="many sessions, .parquet or .csv: rows of session_id, item_id, oldest first")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="with --sessions: file to write, .parquet or .csv")] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="how many items")] = 10,
     repeats: Annotated[bool, typer.Option("--repeats", help="also items of the session itself")] = False,
+    allow: Annotated[Path | None, typer.Option(help="file of item ids, one a line: recommend only these")] = None,
+    exclude: Annotated[Path | None, typer.Option(help="file of item ids, one a line: recommend none of these")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="an unknown item is an error; else it is skipped")] = False,
 ) -> None:
-    """Print the best next items after a session: ids, scores and titles."""
+    """Print the best next items after a session: ids, scores and titles; or write those after many to a file."""
     with _errors():
-        from alterrec_fast.run import load
+        from alterrec_fast.recommend import check_target, read_ids, write_table
+        from alterrec_fast.trained import load
 
+        if (session is None) == (sessions is None) or (sessions is None) != (out is None):
+            raise RunError("expected --session IDS for one session, or --sessions FILE and --out FILE for many")
         try:
-            ids = shlex.split(session)
+            ids = shlex.split(session or "")
         except ValueError as error:
             raise RunError(f"--session: a quote or backslash ends nothing in {session!r}") from error
-        model = load(run)
+        if out is not None:
+            check_target(out)
+        model, allowed, excluded = load(run), allow and read_ids(allow), exclude and read_ids(exclude)
+        options: dict[str, Any] = {"repeats": repeats, "allow": allowed, "exclude": excluded, "strict": strict}
         try:
-            best = model.recommend(ids, n, repeats)
+            if sessions is not None and out is not None:
+                count = write_table(model.recommend_pieces(sessions, n, **options), out)
+                typer.echo(f"{count} rows of session_id, rank, item_id, score: {out}")
+                return
+            best = model.recommend(ids, n, **options)
+        except AlterRecError:
+            raise
         except ValueError as error:
             raise RunError(str(error)) from error
     rows = [(printable(one.item), one.score, printable(one.title or "")) for one in best]
@@ -174,7 +195,7 @@ def evaluate(
 ) -> None:
     """Measure the best epoch of a run on one split; of a run over several seeds mean and standard deviation."""
     with _errors():
-        from alterrec_fast.run import evaluate_run
+        from alterrec_fast.trained import evaluate_run
 
         results = evaluate_run(run, split)
     typer.echo(json.dumps(results, indent=2) if as_json else _table(results[split], results.get(f"{split}_std")))

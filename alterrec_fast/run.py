@@ -1,4 +1,4 @@
-"""A run from data to results: `train` makes a run directory, `load` opens one to recommend and to evaluate.
+"""A run from data to results: `train` makes a run directory; `trained.py` opens one.
 
 A run directory holds config.toml, history.jsonl, checkpoints/, metrics.json and report.html; with --demo also data/.
 A run over several seeds holds a run directory for each, seed-0/ and so on, and their mean and standard deviation.
@@ -11,7 +11,6 @@ import dataclasses
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +26,11 @@ from alterrec_fast.data.sessions import Dataset
 from alterrec_fast.errors import FileError
 from alterrec_fast.errors import RunError as RunError
 from alterrec_fast.model.networks import Recommender
-from alterrec_fast.model.packing import Packing
-from alterrec_fast.ops import top_k
 from alterrec_fast.report import write_report
 from alterrec_fast.training import checkpoint
-from alterrec_fast.training.alternate import BEST, LAST, Progress, Trainer
+from alterrec_fast.training.alternate import LAST, Progress, Trainer
 from alterrec_fast.training.config import MACHINE, Config, ConfigError, from_mapping, read_toml
-from alterrec_fast.training.device import on_this_machine, pick_device
-from alterrec_fast.training.evaluate import Evaluation, evaluate, training_counts
+from alterrec_fast.training.evaluate import evaluate
 from alterrec_fast.training.records import (
     HISTORY,
     METRICS_FILE,
@@ -44,7 +40,7 @@ from alterrec_fast.training.records import (
     write_history,
     write_metrics,
 )
-from alterrec_fast.training.state import State, check_same_data
+from alterrec_fast.training.state import State
 from alterrec_fast.training.variants import build, needs_text
 
 if TYPE_CHECKING:
@@ -82,11 +78,11 @@ def train(config: Config, resume: bool = False, progress: Progress | None = None
             if (run / METRICS_FILE).exists():
                 return _finished(run, config)
             _write_demo(config)
-    dataset = Dataset.load(_data_folder(config), verify=True)
+    dataset = Dataset.load(data_folder(config), verify=True)
     if not (run / CONFIG).exists():
         config = _pinned(config)
-    encoder = _text_encoder(config)
-    trainer = Trainer(config, dataset, _features(dataset, encoder), run, encoder.key if encoder else "")
+    encoder = text_encoder(config)
+    trainer = Trainer(config, dataset, sentence_features(dataset, encoder), run, encoder.key if encoder else "")
     with _alone(run):
         _check_place(run, config, resume)
         if (run / METRICS_FILE).exists():
@@ -126,11 +122,11 @@ def train_seeds(config: Config, seeds: Sequence[int], resume: bool = False, prog
     singles = [config.replace(seed=seed, out=str(run / f"seed-{seed}")) for seed in seeds]
     _check_place_of_seeds(run, resume)
     if not config.demo:
-        Dataset.load(_data_folder(config))  # a mistake in the name leaves no run directory
+        Dataset.load(data_folder(config))  # a mistake in the name leaves no run directory
     with _alone(run):
         _check_place_of_seeds(run, resume)
         _write_demo(config)
-        data = str(_data_folder(config))
+        data = str(data_folder(config))
         each = [train(single.replace(data=data, demo=False), resume, progress).metrics for single in singles]
         metrics = {
             "variant": config.variant,
@@ -138,105 +134,9 @@ def train_seeds(config: Config, seeds: Sequence[int], resume: bool = False, prog
             "items": each[0]["items"],
             "slice": each[0]["slice"],
             "best_epoch": _over(statistics.fmean, [one["best_epoch"] for one in each]),
-            **_mean_and_deviation({key: [one[key] for one in each] for key in ("validation", "test", "groups")}),
+            **mean_and_deviation({key: [one[key] for one in each] for key in ("validation", "test", "groups")}),
         }
         return _finish(run, metrics)
-
-
-class TrainedModel:
-    """The best epoch of a finished or running run, for recommendations and evaluation."""
-
-    def __init__(self, run: str | Path):
-        self.path = seed_runs(run)[0]
-        if not (self.path / BEST).exists():
-            raise RunError(f"{self.path} holds no trained model ({BEST} is missing); train one with --out {self.path}")
-        written = _read_config(self.path)
-        self.config = on_this_machine(written.replace(out=str(self.path.absolute())))  # the run may have been moved
-        device = pick_device(self.config.device)
-        tensors, best = checkpoint.load(self.path / BEST, str(device))
-        self.config.check_settings(best.get("settings"), self.path / BEST, self.path)
-        if not _data_folder(self.config).exists():
-            raise FileError(f"{self.path / CONFIG}: data = {self.config.data!r} does not exist; name where it is now")
-        self.dataset = Dataset.load(_data_folder(self.config))
-        encoder = _text_encoder(self.config)
-        check_same_data(self.dataset, best.get("data"), encoder.key if encoder else "", best.get("text"))
-        self.recommender = _build(self.config, self.dataset, _features(self.dataset, encoder)).to(device)
-        checkpoint.check_tensors(self.path / BEST, tensors, self.recommender.state_dict())
-        self.recommender.load_state_dict(tensors)
-        self.recommender.eval()
-
-    @cached_property
-    def _catalogs(self) -> dict[str, Tensor]:
-        with torch.no_grad():
-            return self.recommender.catalogs()
-
-    def recommend(self, session: Sequence[str], n: int = 10, repeats: bool = False) -> list[Recommendation]:
-        """The n best next items after a session of item ids, oldest first, by the fused score.
-
-        repeats: also items that the session holds already. Raises ValueError for an empty session, an unknown item,
-        or n below 0.
-        """
-        if n < 0:
-            raise ValueError(f"n must be at least 0, got {n}")
-        known = self._rows(session)
-        unknown = [item for item in session if item not in known]
-        if unknown or not session:
-            what = f"unknown items {', '.join(map(repr, unknown))}" if unknown else "an empty session"
-            raise ValueError(f"{what}; expected one or more of the {self.dataset.num_items} ids in {self.dataset.path}")
-        whole = torch.tensor([known[item] for item in session])
-        rows = whole[1 - self.config.max_length :]  # as in training
-        with torch.no_grad():
-            view = self.recommender.views(self._catalogs)["fused"]
-            packing = Packing.of(torch.tensor([len(rows)]).numpy(), view.catalog.device)
-            queries = self.recommender.queries(self._catalogs, rows.to(view.catalog.device), packing)
-            query = view.query(queries)[-1:]
-            seen = None if repeats else whole.unsqueeze(0).to(query.device)
-            k = min(n, self.dataset.num_items)
-            scores, items = top_k(query, view.catalog, k=k, exclude=seen, backend=self.config.backend)
-        table = self.dataset.items[items[0][items[0] >= 0].cpu().numpy()]
-        titles = table[self.dataset.text_columns[0]] if self.dataset.text_columns else [None] * len(table)
-        return [
-            Recommendation(item, score, title)
-            for item, score, title in zip(table["item_id"], scores[0].tolist(), titles, strict=False)
-        ]
-
-    def _rows(self, items: Sequence[str]) -> dict[str, int]:
-        """The catalog row of each of the items that the catalog has."""
-        ids = self.dataset.items["item_id"]
-        rows = ids.is_in([str(item) for item in items]).arg_true()
-        return dict(zip(ids.gather(rows), rows, strict=True))
-
-    def evaluate(self, split: str = "test") -> Evaluation:
-        """Metrics over every prefix of the split's sessions; see `Evaluation`. Raises FileError for changed data."""
-        self.dataset.verify()
-        counts = training_counts(self.dataset.train, self.dataset.num_items)
-        return evaluate(self.recommender, self.dataset.split(split), counts, self.config)
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    item: str
-    score: float
-    title: str | None
-
-
-def load(run: str | Path) -> TrainedModel:
-    """Opens a run directory; of a run over several seeds the first seed's.
-
-    Raises RunError where it holds no trained model; ConfigError for a config.toml that cannot be used here; DataError
-    where the data set is not the run's, or the text model cannot be had; FileError for a file of the run or the data
-    set that is damaged, missing or foreign.
-    """
-    return TrainedModel(run)
-
-
-def evaluate_run(run: str | Path, split: str = "test") -> dict[str, Any]:
-    """{split: metrics, "groups": ...} of the best epoch, as in metrics.json; of a run over several seeds their means,
-    with the standard deviations beside them under the same names and "_std".
-    """
-    each = [TrainedModel(path).evaluate(split) for path in seed_runs(run)]
-    results: dict[str, list[Any]] = {split: [one.metrics() for one in each], "groups": [one.groups() for one in each]}
-    return _mean_and_deviation(results) if len(each) > 1 else {key: values[0] for key, values in results.items()}
 
 
 def seed_runs(run: str | Path) -> list[Path]:
@@ -291,7 +191,7 @@ def _check_place(run: Path, config: Config, resume: bool) -> None:
         return
     if not resume:
         raise RunError(f"{run} holds a run already; choose another --out, or go on with --resume")
-    before = dataclasses.asdict(_read_config(run))
+    before = dataclasses.asdict(read_config(run))
     now = dataclasses.asdict(config)
     changed = [name for name in now if now[name] != before[name] and name not in MACHINE]
     if changed:
@@ -309,7 +209,7 @@ def _check_place_of_seeds(run: Path, resume: bool) -> None:
         raise RunError(f"{run} holds a run over one seed; choose another --out for several")
 
 
-def _read_config(run: Path) -> Config:
+def read_config(run: Path) -> Config:
     return from_mapping(read_toml(run / CONFIG), str(run / CONFIG))
 
 
@@ -340,19 +240,19 @@ def _first(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def _data_folder(config: Config) -> Path:
+def data_folder(config: Config) -> Path:
     return Path(config.out) / DEMO_DATA if config.demo else Path(config.data)
 
 
 def _write_demo(config: Config) -> None:
     """Generates the demo's shop where it is missing."""
-    if config.demo and not _data_folder(config).exists():
+    if config.demo and not data_folder(config).exists():
         from alterrec_fast.data.shop import ShopConfig, write_shop
 
-        write_shop(_data_folder(config), ShopConfig())
+        write_shop(data_folder(config), ShopConfig())
 
 
-def _text_encoder(config: Config) -> TextEncoder | None:
+def text_encoder(config: Config) -> TextEncoder | None:
     """The text model of the config; its key tells the folder's content, or the hub's revision. None without text."""
     if not needs_text(config):
         return None
@@ -361,7 +261,7 @@ def _text_encoder(config: Config) -> TextEncoder | None:
     return find_model(config.text_model)
 
 
-def _features(dataset: Dataset, encoder: TextEncoder | None) -> Tensor | None:
+def sentence_features(dataset: Dataset, encoder: TextEncoder | None) -> Tensor | None:
     """(V, F) float32 sentence embeddings, or None without a text model."""
     if encoder is None:
         return None
@@ -370,7 +270,7 @@ def _features(dataset: Dataset, encoder: TextEncoder | None) -> Tensor | None:
     return torch.from_numpy(item_features(dataset, encoder))
 
 
-def _build(config: Config, dataset: Dataset, features: Tensor | None) -> Recommender:
+def build_networks(config: Config, dataset: Dataset, features: Tensor | None) -> Recommender:
     """The networks of a config.toml, which may be a stranger's; raises ConfigError where they cannot be built."""
     try:
         return build(config, dataset.num_items, features)
@@ -400,7 +300,7 @@ def _finish(run: Path, metrics: dict[str, Any]) -> Result:
     return Result(run, metrics)
 
 
-def _mean_and_deviation(values_of: dict[str, list[Any]]) -> dict[str, Any]:
+def mean_and_deviation(values_of: dict[str, list[Any]]) -> dict[str, Any]:
     """For each name of values over seeds their mean, and under NAME_std their standard deviation."""
     return {
         name + suffix: _over(how, values)

@@ -26,7 +26,8 @@ from alterrec_fast.data.shop import Shop, ShopConfig, generate, write_shop
 from alterrec_fast.files import write_text
 from alterrec_fast.model.packing import Packing
 from alterrec_fast.ops import top_k
-from alterrec_fast.run import TrainedModel, train
+from alterrec_fast.run import train
+from alterrec_fast.trained import TrainedModel
 from alterrec_fast.training.config import from_mapping
 
 from ..harness.report import between_marks, markdown, mean_and_deviation

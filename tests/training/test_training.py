@@ -24,7 +24,8 @@ from alterrec_fast.data.sessions import DataError, Dataset, Sessions
 from alterrec_fast.data.shop import ShopConfig, write_shop
 from alterrec_fast.data.text import SentenceEncoder
 from alterrec_fast.errors import FileError
-from alterrec_fast.run import RunError, evaluate_run, seed_runs
+from alterrec_fast.run import RunError, seed_runs
+from alterrec_fast.trained import evaluate_run
 from alterrec_fast.training import checkpoint
 from alterrec_fast.training.alternate import BEST, LAST, DivergedError, Trainer
 from alterrec_fast.training.config import VARIANTS, Config, ConfigError, from_mapping, read_toml
@@ -378,7 +379,7 @@ def test_a_run_that_another_process_made_meanwhile_is_not_trained_over(
             patch.undo()
             af.train(config.replace(width=32))
 
-        patch.setattr("alterrec_fast.run._features", features)
+        patch.setattr("alterrec_fast.run.sentence_features", features)
         with pytest.raises(RunError, match=r"width = 32 \(now 16\)" if resume else "holds a run already"):
             af.train(config, resume=resume)
     assert read_toml(tmp_path / "run" / "config.toml")["width"] == 32
