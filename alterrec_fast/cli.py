@@ -1,10 +1,11 @@
-"""The command line: prepare, train, recommend, evaluate, bench, doctor."""
+"""The command line: prepare, train, runs, recommend, evaluate, bench, doctor."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
+import math
 import shlex
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,6 @@ app = typer.Typer(
     help="Train AlterRec on catalogs of any size: exact hard negatives from the whole catalog.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 # OSError: no room, no right, no such place; what the package's own code knows more about is one of its own errors.
 KNOWN_ERRORS = (AlterRecError, BackendError, OSError)
@@ -103,17 +103,24 @@ def train(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: cuda where there is one")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE for any other setting")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on with the run in --out, which was begun with the same settings")
+        bool, typer.Option("--resume", help="go on with the run in --out; its settings need not be repeated")
     ] = False,
 ) -> None:
     """Train one variant; leaves a run directory with checkpoints, metrics.json and report.html."""
     with _errors("stopped; the same command with --resume goes on from the last checkpoint"):
+        from alterrec_fast.run import DEMO_RUN, run_settings, seed_runs, train_seeds
         from alterrec_fast.run import train as train_one
-        from alterrec_fast.run import train_seeds
 
         if seed is not None and seeds is not None:
             raise ConfigError("--seed and --seeds exclude each other")
         values: dict[str, Any] = demo_settings() if demo else {}
+        place = out or (Path(DEMO_RUN) if demo else None)
+        if resume and place:
+            if seeds is None and seed_runs(place) != [place]:
+                raise ConfigError(f"{place} holds a run over several seeds: name all of them, as in --seeds 0,1,2")
+            values |= run_settings(place)
+        if demo:
+            values.pop("data", None)  # seeds of a demo train on the shop beside them
         values |= read_toml(config) if config else {}
         for setting in settings or []:
             name, equals, value = (part.strip() for part in setting.partition("="))
@@ -130,12 +137,27 @@ def train(
             "device": device,
         }
         made = from_mapping(values | {name: value for name, value in given.items() if value is not None}, "settings")
+        progress = _Progress(made.m_max)
         if seeds is None:
-            result = train_one(made, resume, _print_epoch)
+            result = train_one(made, resume, progress)
         else:
-            result = train_seeds(made, _seed_list(seeds), resume, _print_epoch)
-    typer.echo("\n" + _table(result.metrics["test"], result.metrics.get("test_std")))
+            result = train_seeds(made, _seed_list(seeds), resume, progress)
+    best = result.metrics["best_epoch"]
+    epoch = f"epoch {best:g}" if seeds is None else f"epochs {best:.1f} on average"
+    typer.echo(f"\ntest, after {epoch}, the best by validation")
+    typer.echo(_table(result.metrics["test"], result.metrics.get("test_std")))
     typer.echo(f"\nreport: {result.path / 'report.html'}\nmetrics: {result.path / 'metrics.json'}")
+
+
+@app.command()
+def runs(folder: Annotated[Path, typer.Argument(help="folder that holds run directories, at any depth")]) -> None:
+    """List the runs below a folder: how far each is, and its metrics in percent."""
+    with _errors():
+        from alterrec_fast.runs import table
+
+        lines = table(folder).splitlines()
+    for line in lines:
+        typer.echo(printable(line))
 
 
 @app.command()
@@ -195,9 +217,14 @@ def evaluate(
 ) -> None:
     """Measure the best epoch of a run on one split; of a run over several seeds mean and standard deviation."""
     with _errors():
+        from alterrec_fast.run import seed_runs
+        from alterrec_fast.runs import status
         from alterrec_fast.trained import evaluate_run
 
         results = evaluate_run(run, split)
+        for part in seed_runs(run):
+            if not (stands := status(part)).finished:
+                typer.echo(f"{part} is {stands}: the figures are those of its best epoch so far", err=True)
     typer.echo(json.dumps(results, indent=2) if as_json else _table(results[split], results.get(f"{split}_std")))
 
 
@@ -256,19 +283,40 @@ def _seed_list(text: str) -> list[int]:
         raise ConfigError(f"--seeds takes numbers separated by commas, got {text!r}") from None
 
 
-def _print_epoch(line: dict[str, Any]) -> None:
-    scores = "  ".join(
-        f"{view} {100 * metrics['hits@20']:5.2f} / {100 * metrics['ndcg@20']:5.2f}"
-        for view in VIEWS
-        if (metrics := line["validation"][view]) is not None
-    )
-    if line["epoch"] == 0:
-        typer.echo(f"validation Hits@20 / NDCG@20 in %\nepoch  0  untrained            {'':28s}{scores}")
-        return
-    typer.echo(
-        f"epoch {line['epoch']:2d}  {line['student']:5s} loss {line['loss']:8.4f}  "
-        f"{line['seconds']:6.1f} s {line['targets_per_second']:8.0f} targets/s   {scores}"
-    )
+class _Progress:
+    """Prints a line for each epoch; called with each new line of the history."""
+
+    def __init__(self, epochs: int):
+        """epochs: as planned, fewer where training stops early."""
+        self.epochs, self.seconds = epochs, list[float]()
+
+    def __call__(self, line: dict[str, Any]) -> None:
+        scores = "  ".join(
+            f"{view} {100 * metrics['hits@20']:5.2f} / {100 * metrics['ndcg@20']:5.2f}"
+            for view in VIEWS
+            if (metrics := line["validation"][view]) is not None
+        )
+        digits = len(str(self.epochs))
+        number = f"epoch {line['epoch']:{digits}d} of {self.epochs}"
+        if line["epoch"] == 0:
+            self.seconds.clear()
+            typer.echo(f"validation Hits@20 / NDCG@20 in %\n{number}  {'untrained':58s}{scores}")
+            return
+        self.seconds.append(line["seconds"] + line["validation_seconds"])
+        left = sum(self.seconds) / len(self.seconds) * (self.epochs - line["epoch"])
+        typer.echo(
+            f"{number}  {line['student']:5s} lr {line['learning_rate']:7.1e}  loss {line['loss']:8.4f}  "
+            f"{line['seconds']:6.1f} s {line['targets_per_second']:8.0f} targets/s  {scores}"
+            + (f"  {_duration(left)} left" if left else "")
+        )
+
+
+def _duration(seconds: float) -> str:
+    """Rounded up, in the unit that a person would use."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{math.ceil(seconds / size)} {unit}"
+    return f"{math.ceil(seconds)} s"
 
 
 def _table(test: dict[str, Any], deviation: dict[str, Any] | None = None) -> str:

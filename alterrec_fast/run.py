@@ -29,7 +29,15 @@ from alterrec_fast.model.networks import Recommender
 from alterrec_fast.report import write_report
 from alterrec_fast.training import checkpoint
 from alterrec_fast.training.alternate import LAST, Progress, Trainer
-from alterrec_fast.training.config import MACHINE, Config, ConfigError, from_mapping, read_toml
+from alterrec_fast.training.config import (
+    EXTENDABLE,
+    MACHINE,
+    Config,
+    ConfigError,
+    from_mapping,
+    read_toml,
+    same_or_more,
+)
 from alterrec_fast.training.evaluate import evaluate
 from alterrec_fast.training.records import (
     HISTORY,
@@ -47,6 +55,7 @@ if TYPE_CHECKING:
     from alterrec_fast.data.text import TextEncoder
 
 CONFIG, DEMO_DATA, LOCK = "config.toml", "data", ".lock"
+DEMO_RUN = "runs/demo"
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,8 @@ def train(config: Config, resume: bool = False, progress: Progress | None = None
     """Trains one variant with one seed and writes its run directory; see the module.
 
     progress: called with each new line of the history. resume: go on with what is in config.out; a run that was killed
-    at any moment ends in the result of the uninterrupted one (same machine, CPU).
+    at any moment ends in the result of the uninterrupted one (same machine, CPU). A larger m_max or patience than the
+    run was begun with extends it, also one that is finished.
 
     Raises ConfigError, DataError for unusable settings or data; RunError where config.out is taken, where a resumed run
     was made with other settings, or where another process trains there; FileError for a file that is damaged, missing
@@ -75,6 +85,7 @@ def train(config: Config, resume: bool = False, progress: Progress | None = None
     if config.demo or (run / METRICS_FILE).exists():
         with _alone(run):
             _check_place(run, config, resume)
+            _extend(run, config)
             if (run / METRICS_FILE).exists():
                 return _finished(run, config)
             _write_demo(config)
@@ -85,6 +96,7 @@ def train(config: Config, resume: bool = False, progress: Progress | None = None
     trainer = Trainer(config, dataset, sentence_features(dataset, encoder), run, encoder.key if encoder else "")
     with _alone(run):
         _check_place(run, config, resume)
+        _extend(run, config)
         if (run / METRICS_FILE).exists():
             return _finished(run, config)
         files.sweep(run)
@@ -159,7 +171,7 @@ def _with_places(config: Config) -> Config:
         raise ConfigError("data is missing: name a folder made by prepare (--data), or use --demo")
     if not config.out and not config.demo:
         raise ConfigError("out is missing: name the run directory (--out)")
-    out = str(Path(config.out or "runs/demo").absolute())
+    out = str(Path(config.out or DEMO_RUN).absolute())
     return config.replace(out=out, data=str(Path(config.data).absolute()) if config.data else "")
 
 
@@ -193,12 +205,35 @@ def _check_place(run: Path, config: Config, resume: bool) -> None:
         raise RunError(f"{run} holds a run already; choose another --out, or go on with --resume")
     before = dataclasses.asdict(read_config(run))
     now = dataclasses.asdict(config)
-    changed = [name for name in now if now[name] != before[name] and name not in MACHINE]
+    changed = [name for name in now if name not in MACHINE and not same_or_more(name, before[name], now[name])]
     if changed:
         listed = ", ".join(f"{name} = {before[name]!r} (now {now[name]!r})" for name in changed)
         raise RunError(
             f"{run / CONFIG}: the run was begun with {listed}; resume with the same settings or choose another --out"
         )
+
+
+def _extend(run: Path, config: Config) -> None:
+    """Writes down that a run goes on for longer than it was begun for; one that was finished no longer is."""
+    if not (run / CONFIG).exists():
+        return
+    before = read_config(run)
+    longer = before.replace(**{name: getattr(config, name) for name in EXTENDABLE})
+    if longer != before:
+        (run / METRICS_FILE).unlink(missing_ok=True)  # first: a kill leaves an unfinished run, which goes on
+        files.write_text(run / CONFIG, longer.to_toml())
+
+
+def run_settings(run: Path) -> dict[str, Any]:
+    """The settings that a run was begun with, of one over several seeds those of its first; empty where there is none.
+
+    Raises FileError, ConfigError where they cannot be read.
+    """
+    first = seed_runs(run)[0]
+    if not (first / CONFIG).exists():
+        return {}
+    names = ("out",) if first == run else ("out", "seed")
+    return {name: value for name, value in read_toml(first / CONFIG).items() if name not in names}
 
 
 def _check_place_of_seeds(run: Path, resume: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -86,6 +87,63 @@ def test_evaluate(trained: Path) -> None:
     assert done.exit_code == 0, done.output
     assert json.loads(done.output)["test"] == json.loads((trained / "metrics.json").read_text())["test"]
     assert "hits@20" in run("evaluate", trained).output
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alterrec_fast.run.write_report", lambda run: None)  # its figures take seconds
+
+
+@pytest.mark.usefixtures("no_report")
+def test_resume_alone_takes_the_runs_own_settings_and_extends_it(shop: Dataset, tmp_path: Path) -> None:
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    settings = [*FAST, "--set", "m_random=0", "--variant", "id_only", "--seed", "3"]
+    done = run("train", "--data", shop.path, "--out", out, *settings)
+    assert "epoch 2 of 2  id    lr 1.0e-03  loss" in done.output and " s left" in done.output
+    assert re.search(r"test, after epoch [012], the best by validation", done.output)
+    again = run("train", "--out", out, "--resume")
+    assert again.exit_code == 0, again.output
+    longer = run("train", "--out", out, "--resume", "--set", "m_max=4")
+    assert longer.exit_code == 0, longer.output
+    assert re.findall("epoch . of 4", longer.output) == ["epoch 3 of 4", "epoch 4 of 4"]
+    assert run("train", "--data", shop.path, "--out", whole, *settings, "--set", "m_max=4").exit_code == 0
+    assert (out / "metrics.json").read_bytes() == (whole / "metrics.json").read_bytes()
+    shorter = run("train", "--out", out, "--resume", "--set", "m_max=3")
+    assert shorter.exit_code == 1 and "begun with m_max = 4 (now 3)" in shorter.output
+    other = run("train", "--out", out, "--resume", "--seed", "4")
+    assert other.exit_code == 1 and "begun with seed = 3 (now 4)" in other.output
+
+
+@pytest.mark.usefixtures("no_report")
+def test_runs_are_listed_and_unfinished_ones_said(shop: Dataset, tmp_path: Path) -> None:
+    settings = ["--data", shop.path, *FAST, "--set", "m_random=0", "--variant", "id_only"]
+    folder = tmp_path / "all"
+    assert run("train", *settings, "--out", folder / "one").exit_code == 0
+    assert run("train", *settings, "--out", folder / "two", "--seeds", "0,1").exit_code == 0
+    for copy in ("begun", "damaged"):
+        shutil.copytree(folder / "one", folder / copy)
+    (folder / "begun" / "metrics.json").unlink()
+    (folder / "damaged" / "metrics.json").write_text("{}")
+    listed = run("runs", folder)
+    assert listed.exit_code == 0, listed.output
+    begun, damaged, one, two = listed.output.splitlines()[1:]
+    assert re.match(r"begun +id_only +0 +\d+\.\d\d +\d+\.\d\d +unfinished, epoch 2 of 2, best [012]$", begun)
+    assert damaged.startswith("damaged") and "metrics.json" in damaged
+    assert re.match(r"one +id_only +0( +\d+\.\d\d){4} +finished, best epoch [012] of 2$", one)
+    assert re.match(r"two +id_only +0,1( +\d+\.\d\d){4} +finished, best epoch ", two)
+    test = json.loads((folder / "one" / "metrics.json").read_text())["test"]["fused"]
+    assert f"{100 * test['ndcg@20']:.2f}" in one
+    assert "begun is unfinished, epoch 2 of 2, best" in run("evaluate", folder / "begun").stderr
+    assert not run("evaluate", folder / "one").stderr
+    seeds = run("train", "--out", folder / "two", "--resume")
+    assert seeds.exit_code == 1 and "several seeds: name all of them" in seeds.output
+    assert run("train", "--out", folder / "two", "--resume", "--seeds", "0,1").exit_code == 0
+
+
+def test_the_shell_completes_commands() -> None:
+    asked = {"_ALTERREC_FAST_COMPLETE": "complete_bash", "COMP_WORDS": "alterrec-fast rec", "COMP_CWORD": "1"}
+    done = CliRunner().invoke(app, [], prog_name="alterrec-fast", env=asked)
+    assert done.output.split() == ["recommend"]
 
 
 def test_ctrl_c_says_how_to_go_on(shop: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ class Trainer:
             for key, parameter in self.recommender.network(name).named_parameters():
                 if moments:
                     optimizer.state[parameter] = _under(moments, f"{key}.")
-        self.state = state
+        self.state = replace(state, settings=self.state.settings)
         return True
 
     def _expected(self, state: State) -> dict[str, Tensor]:
@@ -147,7 +147,7 @@ class Trainer:
         bar = tqdm(  # on a terminal only
             total=self.num_targets,
             initial=int(sums["targets"]),
-            desc=f"epoch {epoch.number}, {epoch.student}",
+            desc=f"epoch {epoch.number} of {config.m_max}, {epoch.student}",
             unit="target",
             unit_scale=True,
             leave=False,

@@ -24,6 +24,7 @@ VARIANTS: tuple[str, ...] = get_args(Variant)
 
 
 MACHINE = ("backend", "device", "graph", "checkpoint_minutes", "out")  # settings that a resumed run may change
+EXTENDABLE = ("m_max", "patience")  # settings that a resumed run may raise
 PLACE = ("data", "demo")  # where the data is; which data it is, the fingerprint tells
 MOST = {
     "width": 1 << 16, "layers": 1 << 10, "inner": 1 << 20, "max_length": 1 << 20, "m_max": 1 << 20,
@@ -155,12 +156,12 @@ class Config:
         return settings
 
     def check_settings(self, written: Any, checkpoint: Path, run: Path) -> None:
-        """Raises FileError unless these are the settings that `checkpoint` was written with."""
+        """Raises FileError unless these are the settings that `checkpoint` was written with, or extend them."""
         if not isinstance(written, dict) or not written:
             raise FileError(f"{checkpoint}: holds no settings")
         values = self.settings()
         for name in sorted({*values, *written}):
-            if values.get(name) != written.get(name):
+            if not same_or_more(name, written.get(name), values.get(name)):
                 raise FileError(
                     f"{run / 'config.toml'}: {name} = {values.get(name)!r}, but {checkpoint.name} was trained with "
                     f"{written.get(name)!r}; one of the two files was changed"
@@ -174,6 +175,13 @@ class Config:
         import tomli_w
 
         return tomli_w.dumps({name: value for name, value in dataclasses.asdict(self).items() if value is not None})
+
+
+def same_or_more(name: str, before: Any, now: Any) -> bool:
+    """Whether a run with this value of a setting may go on with that one."""
+    if name in EXTENDABLE and isinstance(before, int) and isinstance(now, int):
+        return now >= before
+    return bool(before == now)
 
 
 METRICS = ("hits@10", "hits@20", "ndcg@10", "ndcg@20", "mrr@20")
