@@ -1,4 +1,4 @@
-"""The command line: prepare, train, runs, recommend, evaluate, bench, doctor."""
+"""The command line: prepare, train, runs, recommend, export, evaluate, bench, doctor."""
 
 from __future__ import annotations
 
@@ -207,6 +207,23 @@ def recommend(
         typer.echo(f"{item:<{width}}  {score:9.4f}  {title}".rstrip())
     if not rows:
         typer.echo("nothing to recommend: every item of the catalog is in the session; see --repeats", err=True)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="run directory")],
+    to: Annotated[Path, typer.Option(help="folder to make")],
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="also the session encoder as ONNX; needs the extra onnx")
+    ] = False,
+) -> None:
+    """Write item vectors with their ids, and the session encoder, for a search engine of your own."""
+    with _errors():
+        from alterrec_fast.export import export as export_run
+        from alterrec_fast.trained import load
+
+        export_run(load(run), to, onnx)
+    typer.echo("\n".join(f"{file.stat().st_size:>14,} bytes  {file}" for file in sorted(to.iterdir())))
 
 
 @app.command()
