@@ -265,8 +265,6 @@ def _alone(run: Path) -> Iterator[None]:
 
 def _held(run: Path) -> list[str]:
     """What the run directory holds but the demo's data, the lock, and drafts of a killed process."""
-    if run.exists() and not run.is_dir():
-        raise RunError(f"{run} is a file; choose another --out")
     paths = sorted(run.iterdir()) if run.exists() else []
     return [path.name for path in paths if path.name not in (DEMO_DATA, LOCK) and not files.is_draft(path)]
 

@@ -351,7 +351,7 @@ def test_a_run_directory_is_not_taken_twice(shop: Dataset, tmp_path: Path) -> No
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match=r"holds notes\.txt and no run"):
         af.train(config.replace(out=str(tmp_path / "other")))
-    with pytest.raises(RunError, match="is a file"):
+    with pytest.raises(FileError, match=r"nothing can be written there \(Not a directory\)"):
         af.train(config.replace(out=str(tmp_path / "other" / "notes.txt")))
     before = (tmp_path / "run" / "metrics.json").read_bytes()
     with pytest.raises(RunError, match="run over one seed"):
