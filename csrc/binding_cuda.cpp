@@ -140,11 +140,12 @@ struct Arguments {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> sampled_softmax(
     const at::Tensor& query, const at::Tensor& catalog, const at::Tensor& target, const at::Tensor& negatives,
     const OptionalTensor& log_q, const OptionalTensor& positives, double positive_weight, double temperature,
-    const OptionalTensor& bias, int64_t ignore_index, bool /* sparse_grad: for the backward pass */, bool bf16,
-    int64_t saved_size, bool check) {
+    const OptionalTensor& temperature_tensor, const OptionalTensor& bias, int64_t ignore_index,
+    bool /* sparse_grad: for the backward pass */, c10::string_view precision, int64_t saved_size, bool check) {
   const c10::DeviceGuard guard(query.device());
-  const Arguments arguments(
-      {query, catalog, target, negatives, log_q, positives, positive_weight, temperature, bias, ignore_index, bf16});
+  const Arguments arguments({query, catalog, target, negatives, log_q, positives, positive_weight,
+                             temperature_tensor ? temperature_tensor->item<double>() : temperature, bias, ignore_index,
+                             precision == "bf16"});
   const SampledSoftmax& p = arguments.problem;
   if (check) {
     check_ids("target", target, ignore_index, p.items);
@@ -177,12 +178,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sampled_softmax(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sampled_softmax_backward(
     const at::Tensor& grad_losses, const at::Tensor& query, const at::Tensor& catalog, const at::Tensor& target,
     const at::Tensor& negatives, const OptionalTensor& log_q, const OptionalTensor& positives, double positive_weight,
-    double temperature, const OptionalTensor& bias, int64_t ignore_index, bool sparse, bool bf16, const at::Tensor& lse,
-    const at::Tensor& saved, c10::List<bool> needs) {
+    double temperature, const OptionalTensor& temperature_tensor, const OptionalTensor& bias, int64_t ignore_index,
+    bool sparse, c10::string_view precision, const at::Tensor& lse, const at::Tensor& saved, c10::List<bool> needs) {
   const c10::DeviceGuard guard(query.device());
   const cudaStream_t stream = stream_of(query);
-  const Arguments arguments(
-      {query, catalog, target, negatives, log_q, positives, positive_weight, temperature, bias, ignore_index, bf16});
+  const Arguments arguments({query, catalog, target, negatives, log_q, positives, positive_weight,
+                             temperature_tensor ? temperature_tensor->item<double>() : temperature, bias, ignore_index,
+                             precision == "bf16"});
   const SampledSoftmax& p = arguments.problem;
   TORCH_CHECK_VALUE(saved.numel() >= arguments.saved_bytes(), "saved must hold ", arguments.saved_bytes(),
                     " bytes from the forward pass, got ", saved.numel());

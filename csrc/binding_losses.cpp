@@ -1,4 +1,6 @@
 // The losses for the dispatcher: tensors in and out. Schemas, fakes and autograd are registered from Python.
+#include "binding_losses.h"
+
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -8,7 +10,6 @@
 #include <tuple>
 #include <vector>
 
-#include "binding_losses.h"
 #include "cpu/gathered_loss.h"
 #include "cpu/shared_negatives.h"
 #include "recycle.h"
@@ -49,30 +50,38 @@ struct Forward {
   std::tuple<at::Tensor, at::Tensor, at::Tensor> result() const { return {losses, lse, saved}; }
 };
 
-// The outputs of a backward pass; empty where they are not needed. (rows, d) is the shape of the catalog's.
+// The outputs of a backward pass; empty where they are not needed. (rows, d) is the shape of the catalog's. needs[3]:
+// those of query and bias are in float32, else in their input's dtype.
 struct Backward {
   at::Tensor query, catalog, bias;
   Gradients gradients;
 
   Backward(const at::Tensor& query_, const at::Tensor& catalog_, int64_t rows, const c10::List<bool>& needs)
-      : query(at::empty({0}, query_.options())), catalog(at::empty({0}, catalog_.options())), bias(at::empty({0})) {
-    if (needs[0]) query = at::empty({query_.size(0), query_.size(1)}, query_.options());
+      : query(at::empty({0}, needs[3] ? at::kFloat : query_.scalar_type())),
+        catalog(at::empty({0}, catalog_.options())),
+        bias(at::empty({0})) {
+    if (needs[0]) query = at::empty({query_.size(0), query_.size(1)}, query.options());
     if (needs[1]) catalog = recycled_empty({rows, catalog_.size(1)}, catalog_.scalar_type());
     if (needs[2]) bias = at::empty({rows}, at::kFloat);
     gradients = {needs[0] ? query.data_ptr() : nullptr, needs[1] ? catalog.data_ptr() : nullptr,
-                 needs[2] ? bias.data_ptr<float>() : nullptr, query.scalar_type() == at::kBFloat16,
-                 catalog.scalar_type() == at::kBFloat16};
+                 needs[2] ? bias.data_ptr<float>() : nullptr, format_of(query), format_of(catalog)};
+  }
+
+  // grad, of the bias, in the dtype that is asked for.
+  static at::Tensor bias_gradient(const at::Tensor& grad, const OptionalTensor& bias, const c10::List<bool>& needs) {
+    return bias && !needs[3] ? grad.to(bias->scalar_type()) : grad;
   }
 };
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> slice_cross_entropy(
     const at::Tensor& query, const at::Tensor& catalog, const at::Tensor& target, const OptionalTensor& members,
-    const OptionalTensor& positives, double positive_weight, double temperature, const OptionalTensor& bias,
-    int64_t first_item, int64_t ignore_index, bool bf16, int64_t saved_size, bool check) {
+    const OptionalTensor& positives, double positive_weight, double temperature,
+    const OptionalTensor& temperature_tensor, const OptionalTensor& bias, int64_t first_item, int64_t ignore_index,
+    c10::string_view precision, int64_t saved_size, bool check) {
   Forward forward(query.size(0), saved_size);
   raising([&] {
     const Arguments arguments({query, catalog, target, positives, bias, std::nullopt, positive_weight, temperature,
-                               first_item, ignore_index, bf16, check});
+                               temperature_tensor, first_item, ignore_index, precision, check});
     const int64_t items = catalog.size(0);
     const Slice slice(members, query.size(0), items);
     if (check) slice.check_order(first_item, items);
@@ -89,14 +98,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> slice_cross_entropy(
 std::tuple<at::Tensor, at::Tensor, at::Tensor> slice_cross_entropy_backward(
     const at::Tensor& grad_losses, const at::Tensor& query, const at::Tensor& catalog, const at::Tensor& target,
     const OptionalTensor& members, const OptionalTensor& positives, double positive_weight, double temperature,
-    const OptionalTensor& bias, int64_t first_item, int64_t ignore_index, bool bf16, const at::Tensor& lse,
-    const at::Tensor& saved, c10::List<bool> needs) {
+    const OptionalTensor& temperature_tensor, const OptionalTensor& bias, int64_t first_item, int64_t ignore_index,
+    c10::string_view precision, const at::Tensor& lse, const at::Tensor& saved, c10::List<bool> needs) {
   const int64_t rows = query.size(0), items = catalog.size(0);
   const FromForward from(grad_losses, lse, saved, rows);
   Backward backward(query, catalog, items, needs);
   raising([&] {
     const Arguments arguments({query, catalog, target, positives, bias, std::nullopt, positive_weight, temperature,
-                               first_item, ignore_index, bf16, false});
+                               temperature_tensor, first_item, ignore_index, precision, false});
     const Slice slice(members, rows, items);
     int64_t saved_size = from.saved.numel();
     if (slice.members.few(items)) {
@@ -111,18 +120,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> slice_cross_entropy_backward(
     DenseLoss loss(arguments.problem, all.columns, slice.members);
     loss.backward(from.grads(), from.lses(), from.bytes(), saved_size, backward.gradients);
   });
-  return {backward.query, backward.catalog, bias ? backward.bias.to(bias->scalar_type()) : backward.bias};
+  return {backward.query, backward.catalog, Backward::bias_gradient(backward.bias, bias, needs)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> sampled_softmax(
     const at::Tensor& query, const at::Tensor& catalog, const at::Tensor& target, const at::Tensor& negatives,
     const OptionalTensor& log_q, const OptionalTensor& positives, double positive_weight, double temperature,
-    const OptionalTensor& bias, int64_t ignore_index, bool /* sparse_grad: for the backward pass */, bool bf16,
-    int64_t saved_size, bool check) {
+    const OptionalTensor& temperature_tensor, const OptionalTensor& bias, int64_t ignore_index,
+    bool /* sparse_grad: for the backward pass */, c10::string_view precision, int64_t saved_size, bool check) {
   Forward forward(query.size(0), saved_size);
   raising([&] {
-    const Arguments arguments(
-        {query, catalog, target, positives, bias, log_q, positive_weight, temperature, 0, ignore_index, bf16, check});
+    const Arguments arguments({query, catalog, target, positives, bias, log_q, positive_weight, temperature,
+                               temperature_tensor, 0, ignore_index, precision, check});
     const Sampled sampled(negatives, query.size(0));
     if (sampled.shared) {
       const SharedNegatives shared(arguments.problem, sampled.negatives);
@@ -138,15 +147,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sampled_softmax(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sampled_softmax_backward(
     const at::Tensor& grad_losses, const at::Tensor& query, const at::Tensor& catalog, const at::Tensor& target,
     const at::Tensor& negatives, const OptionalTensor& log_q, const OptionalTensor& positives, double positive_weight,
-    double temperature, const OptionalTensor& bias, int64_t ignore_index, bool sparse, bool bf16, const at::Tensor& lse,
-    const at::Tensor& saved, c10::List<bool> needs) {
+    double temperature, const OptionalTensor& temperature_tensor, const OptionalTensor& bias, int64_t ignore_index,
+    bool sparse, c10::string_view precision, const at::Tensor& lse, const at::Tensor& saved, c10::List<bool> needs) {
   const int64_t rows = query.size(0), all_items = catalog.size(0);
   const FromForward from(grad_losses, lse, saved, rows);
   std::optional<Backward> backward;
   std::vector<int64_t> items;
   raising([&] {
-    const Arguments arguments(
-        {query, catalog, target, positives, bias, log_q, positive_weight, temperature, 0, ignore_index, bf16, false});
+    const Arguments arguments({query, catalog, target, positives, bias, log_q, positive_weight, temperature,
+                               temperature_tensor, 0, ignore_index, precision, false});
     const Sampled sampled(negatives, rows);
     if (sampled.shared) {
       const SharedNegatives shared(arguments.problem, sampled.negatives);
@@ -170,7 +179,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sampled_softmax_backw
   const at::Tensor ids = at::tensor(items, at::kLong);
   at::Tensor grad_bias = backward->bias;
   if (sparse && needs[2]) grad_bias = at::zeros({all_items}).index_copy_(0, ids, grad_bias);
-  return {backward->query, backward->catalog, bias ? grad_bias.to(bias->scalar_type()) : grad_bias, ids};
+  return {backward->query, backward->catalog, Backward::bias_gradient(grad_bias, bias, needs), ids};
 }
 
 }  // namespace

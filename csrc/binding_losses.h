@@ -37,9 +37,17 @@ struct Inputs {
   const at::Tensor &query, &catalog, &target;
   const OptionalTensor &positives, &bias, &log_q;
   double positive_weight, temperature;
+  const OptionalTensor& temperature_tensor;  // (), in temperature's place
   int64_t first_item, ignore_index;
-  bool bf16, check;
+  c10::string_view precision;
+  bool check;
 };
+
+inline float temperature_of(const Inputs& in) {
+  const auto value = static_cast<float>(in.temperature_tensor ? in.temperature_tensor->item<double>() : in.temperature);
+  TORCH_CHECK_VALUE(value > 0 || !in.check, "temperature must be above 0, got ", value);
+  return value;
+}
 
 // A problem together with the tensors that it points into, checked.
 struct Arguments {
@@ -67,12 +75,12 @@ struct Arguments {
     if (in.log_q) log_q = floats_of("log_q", *in.log_q, items);
     problem.query = matrix(query);
     problem.catalog = matrix(catalog);
-    problem.bf16 = in.bf16;
+    problem.precision = precision_of(in.precision, query, catalog);
     problem.target = target.const_data_ptr<int64_t>();
     problem.bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
     problem.log_q = log_q.defined() ? log_q.const_data_ptr<float>() : nullptr;
     problem.positive_weight = in.positive_weight;
-    problem.temperature = static_cast<float>(in.temperature);
+    problem.temperature = temperature_of(in);
     problem.first_item = in.first_item;
     problem.ignore_index = in.ignore_index;
     problem.check = in.check;

@@ -59,8 +59,6 @@ struct Arguments {
   RankProblem problem{};
 
   explicit Arguments(const Inputs& in) : norm(in.norm_weight, in.norm_bias, in.norm_eps, in.query.size(-1)) {
-    TORCH_CHECK_VALUE(in.precision == "fp32" || in.precision == "bf16", "precision must be fp32 or bf16, got ",
-                      in.precision);
     TORCH_CHECK_VALUE(in.catalog.dim() == 2, "catalog must be (V, d), got ", in.catalog.sizes());
     catalog = matrix_of("catalog", in.catalog, in.catalog.size(1));
     query = matrix_of("query", in.query, in.catalog.size(1));
@@ -73,7 +71,7 @@ struct Arguments {
     problem.query = matrix(query);
     problem.catalog = matrix(catalog);
     problem.catalog.norm = norm.get();
-    problem.arithmetic = choose_arithmetic(in.precision == "bf16");
+    problem.precision = precision_of(in.precision, query, catalog);
     problem.bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
     problem.first_item = in.first_item;
     problem.ranked = count_ranked(problem.bias, in.first_item, items);

@@ -167,8 +167,8 @@ class FrozenTeacherSampler(TransformerNegativeSamplerBase):
     def set_teacher(self, teacher: torch.nn.Module | Tensor) -> None:
         """Takes a copy, on the CPU.
 
-        teacher: the ``torch_model`` of a fitted RecTools model, or vectors of the items, (items, d) float32 or
-            bfloat16, whose score for a position is the dot product with the mean of the session so far. Either is in
+        teacher: the ``torch_model`` of a fitted RecTools model, or vectors of the items, (items, d) float32,
+            bfloat16 or float16, whose score for a position is the dot product with the mean of the session so far. Either is in
             the order of ``get_known_item_ids()``, which the data set and the filters of RecTools alone decide.
 
         Raises TypeError for a teacher of another kind or dtype, and for a similarity module other than RecTools' dot
@@ -178,7 +178,7 @@ class FrozenTeacherSampler(TransformerNegativeSamplerBase):
             if teacher.ndim != 2:
                 raise ValueError(f"teacher, where a tensor, must be (items, d), got {tuple(teacher.shape)}")
             if teacher.dtype not in checks.FLOATS:
-                raise TypeError(f"teacher, where a tensor, must be float32 or bfloat16, got {teacher.dtype}")
+                raise TypeError(f"teacher, where a tensor, must be float32, bfloat16 or float16, got {teacher.dtype}")
             self._model, self._items = None, teacher.detach().cpu().clone()
             return
         _check_similarity(teacher)

@@ -27,6 +27,7 @@ from alterrec_fast.ops.item_table import (
     table_loss,
 )
 from alterrec_fast.ops.layer_norm import RowNorm
+from alterrec_fast.ops.losses import finish_loss
 from alterrec_fast.ops.slice_cross_entropy import checked_problem, saved_by_native
 from alterrec_fast.ops.table_rules import Rule
 
@@ -191,15 +192,17 @@ class FusedItemEmbedding(KeepsDtype):
         """`SliceCrossEntropy` over the table's rows: the full softmax, or the negatives of a slice.
 
         Args:
-            query: (B, d) or (B, L, d) float32 or bfloat16; gets a gradient, which has none itself.
+            query: (B, d) or (B, L, d) float32, bfloat16 or float16; gets a gradient, which has none itself.
             target, neg, positives: as in `SliceCrossEntropy.forward`.
             bias: (V,); gets a gradient, for which the scores are computed once more.
-            positive_weight, temperature, ignore_index, reduction, precision, check: as in `SliceCrossEntropy`.
+            positive_weight, ignore_index, reduction, precision, check: as in `SliceCrossEntropy`.
+            temperature: above 0; a number.
 
         Raises:
             TypeError, ValueError, BackendError: as `slice_cross_entropy` does.
             RuntimeError: in the backward pass, where the table was changed since.
         """
+        checks.check_number("temperature", temperature)
         loss = _OverTable(
             self,
             positive_weight=positive_weight,
@@ -331,7 +334,7 @@ class FusedItemEmbedding(KeepsDtype):
     def _row_losses(
         self, query: Tensor, catalog: Tensor, target: Tensor, neg: RankSlice | None, **options: Any
     ) -> Tensor:
-        """(B,), as `slice_cross_entropy` with reduction="none"."""
+        """As `slice_cross_entropy`."""
         checked = checked_problem(query, catalog, target, neg, **options)
         loss = TableLoss(checked.problem, self.norm)
         native = self._engine(query) == "native"
@@ -340,10 +343,8 @@ class FusedItemEmbedding(KeepsDtype):
             saved_size = min(
                 options["max_saved_bytes"], saved_by_native(query.shape[0], query.shape[1], catalog.shape[0])
             )
-        losses: Tensor = _Loss.apply(
-            self._anchor(), query, checked.problem.bias, self, loss, native, saved_size, checked.check
-        )
-        return losses
+        losses = _Loss.apply(self._anchor(), query, checked.problem.bias, self, loss, native, saved_size, checked.check)
+        return finish_loss(checked.problem, losses, options["reduction"], query.shape[:-1])
 
     def _engine(self, tensor: Tensor) -> str:
         """ "native" or "reference"."""

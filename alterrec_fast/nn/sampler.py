@@ -48,8 +48,8 @@ class RankSliceSampler(KeepsDtype):
             frequency, as in TensorFlow and Transformers4Rec).
         popularity: (V,) counts or weights; raise them to a power, such as 0.75, beforehand.
         teacher: who ranks. None: the model itself, by the query and catalog of the call, so with this step's weights.
-            A `TeacherCopy`: a frozen or slowly moving copy of it, which becomes a submodule. A (V, f) float32 or
-            bfloat16 tensor: item vectors of another modality; a session's query is then the mean of those of its items
+            A `TeacherCopy`: a frozen or slowly moving copy of it, which becomes a submodule. A (V, f) float32,
+            bfloat16 or float16 tensor: item vectors of another modality; a session's query is then the mean of those of its items
             so far. Any other callable: takes the call's inputs, returns (query, catalog). It is called without
             gradients and is otherwise left alone: a module among these is no submodule, so that it is neither moved
             nor stored with the sampler, keeps its mode, and its parameters are not listed by the sampler's owner.
@@ -258,7 +258,7 @@ class RankSliceSampler(KeepsDtype):
             if teacher.ndim != 2:
                 raise ValueError(f"teacher, where a tensor, must be (V, f), got {tuple(teacher.shape)}")
             if teacher.dtype not in checks.FLOATS:
-                raise TypeError(f"teacher, where a tensor, must be float32 or bfloat16, got {teacher.dtype}")
+                raise TypeError(f"teacher, where a tensor, must be float32, bfloat16 or float16, got {teacher.dtype}")
             self.register_buffer("teacher", teacher.detach(), persistent=False)
         elif isinstance(teacher, TeacherCopy):
             self.teacher = teacher

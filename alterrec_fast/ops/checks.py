@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 REDUCTIONS = ("mean", "sum", "none")
-FLOATS = (torch.float32, torch.bfloat16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
 
 
@@ -62,7 +62,7 @@ def check_matrices(query: Tensor, catalog: Tensor, bias: Tensor | None, first_it
             raise ValueError(f"{name} must be 2-D, got shape {tuple(tensor.shape)}")
         if tensor.dtype not in floats:
             raise TypeError(
-                f"{name} must be float32 or bfloat16 (float64 with backend='reference'), got {tensor.dtype}"
+                f"{name} must be float32, bfloat16 or float16 (float64 with backend='reference'), got {tensor.dtype}"
             )
         if tensor.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
@@ -81,12 +81,12 @@ def check_matrices(query: Tensor, catalog: Tensor, bias: Tensor | None, first_it
 
 
 def check_vector(name: str, vector: Tensor, length: int, device: torch.device) -> None:
-    """One float for each item: bias and log_q."""
+    """One float for each item: bias, log_q, weight."""
     check_tensor(name, vector)
     if vector.shape != (length,):
         raise ValueError(f"{name} must be ({length},), got {tuple(vector.shape)}")
-    if not vector.dtype.is_floating_point or vector.dtype == torch.float16:
-        raise TypeError(f"{name} must be float32 or bfloat16, got {vector.dtype}")
+    if not vector.dtype.is_floating_point:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {vector.dtype}")
     if vector.device != device:
         raise ValueError(f"{name} must be on {device}, got {vector.device}")
 
@@ -113,16 +113,41 @@ def check_range(name: str, start: int, stop: int, items: int) -> None:
         raise ValueError(f"{name}: rank {stop} is beyond the catalog, which holds {items} items")
 
 
-def check_loss(temperature: float, positive_weight: float, reduction: str) -> None:
-    """Raises TypeError or ValueError for what both losses refuse."""
-    check_number("temperature", temperature)
+def check_loss(temperature: float | Tensor, positive_weight: float, reduction: str) -> None:
+    """Raises TypeError or ValueError for what both losses refuse; of a temperature in a tensor not its value."""
     check_number("positive_weight", positive_weight)
-    if not temperature > 0.0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+    if isinstance(temperature, Tensor):
+        if temperature.numel() != 1 or not temperature.dtype.is_floating_point:
+            raise ValueError(
+                "temperature, where a tensor, must hold one float, got "
+                f"{kind_of(temperature)} and dtype {temperature.dtype}"
+            )
+    else:
+        check_number("temperature", temperature)
+        check_temperature_value(temperature)
     if not positive_weight >= 0.0:
         raise ValueError(f"positive_weight must be at least 0, got {positive_weight}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def check_smoothing(label_smoothing: float, sliced: bool, has_positives: bool) -> None:
+    """Raises unless label_smoothing is 0, or up to 1 in a softmax over all items."""
+    check_number("label_smoothing", label_smoothing)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+    if label_smoothing > 0.0 and (sliced or has_positives):
+        found = "neg" if sliced else "positives"
+        raise ValueError(
+            f"label_smoothing must be 0 with {found}, got {label_smoothing}: it gives every item of the catalog "
+            "a share of the target, which only the softmax of one target over all items has"
+        )
+
+
+def check_temperature_value(temperature: float | Tensor) -> None:
+    """Raises ValueError unless the one value is above 0."""
+    if not temperature > 0.0:
+        raise ValueError(f"temperature must be above 0, got {float(temperature)}")
 
 
 def check_ids_in(name: str, ids: Tensor, first: int, stop: int, none: int) -> None:

@@ -14,7 +14,8 @@ from alterrec_fast.ops import library
 from alterrec_fast.ops.checks import check_flag
 
 BACKENDS = ("auto", "reference", "native", "triton")
-PRECISIONS = (None, "fp32", "bf16")
+FORMATS = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # of 16 bits
+PRECISIONS = (None, "fp32", *FORMATS.values())
 LOSSES = ("slice_cross_entropy", "sampled_softmax")  # the ops that gradients flow through
 
 
@@ -104,7 +105,7 @@ def why_not_native(tensor: Tensor, op: str) -> str:
         )
     # float64 is for gradcheck, which only the specification computes in.
     if tensor.device.type not in ("cpu", "cuda") or tensor.dtype == torch.float64:
-        return f"it takes float32 and bfloat16 tensors on CPU or CUDA, got {tensor.dtype} on {tensor.device}"
+        return f"it takes float32, bfloat16 and float16 tensors on CPU or CUDA, got {tensor.dtype} on {tensor.device}"
     if tensor.device.type == "cuda" and op not in library.CUDA_OPS:
         return f"it has no CUDA kernel for {op}" + ("" if library.CUDA_OPS else ", it was built without nvcc")
     return ""
@@ -117,22 +118,34 @@ def why_not_triton(tensor: Tensor) -> str:
     if tensor.device.type != "cuda" and not (library.INTERPRETED and tensor.device.type == "cpu"):
         return f"it takes CUDA tensors, and CPU tensors only under TRITON_INTERPRET=1, got {tensor.device}"
     if tensor.dtype == torch.float64:
-        return f"it takes float32 and bfloat16 tensors, got {tensor.dtype}"
+        return f"it takes float32, bfloat16 and float16 tensors, got {tensor.dtype}"
     return ""
 
 
 def choose_precision(precision: str | None, query: Tensor, catalog: Tensor) -> str:
-    """What is asked for, else "bf16" under bf16 autocast, else the narrower input's; "fp64" for float64 inputs."""
+    """What is asked for, else autocast's 16-bit format, else that of the narrower input; "fp64" for float64 inputs.
+
+    Two 16-bit formats do not mix: asked for by name beside a tensor of the other, it raises ValueError; else, where
+    inputs or autocast have both, products are of the inputs' own values, "fp32".
+    """
     if precision not in PRECISIONS:
-        raise ValueError(f"precision must be None, 'fp32' or 'bf16', got {precision!r}")
+        raise ValueError(f"precision must be None, 'fp32', 'bf16' or 'fp16', got {precision!r}")
     if torch.float64 in (query.dtype, catalog.dtype):
         return "fp64"
+    if precision == "fp32":
+        return precision
+    formats = {FORMATS[x.dtype] for x in (query, catalog) if x.dtype in FORMATS}
     if precision is not None:
+        if formats - {precision}:
+            raise ValueError(
+                f"precision={precision!r} takes float32 tensors and its own format, got query {query.dtype} and "
+                f"catalog {catalog.dtype}; precision='fp32' takes all"
+            )
         return precision
     kind = query.device.type
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
-        return "bf16"
-    return "bf16" if torch.bfloat16 in (query.dtype, catalog.dtype) else "fp32"
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) in FORMATS:
+        formats.add(FORMATS[torch.get_autocast_dtype(kind)])
+    return formats.pop() if len(formats) == 1 else "fp32"
 
 
 def choose_check(check: bool | None, tensor: Tensor) -> bool:

@@ -22,13 +22,14 @@ from alterrec_fast.ops.row_blocks import Block
 from alterrec_fast.ops.slice_cross_entropy import SliceLoss
 from alterrec_fast.ops.table_rules import KINDS, Rule, round_at_random
 
+PRECISIONS = ("fp32", "bf16", "fp16")  # as the native engine numbers them
 TILE_BYTES = 16 << 20  # what a tile of rows may take in plain PyTorch
 
 
 class TableLoss(NamedTuple):
     """A loss over the table's rows, as they come out of the norm."""
 
-    problem: SliceLoss  # its catalog is the table
+    problem: SliceLoss  # its catalog is the table, its temperature a number
     norm: RowNorm
 
     def block(self, first: int, stop: int, check: bool = False) -> Block:
@@ -94,7 +95,7 @@ def query_gradient(x: TableLoss, native: bool, done: Forward, grad_losses: Tenso
         return result
     ids = positive_ids(p.target, p.positives, 0, p.query.shape[0], p.ignore_index).clamp(min=0)
     vectors = x.norm.of(p.catalog.index_select(0, ids.flatten()))
-    vectors = widen(vectors, "bf16" if p.bf16 else "fp32").view(*ids.shape, -1)
+    vectors = widen(vectors, p.precision).view(*ids.shape, -1)
     by = row_blocks.weights(p, done.lse, _pos_logits(x), grad_losses)
     return row_blocks.query_gradient(p, done.mean, vectors, by).to(p.query.dtype)
 
@@ -160,7 +161,7 @@ def _native_step(
         [float(p.temperature) for p in problems],
         [p.first_item for p in problems],
         [p.ignore_index for p in problems],
-        [int(p.bf16) for p in problems],
+        [PRECISIONS.index(p.precision) for p in problems],
         *looked_up,
         KINDS.index(rule.kind),
         *(float(x) for x in rule[1:9]),
@@ -219,9 +220,8 @@ def _pos_logits(x: TableLoss) -> Tensor:
     """(B, 1 + P), -inf for none."""
     p = x.problem
     ids = positive_ids(p.target, p.positives, 0, p.query.shape[0], p.ignore_index)
-    precision = "bf16" if p.bf16 else "fp32"
-    vectors = widen(x.norm.of(p.catalog.index_select(0, ids.clamp(min=0).flatten())), precision)
-    y = torch.einsum("bd,bpd->bp", widen(p.query, precision), vectors.view(*ids.shape, -1))
+    vectors = widen(x.norm.of(p.catalog.index_select(0, ids.clamp(min=0).flatten())), p.precision)
+    y = torch.einsum("bd,bpd->bp", widen(p.query, p.precision), vectors.view(*ids.shape, -1))
     if p.bias is not None:
         y = y + p.bias.detach()[ids.clamp(min=0)].float()
     return (y / p.temperature).masked_fill(ids < 0, -torch.inf)
@@ -229,13 +229,13 @@ def _pos_logits(x: TableLoss) -> Tensor:
 
 def _define() -> None:
     """The schemas of the native kernels; they are called with tensors that need no gradient."""
-    types = {Tensor: "Tensor", int: "int", float: "float", bool: "bool", Tensor | None: "Tensor?"}
+    types = {Tensor: "Tensor", int: "int", float: "float", bool: "bool", str: "str", Tensor | None: "Tensor?"}
     loss = ", ".join(f"{types[kind]} {name}" for name, kind in arguments_of(TableLoss).items())
     query = loss.replace("Tensor? members, ", "")
     lists = (
         "Tensor[] queries, Tensor[] targets, Tensor?[] members, Tensor?[] positives, Tensor?[] biases, "
         "Tensor[] grad_losses, Tensor[] lses, Tensor[] saved, float[] positive_weights, float[] temperatures, "
-        "int[] first_items, int[] ignore_indices, int[] bf16s"
+        "int[] first_items, int[] ignore_indices, int[] precisions"
     )
     numbers = "float step_size, float root_correction, float beta1, float beta2, float eps, float weight_decay"
     LIBRARY.define(f"native_item_table_loss({loss}, int saved_size, bool check) -> (Tensor, Tensor, Tensor, Tensor)")

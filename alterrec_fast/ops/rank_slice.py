@@ -36,8 +36,8 @@ def rank_slice(
     set. Ranks are 0-based and half-open; ties go to the lower id. No gradient flows.
 
     Args:
-        query: (B, d) float32 or bfloat16, any strides.
-        catalog: (V, d) float32 or bfloat16, any strides.
+        query: (B, d) float32, bfloat16 or float16, any strides.
+        catalog: (V, d) float32, bfloat16 or float16, any strides.
         start, stop: 0 <= start <= stop <= V - first_item.
         top: how many of the first ranks to return in order, in `RankSlice.top`.
         exclude: (B,) or (B, m) ids, or (values (E,), offsets (B + 1,)); int32 or int64; negative ids are none. Ranks
@@ -45,8 +45,9 @@ def rank_slice(
         bias: (V,) added to the scores. An item with -inf is never a candidate: ranks count the others only, and ranks
             beyond them stay empty (no bit, -1 in ids and `top`, -inf in `thresholds`). +inf and NaN are errors.
         first_item: rows of the catalog before it are padding; ranks count from there.
-        precision: "fp32", "bf16" (products of values rounded to bfloat16, accumulated in float32), or None: bf16 where
-            an input is bfloat16 or under autocast to bfloat16.
+        precision: "fp32"; "bf16" or "fp16", products of values rounded to bfloat16 or float16, accumulated in float32;
+            or None: the format of autocast, else of the narrower input. Where those have both 16-bit formats it is
+            "fp32"; one that is asked for by name beside a tensor of the other raises ValueError.
         check: whether values are checked; None: on the CPU.
         backend: "auto", "reference", "native" or "triton"; None: that of the `backend` block around the call, else
             "auto".

@@ -17,35 +17,36 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from alterrec_fast.ops.checks import check_ids_in, check_loss_ids
-from alterrec_fast.ops.dispatch import transformed
+from alterrec_fast.ops.checks import check_ids_in, check_loss_ids, check_temperature_value
+from alterrec_fast.ops.dispatch import FORMATS, transformed
 from alterrec_fast.ops.slices import RankSlice, pack_bits, uses_bits
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 BLOCK_BYTES = 64 << 20  # what the scores of one row block may take
+_DTYPES = {name: dtype for dtype, name in FORMATS.items()}
 
 
 class _Round(torch.autograd.Function):
-    """Rounds to bfloat16 and widens again; the gradient passes unrounded, in the input's dtype."""
+    """Rounds to a 16-bit dtype and widens again; the gradient passes unrounded, in the input's dtype."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.to(torch.bfloat16).float()
+    def forward(x: Tensor, to: torch.dtype) -> Tensor:
+        return x.to(to).float()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, torch.dtype], output: Tensor) -> None:
         ctx.dtype = inputs[0].dtype
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.to(ctx.dtype)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         return tangent.float()
 
 
@@ -73,13 +74,14 @@ class _TouchedRows(torch.autograd.Function):
 
 
 def widen(x: Tensor, precision: str) -> Tensor:
-    """The operand of a product: float32 values, rounded to bfloat16 first where precision says so; float64 stays."""
+    """The operand of a product: float32 values, rounded to a 16-bit format first where precision names one; float64
+    stays."""
     if precision == "fp64":
         return x
-    return _Round.apply(x) if precision == "bf16" else x.float()
+    return x.float() if precision == "fp32" else _Round.apply(x, _DTYPES[precision])
 
 
-def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """Autocast decides the precision of an op, which `widen` applies; it must not touch the arithmetic below that."""
 
     @functools.wraps(function)
@@ -91,7 +93,7 @@ def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
-@_without_autocast
+@without_autocast
 def rank_slice_ref(
     query: Tensor,
     catalog: Tensor,
@@ -133,7 +135,7 @@ def rank_slice_ref(
     )
 
 
-@_without_autocast
+@without_autocast
 def top_k_ref(
     query: Tensor,
     catalog: Tensor,
@@ -157,7 +159,7 @@ def top_k_ref(
     return torch.cat(values), torch.cat(items)
 
 
-@_without_autocast
+@without_autocast
 def slice_cross_entropy_ref(
     query: Tensor,
     catalog: Tensor,
@@ -165,7 +167,7 @@ def slice_cross_entropy_ref(
     neg: RankSlice | None,
     positives: Tensor | None,
     positive_weight: float,
-    temperature: float,
+    temperature: float | Tensor,
     bias: Tensor | None,
     first_item: int,
     ignore_index: int,
@@ -191,6 +193,7 @@ def slice_cross_entropy_ref(
         return row_losses(log_sum_exp(y, member), logits, pos_ids, positive_weight)
 
     if check:
+        check_temperature_value(temperature)
         check_loss_ids(target, positives, bias, first_item, v, ignore_index)
         if neg is not None and neg.ids is not None:
             check_ids_in("neg.ids", neg.ids, first_item, v, -1)
@@ -198,7 +201,7 @@ def slice_cross_entropy_ref(
     return torch.cat([_bounded(block, len(blocks), q[i:j], e, offset, i, j) for i, j in blocks])
 
 
-@_without_autocast
+@without_autocast
 def sampled_softmax_ref(
     query: Tensor,
     catalog: Tensor,
@@ -207,7 +210,7 @@ def sampled_softmax_ref(
     log_q: Tensor | None,
     positives: Tensor | None,
     positive_weight: float,
-    temperature: float,
+    temperature: float | Tensor,
     bias: Tensor | None,
     ignore_index: int,
     sparse_grad: bool,
@@ -217,6 +220,7 @@ def sampled_softmax_ref(
     """The loss of every row, (B,); zero where the target is ignored. See `sampled_softmax`."""
     b, v = query.shape[0], catalog.shape[0]
     if check:
+        check_temperature_value(temperature)
         check_loss_ids(target, positives, bias, 0, v, ignore_index)
         check_ids_in("neg", neg if neg.ndim == 2 else neg.unsqueeze(1), 0, v, -1)
     ignored = (target == ignore_index).unsqueeze(1)  # (B, 1)
@@ -402,12 +406,3 @@ def positive_weights(like: Tensor, positive_weight: float) -> Tensor:
     weight = torch.full_like(like, positive_weight)
     weight[:, 0] = 1.0
     return weight
-
-
-def reduce_loss(rows: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """rows (B,), zero where the target is ignored -> (B,) or a scalar; the mean is over the rows not ignored."""
-    if reduction == "none":
-        return rows
-    if reduction == "sum":
-        return rows.sum()
-    return rows.sum() / (target != ignore_index).sum().clamp(min=1)

@@ -45,9 +45,7 @@ class Block(NamedTuple):
 
     @property
     def precision(self) -> str:
-        if self.vectors.dtype == torch.float64:
-            return "fp64"
-        return "bf16" if self.problem.bf16 else "fp32"
+        return "fp64" if self.vectors.dtype == torch.float64 else self.problem.precision
 
     @property
     def query(self) -> Tensor:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from alterrec_fast.ops import checks, dispatch
-from alterrec_fast.ops.checks import check_ids_in, check_loss_ids, plain_strides
+from alterrec_fast.ops.checks import check_ids_in, check_loss_ids, check_temperature_value, plain_strides
 from alterrec_fast.ops.library import Op
-from alterrec_fast.ops.reference import reduce_loss, sampled_softmax_ref
+from alterrec_fast.ops.losses import finish_loss, flat_rows, gradient_dtypes, split_temperature, with_temperature
+from alterrec_fast.ops.reference import sampled_softmax_ref
 from alterrec_fast.ops.slices import RankSlice
 
 
@@ -23,8 +24,9 @@ def sampled_softmax(
     log_q: Tensor | None = None,
     positives: Tensor | None = None,
     positive_weight: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     bias: Tensor | None = None,
+    weight: Tensor | None = None,
     reduction: str = "mean",
     ignore_index: int = -100,
     sparse_grad: bool = False,
@@ -41,12 +43,12 @@ def sampled_softmax(
     engine computes those.
 
     Args:
-        query: (B, d) float32 or bfloat16, any strides; gets a gradient.
-        catalog: (V, d) float32 or bfloat16, any strides; gets a gradient.
-        target: (B,) int32 or int64.
-        neg: (B, n), or (n,) shared by all rows; int32 or int64, -1 is none.
+        query: (B, d), or (B, L, d) for sequences, float32, bfloat16 or float16, any strides; gets a gradient.
+        catalog: (V, d) float32, bfloat16 or float16, any strides; gets a gradient.
+        target: (B,), or (B, L), int32 or int64.
+        neg: (B, n), or (B, L, n), or (n,) shared by all rows; int32 or int64, -1 is none.
         log_q: (V,), the log of each item's expected count among the negatives; no gradient.
-        positives, positive_weight, temperature, bias, reduction, ignore_index: as in `slice_cross_entropy`.
+        positives, positive_weight, temperature, bias, weight, reduction, ignore_index: as in `slice_cross_entropy`.
         sparse_grad: the catalog's gradient as a coalesced sparse tensor of the touched rows. torch drops the mark, not
             the order, when it stores the gradient as ``catalog.grad``; `torch.autograd.grad` returns it marked. With
             ``create_graph=True`` it is dense.
@@ -56,6 +58,11 @@ def sampled_softmax(
         TypeError, ValueError, BackendError: as `slice_cross_entropy` does.
     """
     checks.check_tensor("query", query)
+    shape = query.shape[:-1]
+    if query.ndim == 3:
+        query, target, positives = flat_rows(query, target, positives)
+        if isinstance(neg, Tensor) and neg.ndim == 3:
+            neg = neg.flatten(0, 1)
     engine = dispatch.choose_backend(backend, query, "sampled_softmax")
     checks.check_matrices(query, catalog, bias, 0, engine)
     checks.check_loss(temperature, positive_weight, reduction)
@@ -72,6 +79,8 @@ def sampled_softmax(
         checks.check_ids("positives", positives, b, (2,), query.device)
     if log_q is not None:
         checks.check_vector("log_q", log_q, v, query.device)
+    if weight is not None:
+        checks.check_vector("weight", weight, v, query.device)
     arithmetic, checked = dispatch.choose_precision(precision, query, catalog), dispatch.choose_check(check, query)
     problem = SampledLoss(
         query,
@@ -81,21 +90,21 @@ def sampled_softmax(
         None if log_q is None else log_q.detach(),
         positives,
         positive_weight,
-        temperature,
+        *split_temperature(temperature, query),
         bias,
         ignore_index,
         bool(sparse_grad),
-        arithmetic == "bf16",
+        arithmetic,
     )
     if engine == "reference":
-        losses = _reference(problem, arithmetic, checked)
+        losses = _reference(problem, checked)
     else:
         saved_size = 0
-        if dispatch.needs_gradient(query, catalog, bias):
+        if dispatch.needs_gradient(query, catalog, bias, problem.temperature_tensor):
             on_cpu = engine == "native" and query.device.type == "cpu"
             saved_size = _saved_on_cpu(problem) if on_cpu else _saved_logits(problem)
         losses = _op(_Forward(problem, saved_size, checked), engine)[0]
-    return reduce_loss(losses, target, ignore_index, reduction)
+    return finish_loss(problem, losses, reduction, shape, weight)
 
 
 class SampledLoss(NamedTuple):
@@ -109,10 +118,11 @@ class SampledLoss(NamedTuple):
     positives: Tensor | None
     positive_weight: float
     temperature: float
+    temperature_tensor: Tensor | None  # () float32, in temperature's place
     bias: Tensor | None
     ignore_index: int
     sparse_grad: bool
-    bf16: bool
+    precision: str
 
 
 class _Forward(NamedTuple):
@@ -126,7 +136,7 @@ class _Backward(NamedTuple):
     problem: SampledLoss
     lse: Tensor  # (B,) log-sum-exp of the negatives' logits
     saved: Tensor  # uint8
-    needs: list[bool]  # whether the gradient of query, catalog, bias is asked for
+    needs: list[bool]  # the gradients of query, catalog, bias; and whether query's and bias's are in float32
 
 
 SAVED_SHARED_BYTES = 256 << 20  # what the logits of shared negatives may take from forward to backward
@@ -148,7 +158,7 @@ def _saved_logits(p: SampledLoss) -> int:
     return p.query.shape[0] * (p.neg.shape[-1] + 1 + (0 if p.positives is None else p.positives.shape[1])) * 4
 
 
-def _reference(p: SampledLoss, precision: str, check: bool) -> Tensor:
+def _reference(p: SampledLoss, check: bool) -> Tensor:
     return sampled_softmax_ref(
         p.query,
         p.catalog,
@@ -157,11 +167,11 @@ def _reference(p: SampledLoss, precision: str, check: bool) -> Tensor:
         p.log_q,
         p.positives,
         p.positive_weight,
-        p.temperature,
+        p.temperature if p.temperature_tensor is None else p.temperature_tensor,
         p.bias,
         p.ignore_index,
         p.sparse_grad,
-        precision,
+        p.precision,
         check,
     )
 
@@ -176,12 +186,11 @@ def _backward_fake(x: _Backward) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     p = x.problem
     items = torch.library.get_ctx().new_dynamic_size() if p.sparse_grad else 0
     rows = items if p.sparse_grad else p.catalog.shape[0]
+    query_dtype, bias_dtype = gradient_dtypes(p, x.needs)
     return (
-        p.query.new_empty(p.query.shape if x.needs[0] else 0),
+        p.query.new_empty(p.query.shape if x.needs[0] else 0, dtype=query_dtype),
         p.catalog.new_empty((rows, p.catalog.shape[1]) if x.needs[1] else 0),
-        p.catalog.new_empty(
-            p.catalog.shape[0] if x.needs[2] else 0, dtype=torch.float32 if p.bias is None else p.bias.dtype
-        ),
+        p.catalog.new_empty(p.catalog.shape[0] if x.needs[2] else 0, dtype=bias_dtype),
         p.catalog.new_empty(items, dtype=torch.int64),
     )
 
@@ -192,6 +201,8 @@ def _triton(x: _Forward) -> tuple[Tensor, Tensor, Tensor]:
 
     p = x.problem
     if x.check:
+        if p.temperature_tensor is not None:
+            check_temperature_value(p.temperature_tensor)
         v = p.catalog.shape[0]
         check_loss_ids(p.target, p.positives, p.bias, 0, v, p.ignore_index)
         check_ids_in("neg", p.neg if p.neg.ndim == 2 else p.neg.unsqueeze(1), 0, v, -1)
@@ -208,11 +219,12 @@ def _triton_backward(x: _Backward) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from alterrec_fast.kernels.sampled_softmax import sampled_softmax_bwd
 
     p = x.problem
+    query_dtype, bias_dtype = gradient_dtypes(p, x.needs)
     problem = _triton_problem(p, False)
     saved = Saved.of(problem, x.saved, p.neg)
     dlogits = Dlogits.of(problem, x.grad_losses, x.lse, saved.pos)
     grads = sampled_softmax_bwd(problem, p.neg.contiguous(), saved.neg, dlogits, p.sparse_grad, x.needs)
-    return grads.query, grads.catalog, grads.bias if p.bias is None else grads.bias.to(p.bias.dtype), grads.items
+    return grads.query.to(query_dtype), grads.catalog, grads.bias.to(bias_dtype), grads.items
 
 
 def _triton_problem(p: SampledLoss, check: bool) -> Any:
@@ -224,11 +236,11 @@ def _triton_problem(p: SampledLoss, check: bool) -> Any:
         p.target,
         p.positives,
         p.positive_weight,
-        p.temperature,
+        p.temperature if p.temperature_tensor is None else float(p.temperature_tensor),
         p.bias,
         p.log_q,
         p.ignore_index,
-        p.bf16,
+        p.precision == "bf16",
         check,
     )
 
@@ -240,17 +252,18 @@ _backward_op = Op("sampled_softmax_backward", _Backward, 4, _triton_backward, _b
 def _backward(
     p: SampledLoss, engine: str, grad_losses: Tensor, lse: Tensor, saved: Tensor, needs: list[bool]
 ) -> tuple[Tensor, ...]:
-    query, catalog, bias, items = _backward_op(_Backward(grad_losses, p, lse, saved, needs), engine)
+    asked = [True, needs[1], p.bias is not None, True] if needs[3] else needs
+    query, catalog, bias, items = _backward_op(_Backward(grad_losses, p, lse, saved, asked), engine)
     if p.sparse_grad and needs[1]:
         catalog = torch.sparse_coo_tensor(
             items.unsqueeze(0), catalog, p.catalog.shape, check_invariants=False, is_coalesced=True
         )
-    return query, catalog, bias
+    return with_temperature(p, query, catalog, bias) if needs[3] else (query, catalog, bias, query)
 
 
 def _losses(p: SampledLoss) -> Tensor:
     """The losses in plain PyTorch, whose gradients have gradients."""
-    return _reference(p._replace(sparse_grad=False), "bf16" if p.bf16 else "fp32", False)
+    return _reference(p._replace(sparse_grad=False), False)
 
 
-_op.differentiate(("query", "catalog", "bias"), _backward, _losses)
+_op.differentiate(("query", "catalog", "bias", "temperature_tensor"), _backward, _losses)

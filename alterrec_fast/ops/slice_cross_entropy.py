@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from alterrec_fast.ops import checks, dispatch
-from alterrec_fast.ops.checks import check_loss_ids, plain_strides
+from alterrec_fast.ops.checks import check_loss_ids, check_temperature_value, plain_strides
 from alterrec_fast.ops.library import Op
-from alterrec_fast.ops.reference import reduce_loss, slice_cross_entropy_ref
+from alterrec_fast.ops.losses import finish_loss, flat_rows, gradient_dtypes, split_temperature, with_temperature
+from alterrec_fast.ops.reference import slice_cross_entropy_ref
 from alterrec_fast.ops.slices import RankSlice
 
 
@@ -22,8 +23,10 @@ def slice_cross_entropy(
     *,
     positives: Tensor | None = None,
     positive_weight: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     bias: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
     first_item: int = 0,
     reduction: str = "mean",
     ignore_index: int = -100,
@@ -43,18 +46,24 @@ def slice_cross_entropy(
     engine computes those.
 
     Args:
-        query: (B, d) float32 or bfloat16, any strides; gets a gradient.
-        catalog: (V, d) float32 or bfloat16, any strides; gets a gradient.
-        target: (B,) int32 or int64.
-        neg: the negatives, of B rows over V items, or None for all items.
-        positives: (B, P) int32 or int64, -1 is none. A positive may equal the target, repeat, or be a negative as well.
-        positive_weight: what a positive counts against the target (beta in the paper).
-        temperature: above 0; a number, as positive_weight: a tensor raises TypeError, since it would get no gradient.
+        query: (B, d), or (B, L, d) for sequences, float32, bfloat16 or float16, any strides; gets a gradient.
+        catalog: (V, d) float32, bfloat16 or float16, any strides; gets a gradient.
+        target: (B,), or (B, L), int32 or int64.
+        neg: the negatives, of B (or B L) rows over V items, or None for all items.
+        positives: (B, P), or (B, L, P), int32 or int64, -1 is none. A positive may equal the target, repeat, or be a
+            negative as well.
+        positive_weight: what a positive counts against the target (beta in the paper); a number.
+        temperature: above 0; a number, or a tensor of one float on the queries' device, which gets a gradient.
         bias: (V,); gets a gradient. An item with -inf is no negative and gets a gradient of zero; as a target or
             positive it is an error. +inf and NaN are errors.
+        label_smoothing: in [0, 1], as in ``F.cross_entropy``, over the items from first_item on whose bias is not -inf.
+            Above 0 it needs the softmax of one target over all items: with `neg` or `positives` it raises.
+        weight: (V,) float, from 0 up, no gradient; the weight of a row by its target, and in label smoothing that of
+            each item, as in ``F.cross_entropy``.
         first_item: rows before it are padding: no negatives (`neg` must be made with this first_item or more), and no
             targets.
-        reduction: "mean" over the rows whose target is not ignore_index (0 over none), "sum", or "none" for (B,).
+        reduction: "mean" over the rows whose target is not ignore_index, divided by their weights' sum where there are
+            weights (0 over none), "sum", or "none" for the target's shape.
         ignore_index: a target that stands for no row: its query is not looked at, may hold anything, and gets a
             gradient of zero.
         max_saved_bytes: the native engine keeps at most so much of the logits for the backward pass, which computes the
@@ -75,6 +84,8 @@ def slice_cross_entropy(
         positive_weight=positive_weight,
         temperature=temperature,
         bias=bias,
+        label_smoothing=label_smoothing,
+        weight=weight,
         first_item=first_item,
         reduction=reduction,
         ignore_index=ignore_index,
@@ -83,15 +94,18 @@ def slice_cross_entropy(
         check=check,
         backend=backend,
     )
+    p = x.problem
     if x.engine == "reference":
-        losses = _reference(x.problem, neg, x.arithmetic, x.check)
+        losses = _reference(p, neg, x.check)
     else:
         saved_size = 0
-        if dispatch.needs_gradient(query, catalog, bias):
-            bounded = torch.sym_min(max_saved_bytes, saved_by_native(query.shape[0], query.shape[1], catalog.shape[0]))
-            saved_size = bounded if x.engine == "native" else _saved_by_triton(x.problem)
-        losses = _op(_Forward(x.problem, saved_size, x.check), x.engine)[0]
-    return reduce_loss(losses, target, ignore_index, reduction)
+        if dispatch.needs_gradient(query, catalog, bias, p.temperature_tensor):
+            bounded = torch.sym_min(
+                max_saved_bytes, saved_by_native(p.query.shape[0], p.query.shape[1], catalog.shape[0])
+            )
+            saved_size = bounded if x.engine == "native" else _saved_by_triton(p)
+        losses = _op(_Forward(p, saved_size, x.check), x.engine)[0]
+    return finish_loss(p, losses, reduction, query.shape[:-1], weight, label_smoothing)
 
 
 class Checked(NamedTuple):
@@ -99,7 +113,6 @@ class Checked(NamedTuple):
 
     problem: SliceLoss
     engine: str
-    arithmetic: str
     check: bool
 
 
@@ -111,8 +124,10 @@ def checked_problem(
     *,
     positives: Tensor | None,
     positive_weight: float,
-    temperature: float,
+    temperature: float | Tensor,
     bias: Tensor | None,
+    label_smoothing: float,
+    weight: Tensor | None,
     first_item: int,
     reduction: str,
     ignore_index: int,
@@ -123,6 +138,8 @@ def checked_problem(
 ) -> Checked:
     """The arguments of `slice_cross_entropy`, checked but for values."""
     checks.check_tensor("query", query)
+    if query.ndim == 3:
+        query, target, positives = flat_rows(query, target, positives)
     engine = dispatch.choose_backend(backend, query, "slice_cross_entropy")
     checks.check_matrices(query, catalog, bias, first_item, engine)
     checks.check_loss(temperature, positive_weight, reduction)
@@ -143,6 +160,10 @@ def checked_problem(
             raise ValueError(f"neg must be on {query.device}, got {neg.device}")
         if neg.first_item < first_item:
             raise ValueError(f"neg must be made with first_item {first_item} or more, as here, got {neg.first_item}")
+    if weight is not None:
+        checks.check_vector("weight", weight, v, query.device)
+    if label_smoothing != 0.0:
+        checks.check_smoothing(label_smoothing, neg is not None, positives is not None)
     arithmetic, checked = dispatch.choose_precision(precision, query, catalog), dispatch.choose_check(check, query)
     members = None if neg is None else neg.ids if neg.bits is None else neg.bits
     problem = SliceLoss(
@@ -152,13 +173,13 @@ def checked_problem(
         members,
         positives,
         positive_weight,
-        temperature,
+        *split_temperature(temperature, query),
         bias,
         first_item,
         ignore_index,
-        arithmetic == "bf16",
+        arithmetic,
     )
-    return Checked(problem, engine, arithmetic, checked)
+    return Checked(problem, engine, checked)
 
 
 class SliceLoss(NamedTuple):
@@ -171,10 +192,11 @@ class SliceLoss(NamedTuple):
     positives: Tensor | None
     positive_weight: float
     temperature: float
+    temperature_tensor: Tensor | None  # () float32, in temperature's place
     bias: Tensor | None
     first_item: int
     ignore_index: int
-    bf16: bool
+    precision: str
 
     @property
     def ids(self) -> Tensor | None:
@@ -193,7 +215,7 @@ class _Backward(NamedTuple):
     problem: SliceLoss
     lse: Tensor  # (B,) log-sum-exp of the negatives' logits
     saved: Tensor  # uint8
-    needs: list[bool]  # whether the gradient of query, catalog, bias is asked for
+    needs: list[bool]  # the gradients of query, catalog, bias; and whether query's and bias's are in float32
 
 
 def saved_by_native(rows: int, width: int, items: int) -> int:
@@ -207,13 +229,13 @@ def _saved_by_triton(p: SliceLoss) -> int:
     from alterrec_fast.kernels import flash_loss
 
     logits = 1 + (0 if p.positives is None else p.positives.shape[1])
-    if flash_loss.is_flash(p.query, p.catalog, p.members, p.positives, p.bf16):
-        needs_query = dispatch.needs_gradient(p.query)
+    if flash_loss.is_flash(p.query, p.catalog, p.members, p.positives, p.precision == "bf16"):
+        needs_query = dispatch.needs_gradient(p.query, p.temperature_tensor)
         return int(flash_loss.saved_bytes(p.query, p.catalog, p.members, logits, needs_query))
     return p.query.shape[0] * ((0 if p.ids is None else p.ids.shape[1]) + logits) * 4
 
 
-def _reference(p: SliceLoss, neg: RankSlice | None, precision: str, check: bool) -> Tensor:
+def _reference(p: SliceLoss, neg: RankSlice | None, check: bool) -> Tensor:
     return slice_cross_entropy_ref(
         p.query,
         p.catalog,
@@ -221,11 +243,11 @@ def _reference(p: SliceLoss, neg: RankSlice | None, precision: str, check: bool)
         neg,
         p.positives,
         p.positive_weight,
-        p.temperature,
+        p.temperature if p.temperature_tensor is None else p.temperature_tensor,
         p.bias,
         p.first_item,
         p.ignore_index,
-        precision,
+        p.precision,
         check,
     )
 
@@ -238,12 +260,11 @@ def _forward_fake(x: _Forward) -> tuple[Tensor, Tensor, Tensor]:
 
 def _backward_fake(x: _Backward) -> tuple[Tensor, Tensor, Tensor]:
     p = x.problem
+    query_dtype, bias_dtype = gradient_dtypes(p, x.needs)
     return (
-        p.query.new_empty(p.query.shape if x.needs[0] else 0),
+        p.query.new_empty(p.query.shape if x.needs[0] else 0, dtype=query_dtype),
         p.catalog.new_empty(p.catalog.shape if x.needs[1] else 0),
-        p.catalog.new_empty(
-            p.catalog.shape[0] if x.needs[2] else 0, dtype=torch.float32 if p.bias is None else p.bias.dtype
-        ),
+        p.catalog.new_empty(p.catalog.shape[0] if x.needs[2] else 0, dtype=bias_dtype),
     )
 
 
@@ -255,9 +276,11 @@ def _triton(x: _Forward) -> tuple[Tensor, Tensor, Tensor]:
 
     p = x.problem
     if x.check:
+        if p.temperature_tensor is not None:
+            check_temperature_value(p.temperature_tensor)
         check_loss_ids(p.target, p.positives, p.bias, p.first_item, p.catalog.shape[0], p.ignore_index)
     problem = _triton_problem(p, x.check)
-    if flash_loss.is_flash(p.query, p.catalog, p.members, p.positives, p.bf16):
+    if flash_loss.is_flash(p.query, p.catalog, p.members, p.positives, p.precision == "bf16"):
         memory = torch.empty(x.saved_size, dtype=torch.uint8, device=p.query.device)
         losses, lse = flash_loss.flash_loss_fwd(problem, p.first_item, p.members, memory)
         checks.raise_not_finite(problem.bad)
@@ -279,12 +302,13 @@ def _triton_backward(x: _Backward) -> tuple[Tensor, Tensor, Tensor]:
     from alterrec_fast.kernels.losses import Dlogits, Saved
 
     p = x.problem
+    query_dtype, bias_dtype = gradient_dtypes(p, x.needs)
     problem = _triton_problem(p, False)
-    if flash_loss.is_flash(p.query, p.catalog, p.members, p.positives, p.bf16):
+    if flash_loss.is_flash(p.query, p.catalog, p.members, p.positives, p.precision == "bf16"):
         query, catalog, bias = flash_loss.flash_loss_bwd(
             problem, p.first_item, p.members, x.grad_losses, x.lse, x.saved, x.needs
         )
-        return query, catalog, bias if p.bias is None else bias.to(p.bias.dtype)
+        return query.to(query_dtype), catalog, bias.to(bias_dtype)
     saved = Saved.of(problem, x.saved, p.ids)
     dlogits = Dlogits.of(problem, x.grad_losses, x.lse, saved.pos)
     if p.ids is not None:
@@ -293,7 +317,7 @@ def _triton_backward(x: _Backward) -> tuple[Tensor, Tensor, Tensor]:
     else:
         columns = dense.Columns.of(problem, p.first_item, p.members)
         query, catalog, bias = dense.slice_cross_entropy_bwd(problem, columns, dlogits, x.needs)
-    return query, catalog, bias if p.bias is None else bias.to(p.bias.dtype)
+    return query.to(query_dtype), catalog, bias.to(bias_dtype)
 
 
 def _triton_problem(p: SliceLoss, check: bool) -> Any:
@@ -305,11 +329,11 @@ def _triton_problem(p: SliceLoss, check: bool) -> Any:
         p.target,
         p.positives,
         p.positive_weight,
-        p.temperature,
+        p.temperature if p.temperature_tensor is None else float(p.temperature_tensor),
         p.bias,
         None,
         p.ignore_index,
-        p.bf16,
+        p.precision == "bf16",
         check,
     )
 
@@ -321,7 +345,9 @@ _backward_op = Op("slice_cross_entropy_backward", _Backward, 3, _triton_backward
 def _backward(
     p: SliceLoss, engine: str, grad_losses: Tensor, lse: Tensor, saved: Tensor, needs: list[bool]
 ) -> tuple[Tensor, ...]:
-    return _backward_op(_Backward(grad_losses, p, lse, saved, needs), engine)
+    asked = [True, needs[1], p.bias is not None, True] if needs[3] else needs
+    query, catalog, bias = _backward_op(_Backward(grad_losses, p, lse, saved, asked), engine)
+    return with_temperature(p, query, catalog, bias) if needs[3] else (query, catalog, bias, query)
 
 
 def _losses(p: SliceLoss) -> Tensor:
@@ -329,7 +355,7 @@ def _losses(p: SliceLoss) -> Tensor:
     neg = None
     if p.members is not None:
         neg = RankSlice.of_members(p.members, p.catalog.shape[0], p.first_item)
-    return _reference(p, neg, "bf16" if p.bf16 else "fp32", False)
+    return _reference(p, neg, False)
 
 
-_op.differentiate(("query", "catalog", "bias"), _backward, _losses)
+_op.differentiate(("query", "catalog", "bias", "temperature_tensor"), _backward, _losses)

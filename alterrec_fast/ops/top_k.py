@@ -40,8 +40,8 @@ def top_k(
     Equivalent to: ``torch.topk(query @ catalog.T + bias, k)`` with ties in order of the lower id. No gradient flows.
 
     Args:
-        query: (B, d) float32 or bfloat16, any strides.
-        catalog: (V, d) float32 or bfloat16, any strides.
+        query: (B, d) float32, bfloat16 or float16, any strides.
+        catalog: (V, d) float32, bfloat16 or float16, any strides.
         k: 0 <= k <= V - first_item.
         exclude: as in `rank_slice`, but excluded ids never enter the ranking; places that stay empty hold the score
             -inf and the index -1.

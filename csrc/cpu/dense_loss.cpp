@@ -20,16 +20,16 @@ DenseLoss::DenseLoss(const LossProblem& problem, const Columns& columns, const M
       columns_(columns),
       members_(members),
       few_(members.few(columns.count)),
-      arithmetic_(choose_arithmetic(problem.bf16)),
+      bf16_(multiplies_bf16(problem.precision) && !few_),
       rows_(problem.query.rows),
       width_(problem.query.cols),
-      padded_(arithmetic_ == Arithmetic::kBf16 && !few_ ? round_up(width_, 32) : width_),
+      padded_(bf16_ ? round_up(width_, 32) : width_),
       tiles_((columns.count + kTileColumns - 1) / kTileColumns),
-      query_(float_rows(problem.query, 0, rows_, problem.bf16, query_copy_, &query_stride_)),
+      query_(float_rows(problem.query, 0, rows_, problem.precision, query_copy_, &query_stride_)),
       positives_(problem, query_, query_stride_),
       target_column_(rows_),
       ids_count_(members.form == Members::Form::kIds ? rows_ : 0) {
-  if (arithmetic_ == Arithmetic::kBf16 && !few_) {
+  if (bf16_) {
     bf16_rows(problem.query, 0, rows_, padded_, query_bf16_.reserve(rows_ * padded_));
   }
   for (int64_t row = 0; row < rows_; ++row) target_column_[row] = column_of(positives_.item(row, 0));
@@ -45,7 +45,7 @@ int64_t DenseLoss::column_of(int64_t item) const {
 }
 
 int64_t DenseLoss::saved_tile_bytes() const {
-  return rows_ * (kTileColumns * (arithmetic_ == Arithmetic::kBf16 ? 2 : 4) + static_cast<int64_t>(sizeof(float)));
+  return rows_ * (kTileColumns * (bf16_ ? 2 : 4) + static_cast<int64_t>(sizeof(float)));
 }
 
 DenseLoss::Saved DenseLoss::saved(const uint8_t* bytes, int64_t size) const {
@@ -67,23 +67,23 @@ DenseLoss::Tile DenseLoss::tile(int64_t index) const {
 void DenseLoss::load(const Tile& tile, Scratch& scratch) const {
   Matrix rows = problem_.catalog;
   if (columns_.items) {
-    const int64_t bytes = width_ * (rows.bf16 ? 2 : 4);
+    const int64_t bytes = width_ * bytes_of(rows.format);
     char* out = reinterpret_cast<char*>(scratch.gathered.reserve(kTileColumns * width_));
     for (int64_t i = 0; i < tile.count; ++i) {
-      const char* from = static_cast<const char*>(row_at(rows, columns_.items[tile.begin + i]));
+      const char* from = static_cast<const char*>(rows.row(columns_.items[tile.begin + i]));
       std::copy_n(from, bytes, out + i * bytes);
     }
     rows.data = out;
     rows.stride = width_;
   } else {
-    rows.data = row_at(rows, tile.begin);
+    rows.data = rows.row(tile.begin);
   }
   rows.rows = tile.count;
   if (rows.norm) rows = normalised(rows, 0, tile.count, scratch.normed);
-  if (arithmetic_ == Arithmetic::kBf16 && !few_) {
+  if (bf16_) {
     scratch.bf16.load(rows, padded_);
   } else {
-    scratch.tile = float_rows(rows, 0, tile.count, problem_.bf16, scratch.tile_copy, &scratch.tile_stride);
+    scratch.tile = float_rows(rows, 0, tile.count, problem_.precision, scratch.tile_copy, &scratch.tile_stride);
   }
 }
 
@@ -132,7 +132,7 @@ void DenseLoss::logits(const Tile& tile, int64_t begin, int64_t end, float* y, S
   const int64_t rows = end - begin;
   if (width_ == 0) {
     std::fill(y, y + rows * kTileColumns, 0.0f);
-  } else if (arithmetic_ == Arithmetic::kBf16) {
+  } else if (bf16_) {
     scratch.bf16.logits(query_bf16_.get() + begin * padded_, rows, y, kTileColumns);
   } else {
     sgemm(rows, tile.count, width_, {query_ + begin * query_stride_, query_stride_},
@@ -147,8 +147,8 @@ void DenseLoss::logits(const Tile& tile, int64_t begin, int64_t end, float* y, S
   }
 }
 
-// Adds p (end - begin, kTileColumns), each row over its largest logit in the tile, to the means: sums.top has been raised
-// to that, and scratch.weights says by what the row's exponentials are larger than they would be over sums.top.
+// Adds p (end - begin, kTileColumns), each row over its largest logit in the tile, to the means: sums.top has been
+// raised to that, and scratch.weights says by what the row's exponentials are larger than they would be over sums.top.
 void DenseLoss::add_to_means(const Tile& tile, int64_t begin, int64_t end, const void* p, const Sums& sums,
                              Scratch& scratch) const {
   const float* weights = scratch.weights.get();
@@ -160,7 +160,7 @@ void DenseLoss::forward_tile(const Tile& tile, const Saved& saved, const Sums& s
                              Scratch& scratch) const {
   if (few_) return forward_few(tile, saved, sums, fault, scratch);
   const LossKernels& kernel = loss_kernels();
-  const bool keeps = tile.index < saved.tiles, bf16 = arithmetic_ == Arithmetic::kBf16;
+  const bool keeps = tile.index < saved.tiles;
   const int64_t words = (tile.count + 63) / 64;
   bool loaded = false;
   for (int64_t begin = 0; begin < rows_; begin += kBlock) {
@@ -172,11 +172,11 @@ void DenseLoss::forward_tile(const Tile& tile, const Saved& saved, const Sums& s
     if (!loaded) load(tile, scratch);
     loaded = true;
     const int64_t place = (tile.index * rows_ + begin) * kTileColumns;  // in saved.values
-    const bool in_place = keeps && !bf16;
+    const bool in_place = keeps && !bf16_;
     float* const y =
         in_place ? reinterpret_cast<float*>(saved.values) + place : scratch.logits.reserve(kBlock * kTileColumns);
-    uint16_t* const narrow = !bf16   ? nullptr
-                             : keeps ? reinterpret_cast<uint16_t*>(saved.values) + place
+    uint16_t* const narrow = !bf16_      ? nullptr
+                             : keeps     ? reinterpret_cast<uint16_t*>(saved.values) + place
                              : sums.mean ? scratch.exponentials.reserve(kBlock * kTileColumns)
                                          : nullptr;
     float* weights = scratch.weights.reserve(kBlock);
@@ -263,7 +263,7 @@ void DenseLoss::add_products(const Tile& tile, int64_t begin, int64_t end, const
   const LossKernels& kernel = loss_kernels();
   const int64_t rows = end - begin;
   const float* weights = scratch.weights.get();
-  if (arithmetic_ != Arithmetic::kBf16) {
+  if (!bf16_) {
     // The weighted copy is in cache when the products read it across rows.
     float* weighted = scratch.logits.reserve(kBlock * kTileColumns);
     for (int64_t i = 0; i < rows; ++i) {

@@ -85,7 +85,8 @@ class DenseLoss {
 
   // The pieces of backward(). Once: the logits of targets and positives give way to their gradients.
   void differentiate(const float* grad_losses, const float* lse, const uint8_t* saved, int64_t saved_size);
-  // The gradient of the queries, from the mean that forward() gave; needs no more of `differentiate` than the first two.
+  // The gradient of the queries, from the mean that forward() gave; needs no more of `differentiate` than the first
+  // two.
   void query_gradient(const float* mean, const Gradients& gradients) const;
   // sum (count, d) += the gradient of the rows of tile `index`, of the block of rows [index * kTileColumns, + count).
   void add_tile_gradient(int64_t index, float* sum, Scratch& scratch) const;
@@ -113,7 +114,7 @@ class DenseLoss {
   struct Saved {
     int64_t tiles = 0;
     float* top = nullptr;       // (tiles, B), the largest logits
-    uint8_t* values = nullptr;  // (tiles, B, kTileColumns) float32, or bfloat16 in bf16 arithmetic
+    uint8_t* values = nullptr;  // (tiles, B, kTileColumns) float32, or bfloat16 where bf16_
     float* logits = nullptr;    // (B, ids_width), -inf for what is no negative
   };
 
@@ -168,8 +169,8 @@ class DenseLoss {
   const LossProblem& problem_;
   const Columns columns_;
   const Members members_;
-  const bool few_;  // the members are ids and so few that embeddings are multiplied one by one
-  const Arithmetic arithmetic_;
+  const bool few_;              // the members are ids and so few that embeddings are multiplied one by one
+  const bool bf16_;             // whether products are by instructions for bfloat16
   const int64_t rows_, width_;  // B, d
   const int64_t padded_;        // d as the products see it: a multiple of 32 where they are in bfloat16
   const int64_t tiles_;

@@ -41,13 +41,13 @@ DenseLoss::PosByTile DenseLoss::sort_positives() const {
   return out;
 }
 
-// What a tile adds to the gradients: catalog_sum (count, padded) and bias_sum (count,) are overwritten, query_sum (B, d)
-// is added to. Each may be null.
+// What a tile adds to the gradients: catalog_sum (count, padded) and bias_sum (count,) are overwritten, query_sum (B,
+// d) is added to. Each may be null.
 void DenseLoss::tile_gradients(const Tile& tile, float* catalog_sum, float* bias_sum, float* query_sum,
                                Scratch& scratch) const {
   const auto& [saved, lse, positives] = pass_;
   const LossKernels& kernel = loss_kernels();
-  const bool keeps = tile.index < saved.tiles, bf16 = arithmetic_ == Arithmetic::kBf16;
+  const bool keeps = tile.index < saved.tiles;
   const int64_t words = (tile.count + 63) / 64;
   if (bias_sum) std::fill(bias_sum, bias_sum + tile.count, 0.0f);
   bool added = false;
@@ -69,29 +69,29 @@ void DenseLoss::tile_gradients(const Tile& tile, float* catalog_sum, float* bias
         const float weight = positives_.weights()[row];
         weights[row - begin] = weight == 0.0f ? 0.0f : weight * std::exp(top[row] - lse[row]);
       }
-      p = saved.values + (tile.index * rows_ + begin) * kTileColumns * (bf16 ? 2 : 4);
+      p = saved.values + (tile.index * rows_ + begin) * kTileColumns * (bf16_ ? 2 : 4);
     } else {
       if (!fill_masks(tile, begin, end, scratch)) continue;
       float* y = scratch.logits.reserve(kBlock * kTileColumns);
-      uint16_t* narrow = bf16 ? scratch.exponentials.reserve(kBlock * kTileColumns) : nullptr;
+      uint16_t* narrow = bf16_ ? scratch.exponentials.reserve(kBlock * kTileColumns) : nullptr;
       logits(tile, begin, end, y, scratch);
       for (int64_t i = 0; i < end - begin; ++i) {
         const uint64_t* mask = scratch.masks.get() + i * kWords;
         weights[i] = positives_.weights()[begin + i];
-        if (bf16) {
+        if (bf16_) {
           kernel.row_exp_bf16(y + i * kTileColumns, mask, words, lse[begin + i], narrow + i * kTileColumns);
         } else {
           kernel.row_exp(y + i * kTileColumns, mask, words, lse[begin + i], y + i * kTileColumns);
         }
       }
-      p = bf16 ? static_cast<const void*>(narrow) : y;
+      p = bf16_ ? static_cast<const void*>(narrow) : y;
     }
     for (int64_t i = 0; i < end - begin; ++i) weights[i] /= problem_.temperature;
     for (int64_t i = 0; bias_sum && i < end - begin; ++i) {
       const float* row = static_cast<const float*>(p) + i * kTileColumns;
-      if (bf16) {
+      if (bf16_) {
         float* wide = scratch.row.reserve(kTileColumns);
-        kernels().widen(static_cast<const uint16_t*>(p) + i * kTileColumns, tile.count, wide);
+        kernels().widen(Format::kBF16, static_cast<const uint16_t*>(p) + i * kTileColumns, tile.count, wide);
         row = wide;
       }
       kernel.add_scaled(weights[i], row, tile.count, bias_sum);
@@ -121,7 +121,7 @@ void DenseLoss::add_tile_gradient(int64_t index, float* sum, Scratch& scratch) c
 void DenseLoss::backward_tile(const Tile& tile, const Gradients& gradients, bool by_item, float* query_sum,
                               Scratch& scratch) const {
   // A float32 gradient is summed where it belongs, unless its rows are padded or scattered.
-  const bool direct = gradients.catalog && !gradients.catalog_bf16 && padded_ == width_ && !by_item;
+  const bool direct = gradients.catalog && gradients.catalog_format == Format::kF32 && padded_ == width_ && !by_item;
   float* catalog_sum = direct              ? static_cast<float*>(gradients.catalog) + tile.begin * width_
                        : gradients.catalog ? scratch.catalog_sum.reserve(kTileColumns * padded_)
                                            : nullptr;
@@ -131,7 +131,7 @@ void DenseLoss::backward_tile(const Tile& tile, const Gradients& gradients, bool
     const int64_t row = by_item ? columns_.items[tile.begin + i] : tile.begin + i;
     if (bias_sum) gradients.bias[row] = bias_sum[i];
     if (!catalog_sum || direct) continue;
-    write_row(catalog_sum + i * padded_, row, width_, gradients.catalog_bf16, gradients.catalog);
+    write_row(catalog_sum + i * padded_, row, width_, gradients.catalog_format, gradients.catalog);
   }
 }
 
@@ -148,7 +148,7 @@ void DenseLoss::finish_query(const float* parts, int64_t chunks, const Gradients
       }
       positives_.add_to_query_gradient(row, of_positives.data());
       loss_kernels().add_scaled(1.0f / problem_.temperature, of_positives.data(), width_, sum.data());
-      write_row(sum.data(), row, width_, gradients.query_bf16, gradients.query);
+      write_row(sum.data(), row, width_, gradients.query_format, gradients.query);
     }
   });
 }

@@ -55,7 +55,8 @@ void DenseLoss::each_few(const Tile& tile, const float* logits, Scratch& scratch
       } else {
         dot(query_ + row * query_stride_, few.rows, few.count, width_, few.y);
         for (int64_t j = 0; j < few.count; ++j) {
-          few.y[j] = few.y[j] / problem_.temperature + (columns_.shift ? columns_.shift[tile.begin + few.columns[j]] : 0);
+          few.y[j] =
+              few.y[j] / problem_.temperature + (columns_.shift ? columns_.shift[tile.begin + few.columns[j]] : 0);
         }
       }
       for (int64_t j = 0; j < kMost; ++j) {

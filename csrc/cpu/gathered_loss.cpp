@@ -28,7 +28,7 @@ GatheredLoss::GatheredLoss(const LossProblem& problem, const Negatives& negative
       rows_(problem.query.rows),
       width_(problem.query.cols),
       kind_(row_kind(problem)),
-      query_(float_rows(problem.query, 0, rows_, problem.bf16, query_copy_, &query_stride_)),
+      query_(float_rows(problem.query, 0, rows_, problem.precision, query_copy_, &query_stride_)),
       positives_(problem, query_, query_stride_) {
   for (int64_t i = 0; i < rows_ * negatives.count; ++i) {
     check_id("neg", i / negatives.count, negatives.at(i), -1, 0, problem.catalog.rows);
@@ -64,7 +64,7 @@ void GatheredLoss::forward_row(int64_t row, float* softmax, float* mean, float* 
       const int64_t id = negatives_.at(row * n + begin + j);
       const bool negative = is_negative(id);
       mask |= uint64_t{negative} << j;
-      rows[j] = negative ? row_at(problem_.catalog, id) : nullptr;
+      rows[j] = negative ? problem_.catalog.row(id) : nullptr;
     }
     tops[begin / kGroup] = top;
     if (mask == 0) {
@@ -193,12 +193,12 @@ void GatheredLoss::sum_range(int64_t first, int64_t stop, const Pair* pairs, int
     if (touched && (out == static_cast<int64_t>(touched->size()) || (*touched)[out] != item)) continue;
     const int32_t from = begin[item - first], to = begin[item - first + 1];
     if (gradients.catalog) {
-      const bool direct = !gradients.catalog_bf16;
+      const bool direct = gradients.catalog_format == Format::kF32;
       float* row = direct ? static_cast<float*>(gradients.catalog) + out * width_ : sum.data();
       std::fill(row, row + width_, 0.0f);
       loss_kernels().weighted_sum[static_cast<int>(Row::kF32)](dlogits.data() + from, queries.data() + from, to - from,
                                                                width_, row);
-      if (!direct) write_row(row, out, width_, true, gradients.catalog);
+      if (!direct) write_row(row, out, width_, gradients.catalog_format, gradients.catalog);
     }
     if (gradients.bias) {
       double total = 0;
@@ -218,7 +218,7 @@ void GatheredLoss::query_gradient(const float* mean, const Gradients& gradients)
       if (weight != 0.0f) loss_kernels().add_scaled(weight, mean + row * width_, width_, sum.data());
       positives_.add_to_query_gradient(row, sum.data());
       loss_kernels().scale(1.0f / problem_.temperature, sum.data(), width_, sum.data());
-      write_row(sum.data(), row, width_, gradients.query_bf16, gradients.query);
+      write_row(sum.data(), row, width_, gradients.query_format, gradients.query);
     }
   });
 }

@@ -14,6 +14,7 @@ constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16", "am
 
 Isa best() {
 #ifdef ALTERREC_X86
+  // Every CPU with AVX2 has F16C too, whose name not every compiler knows.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

@@ -31,7 +31,7 @@ void step_row(const ItemTable& table, const TableStep& step, int64_t row, float*
   auto* narrow = static_cast<uint16_t*>(table.rows) + row * d;
   if (table.bf16) {
     x = chunk.row.reserve(d);
-    kernels().widen(narrow, d, x);
+    kernels().widen(Format::kBF16, narrow, d, x);
   }
   if (table.norm) {
     kernel.normalise_backward(x, d, *table.norm, grad, chunk.tile_weight.data(), chunk.tile_bias.data());

@@ -1,4 +1,5 @@
-// A step of an item table: the gradient of each tile of its rows goes straight into the optimiser and is nowhere stored.
+// A step of an item table: the gradient of each tile of its rows goes straight into the optimiser and is nowhere
+// stored.
 #pragma once
 
 #include <cstdint>

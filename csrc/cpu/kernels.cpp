@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "cpu/half.h"
 #include "cpu/isa.h"
 #include "cpu/pack.h"
 
@@ -30,6 +31,14 @@ inline Floats load(const float* p) {
   return out;
 }
 inline void store(float* p, const Floats& x) { std::memcpy(p, x.x, sizeof(x.x)); }
+inline Floats load_f16(const uint16_t* p) {
+  Floats out;
+  for (int i = 0; i < kGroup; ++i) out.x[i] = from_f16(p[i]);
+  return out;
+}
+inline void store_f16(uint16_t* p, const Floats& x) {
+  for (int i = 0; i < kGroup; ++i) p[i] = to_f16(x.x[i]);
+}
 inline Floats smaller(const Floats& a, const Floats& b) {
   Floats out;
   for (int i = 0; i < kGroup; ++i) out.x[i] = a.x[i] < b.x[i] ? a.x[i] : b.x[i];
@@ -85,10 +94,10 @@ inline void append(T* out, const Group& group, Mask mask) {
 
 #ifdef ALTERREC_X86
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2,popcnt,lzcnt"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,bmi,bmi2,popcnt,lzcnt")
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt")
 #endif
 namespace avx2 {
 struct Floats {
@@ -103,6 +112,14 @@ inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps
 inline void store(float* p, const Floats& x) {
   _mm256_storeu_ps(p, x.low);
   _mm256_storeu_ps(p + 8, x.high);
+}
+inline Floats load_f16(const uint16_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+          _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
+}
+inline void store_f16(uint16_t* p, const Floats& x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.low, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(x.high, _MM_FROUND_TO_NEAREST_INT));
 }
 inline Floats smaller(const Floats& a, const Floats& b) {
   return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)};
@@ -154,12 +171,13 @@ inline void append(int32_t* out, const Ids& x, Mask mask) {
 }  // namespace avx2
 #ifdef __clang__
 #pragma clang attribute pop
-#pragma clang attribute push( \
-    __attribute__((target("avx2,fma,bmi,bmi2,popcnt,lzcnt,avx512f,avx512bw,avx512vl,avx512dq"))), apply_to = function)
+#pragma clang attribute push(                                                                          \
+    __attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt,avx512f,avx512bw,avx512vl,avx512dq"))), \
+    apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,bmi,bmi2,popcnt,lzcnt,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
 #endif
 namespace avx512 {
 using Floats = __m512;
@@ -168,6 +186,12 @@ using Mask = __mmask16;
 
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
+inline Floats load_f16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void store_f16(uint16_t* p, Floats x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 inline Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline Ids load_ids(const int32_t* p) { return _mm512_loadu_si512(p); }

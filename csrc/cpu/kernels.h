@@ -53,14 +53,15 @@ struct TileRow {
 };
 
 struct Kernels {
-  // n bfloat16 values to float32; float32 rounded to the nearest bfloat16 (ties to even) and kept as float32.
-  void (*widen)(const uint16_t* in, int64_t n, float* out);
-  void (*round)(const float* in, int64_t n, float* out);
-  void (*narrow)(const float* in, int64_t n, uint16_t* out);
+  // n values of either 16-bit format to float32; float32 rounded to the nearest value of one (ties to even), and kept
+  // as float32 or stored as such.
+  void (*widen)(Format from, const void* in, int64_t n, float* out);
+  void (*round)(Format to, const float* in, int64_t n, float* out);
+  void (*narrow)(Format to, const float* in, int64_t n, uint16_t* out);
   // One panel of kPanel rows, transposed: `count` of x from `begin` on, the others zero. As float32, (x.cols, kPanel),
-  // rounded to bfloat16 where `round`; as bfloat16, (width, kPanel) in pairs of rows (see bf16_gemm), zero beyond
-  // x.cols.
-  void (*pack_floats)(const Matrix& x, int64_t begin, int64_t count, bool round, float* out);
+  // values of `precision`; of an x that is float32 or bfloat16 as bfloat16, (width, kPanel) in pairs of rows (see
+  // bf16_gemm), zero beyond x.cols.
+  void (*pack_floats)(const Matrix& x, int64_t begin, int64_t count, Format precision, float* out);
   void (*pack_pairs)(const Matrix& x, int64_t begin, int64_t count, int64_t width, uint16_t* out);
 
   // The compare pass. filter_slice: where start_high and top_low are NaN and start_mid is start_low, so that all above

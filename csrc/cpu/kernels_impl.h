@@ -1,5 +1,6 @@
 // Included by kernels.cpp once for each instruction set, inside a namespace that defines Floats, Ids, Mask (16 bits),
-// load, splat, ge, add_zero_times, all_zero, load_ids, ids_from, splat_ids, le, append. Hence no include guard.
+// load, store, load_f16, store_f16, splat, ge, add_zero_times, all_zero, load_ids, ids_from, splat_ids, le, append.
+// Hence no include guard.
 
 inline void clip(const TileRow& row, uint64_t* words) {
   words[0] &= row.first;
@@ -206,26 +207,63 @@ inline uint16_t to_bf16(float x) {
   return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u : rounded);  // NaN stays NaN
 }
 
-inline void widen(const uint16_t* in, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = from_bf16(in[i]);
+// Runs `group` on 16 values at a time, the last ones by way of copies.
+template <class In, class Out, class Group>
+inline void each_group(const In* in, int64_t n, Out* out, const Group& group) {
+  int64_t i = 0;
+  for (; i + kGroup <= n; i += kGroup) group(in + i, out + i);
+  if (i == n) return;
+  In tail[kGroup] = {};
+  Out result[kGroup];
+  std::copy(in + i, in + n, tail);
+  group(tail, result);
+  std::copy_n(result, n - i, out + i);
 }
 
-inline void round(const float* in, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = from_bf16(to_bf16(in[i]));
+inline void widen(Format from, const void* in, int64_t n, float* out) {
+  const auto* bits = static_cast<const uint16_t*>(in);
+  if (from == Format::kF16) {
+    each_group(bits, n, out, [](const uint16_t* x, float* y) { store(y, load_f16(x)); });
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = from_bf16(bits[i]);
+  }
 }
 
-inline void narrow(const float* in, int64_t n, uint16_t* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = to_bf16(in[i]);
+inline void round(Format to, const float* in, int64_t n, float* out) {
+  if (to == Format::kF16) {
+    each_group(in, n, out, [](const float* x, float* y) {
+      uint16_t half[kGroup];
+      store_f16(half, load(x));
+      store(y, load_f16(half));
+    });
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = from_bf16(to_bf16(in[i]));
+  }
 }
 
-inline void pack_floats(const Matrix& x, int64_t begin, int64_t count, bool to_round, float* out) {
+inline void narrow(Format to, const float* in, int64_t n, uint16_t* out) {
+  if (to == Format::kF16) {
+    each_group(in, n, out, [](const float* x, uint16_t* y) { store_f16(y, load(x)); });
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = to_bf16(in[i]);
+  }
+}
+
+inline void pack_floats(const Matrix& x, int64_t begin, int64_t count, Format precision, float* out) {
   std::fill(out, out + x.cols * kPanel, 0.0f);
+  float values[kWord];
   for (int64_t r = 0; r < count; ++r) {
-    const int64_t row = (begin + r) * x.stride;
-    for (int64_t c = 0; c < x.cols; ++c) {
-      const float value = x.bf16 ? from_bf16(static_cast<const uint16_t*>(x.data)[row + c])
-                                 : static_cast<const float*>(x.data)[row + c];
-      out[c * kPanel + r] = to_round ? from_bf16(to_bf16(value)) : value;
+    for (int64_t c = 0; c < x.cols; c += kWord) {
+      const int64_t n = std::min(kWord, x.cols - c);
+      const void* place = static_cast<const char*>(x.row(begin + r)) + c * bytes_of(x.format);
+      if (x.format != Format::kF32) {
+        widen(x.format, place, n, values);
+      } else if (precision != Format::kF32) {
+        round(precision, static_cast<const float*>(place), n, values);
+      } else {
+        std::copy_n(static_cast<const float*>(place), n, values);
+      }
+      for (int64_t i = 0; i < n; ++i) out[(c + i) * kPanel + r] = values[i];
     }
   }
 }
@@ -235,8 +273,8 @@ inline void pack_pairs(const Matrix& x, int64_t begin, int64_t count, int64_t wi
   for (int64_t r = 0; r < count; ++r) {
     const int64_t row = (begin + r) * x.stride;
     for (int64_t c = 0; c < x.cols; ++c) {
-      const uint16_t value =
-          x.bf16 ? static_cast<const uint16_t*>(x.data)[row + c] : to_bf16(static_cast<const float*>(x.data)[row + c]);
+      const uint16_t value = x.format == Format::kBF16 ? static_cast<const uint16_t*>(x.data)[row + c]
+                                                       : to_bf16(static_cast<const float*>(x.data)[row + c]);
       out[c / 2 * 2 * kPanel + 2 * r + c % 2] = value;
     }
   }

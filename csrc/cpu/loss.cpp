@@ -14,7 +14,7 @@ constexpr int64_t kRowsPerTask = 64;
 
 // A row of the catalog, in memory or, where it has a norm, in `normed`.
 const void* row_of(const Matrix& catalog, int64_t id, Buffer<float>& normed) {
-  return catalog.norm ? normalised(catalog, id, 1, normed).data : row_at(catalog, id);
+  return catalog.norm ? normalised(catalog, id, 1, normed).data : catalog.row(id);
 }
 
 // log(1 + exp(x)) and its derivative, exact at both ends.
@@ -45,15 +45,18 @@ void Fault::raise() const {
 }
 
 Row row_kind(const LossProblem& problem) {
-  if (problem.catalog.bf16 && !problem.catalog.norm) return Row::kBF16;
-  return problem.bf16 ? Row::kF32Rounded : Row::kF32;
+  const auto of = [](Format format, Row f32, Row bf16, Row f16) {
+    return format == Format::kF32 ? f32 : format == Format::kBF16 ? bf16 : f16;
+  };
+  const Row f32 = of(problem.precision, Row::kF32, Row::kF32ToBF16, Row::kF32ToF16);
+  return problem.catalog.norm ? f32 : of(problem.catalog.format, f32, Row::kBF16, Row::kF16);
 }
 
-void write_row(const float* values, int64_t row, int64_t width, bool bf16, void* out) {
-  if (bf16) {
-    kernels().narrow(values, width, static_cast<uint16_t*>(out) + row * width);
-  } else {
+void write_row(const float* values, int64_t row, int64_t width, Format format, void* out) {
+  if (format == Format::kF32) {
     std::copy_n(values, width, static_cast<float*>(out) + row * width);
+  } else {
+    kernels().narrow(format, values, width, static_cast<uint16_t*>(out) + row * width);
   }
 }
 

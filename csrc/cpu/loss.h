@@ -29,7 +29,7 @@ inline bool is_masked(const float* bias, int64_t item) {
 struct LossProblem {
   Matrix query;           // (B, d); zero in rows whose target is ignored
   Matrix catalog;         // (V, d)
-  bool bf16;              // products of values rounded to bfloat16
+  Format precision;       // what values are rounded to before they are multiplied
   const int64_t* target;  // (B,)
   Ids positives;          // (B, P), -1 for none
   int64_t num_positives;  // P
@@ -71,16 +71,13 @@ struct Gradients {
   void* query;    // (B, d)
   void* catalog;  // (rows, d)
   float* bias;    // one for each row of the catalog's gradient
-  bool query_bf16, catalog_bf16;
+  Format query_format, catalog_format;
 };
 
 // How rows of the catalog are read, one by one.
 Row row_kind(const LossProblem& problem);
-inline const void* row_at(const Matrix& x, int64_t row) {
-  return static_cast<const char*>(x.data) + row * x.stride * (x.bf16 ? 2 : 4);
-}
-// Writes float32 values as row `row` of a dense matrix of either dtype.
-void write_row(const float* values, int64_t row, int64_t width, bool bf16, void* out);
+// Writes float32 values as row `row` of a dense matrix.
+void write_row(const float* values, int64_t row, int64_t width, Format format, void* out);
 
 // Targets and positives: 1 + P items a row that meet the same negatives; place 0 is the target.
 class Positives {

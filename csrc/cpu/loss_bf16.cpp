@@ -36,7 +36,8 @@ void Bf16Tile::catalog_product(const uint16_t* p, int64_t stride, int64_t rows, 
   uint16_t* narrow = narrow_.reserve(2 * width_);
   for (int64_t r = 0; r < depth; r += 2) {
     std::fill(narrow, narrow + 2 * width_, uint16_t{0});
-    for (int64_t i = 0; i < 2 && r + i < rows; ++i) kernels().narrow(query + (r + i) * d, d, narrow + i * width_);
+    for (int64_t i = 0; i < 2 && r + i < rows; ++i)
+      kernels().narrow(Format::kBF16, query + (r + i) * d, d, narrow + i * width_);
     loss_kernels().interleave(narrow, narrow + width_, width_, pairs + r * width_);
   }
   uint16_t* transposed = transposed_.reserve(round_up(count_, kDepth) * depth);

@@ -10,7 +10,7 @@ namespace alterrec {
 // Products of bfloat16 values, summed in float32. "In pairs" is the layout of bf16_gemm's right operand.
 class Bf16Tile {
  public:
-  // The tile's rows, (count, d) of either dtype; width is d rounded up to a multiple of 32.
+  // The tile's rows, (count, d) float32 or bfloat16; width is d rounded up to a multiple of 32.
   void load(const Matrix& rows, int64_t width);
 
   // y (rows, stride) = query (rows, width) . tile; whole panels of 32 columns are written.

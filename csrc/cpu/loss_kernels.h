@@ -6,7 +6,7 @@
 namespace alterrec {
 
 // How the elements of a row are read. Arithmetic is always in float32.
-enum class Row { kF32, kF32Rounded, kBF16 };  // float32; float32 rounded to bfloat16; bfloat16
+enum class Row { kF32, kF32ToBF16, kF32ToF16, kBF16, kF16 };  // stored as such; kF32To...: rounded when read
 
 struct LossKernels {
   // The largest y among members, -inf for none. `mask` has one bit for each of 64 * words values. *finite turns false
@@ -17,8 +17,8 @@ struct LossKernels {
   // The same, stored rounded to bfloat16; the sum is of the values before rounding.
   float (*row_exp_bf16)(const float* y, const uint64_t* mask, int64_t words, float shift, uint16_t* out);
   // out[i] = q . rows[i], and acc += sum_i weight[i] * rows[i]; q, acc and rows are d long. Indexed by Row.
-  void (*dot_rows[3])(const float* q, const void* const* rows, int64_t count, int64_t d, float* out);
-  void (*weighted_sum[3])(const float* weight, const void* const* rows, int64_t count, int64_t d, float* acc);
+  void (*dot_rows[5])(const float* q, const void* const* rows, int64_t count, int64_t d, float* out);
+  void (*weighted_sum[5])(const float* weight, const void* const* rows, int64_t count, int64_t d, float* acc);
   void (*affine)(float a, const float* shift, int64_t n, float* y);  // y = a y + shift, or a y without a shift
   void (*scale)(float a, const float* x, int64_t n, float* out);     // out = a x, with zeros for what would be denormal
   void (*add_scaled)(float a, const float* x, int64_t n, float* y);  // y += a x

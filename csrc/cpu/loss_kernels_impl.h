@@ -1,5 +1,6 @@
-// Included by loss_kernels.cpp once for each instruction set, inside a namespace and under the compiler's target
-// pragma: vectors of 16 floats, which the compiler splits where registers are narrower. Hence no include guard.
+// Included by loss_kernels.cpp once for each instruction set, inside a namespace that defines widen_f16 and round_f16
+// (16 values each) and under the compiler's target pragma: vectors of 16 floats, which the compiler splits where
+// registers are narrower. Hence no include guard.
 
 using F32 = float __attribute__((vector_size(64)));
 using I32 = int32_t __attribute__((vector_size(64)));
@@ -35,7 +36,7 @@ struct LoadF32 {
   static ALTERREC_INLINE float one(const void* row, int64_t i) { return static_cast<const float*>(row)[i]; }
 };
 
-struct LoadF32Rounded {
+struct LoadF32ToBF16 {
   using Element = float;
   static ALTERREC_INLINE F32 at(const void* row, int64_t i) { return (F32)(round_bits(LoadF32::at(row, i)) << 16); }
   static ALTERREC_INLINE float one(const void* row, int64_t i) {
@@ -51,6 +52,30 @@ struct LoadBF16 {
   }
   static ALTERREC_INLINE float one(const void* row, int64_t i) {
     return ((F32)(I32{} + (static_cast<const uint16_t*>(row)[i] << 16)))[0];
+  }
+};
+
+struct LoadF16 {
+  using Element = uint16_t;
+  static ALTERREC_INLINE F32 at(const void* row, int64_t i) {
+    alignas(64) float x[kLanes];
+    widen_f16(static_cast<const uint16_t*>(row) + i, x);
+    return load(x);
+  }
+  static ALTERREC_INLINE float one(const void* row, int64_t i) {
+    return from_f16(static_cast<const uint16_t*>(row)[i]);
+  }
+};
+
+struct LoadF32ToF16 {
+  using Element = float;
+  static ALTERREC_INLINE F32 at(const void* row, int64_t i) {
+    alignas(64) float x[kLanes];
+    round_f16(static_cast<const float*>(row) + i, x);
+    return load(x);
+  }
+  static ALTERREC_INLINE float one(const void* row, int64_t i) {
+    return from_f16(to_f16(static_cast<const float*>(row)[i]));
   }
 };
 
@@ -265,8 +290,9 @@ const LossKernels kernels = {
     row_max,
     row_exp,
     row_exp_bf16,
-    {dot_rows<LoadF32>, dot_rows<LoadF32Rounded>, dot_rows<LoadBF16>},
-    {weighted_sum<LoadF32>, weighted_sum<LoadF32Rounded>, weighted_sum<LoadBF16>},
+    {dot_rows<LoadF32>, dot_rows<LoadF32ToBF16>, dot_rows<LoadF32ToF16>, dot_rows<LoadBF16>, dot_rows<LoadF16>},
+    {weighted_sum<LoadF32>, weighted_sum<LoadF32ToBF16>, weighted_sum<LoadF32ToF16>, weighted_sum<LoadBF16>,
+     weighted_sum<LoadF16>},
     affine,
     scale,
     add_scaled,

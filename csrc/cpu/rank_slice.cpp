@@ -35,7 +35,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What the product of one session and one item costs, in cycles.
 double product_cost(const RankProblem& problem) {
-  const bool bf16 = problem.arithmetic == Arithmetic::kBf16;
+  const bool bf16 = multiplies_bf16(problem.precision);
   return static_cast<double>(problem.query.cols) / (!bf16 ? 32.0 : isa() == Isa::kAmx ? 128.0 : 64.0);
 }
 
@@ -176,7 +176,7 @@ class Engine {
       QueryBlock::Scratch scratch;
       Selector selector;
       RowRanks selected;
-      const QueryBlock queries(problem_.query, first, n, problem_.arithmetic);
+      const QueryBlock queries(problem_.query, first, n, problem_.precision);
       queries.scores(problem_.catalog, base_, end - base_, scores.reserve(n * width), width, scratch);
       sample.reserve(sampled_);
       bins.reserve(sampled_);
@@ -210,7 +210,7 @@ class Engine {
     Stopwatch stopwatch;
     const Plan plan = plan_of(begin, count);
     if (problem_.start < problem_.stop && problem_.bits == nullptr) scratch_bits_.reserve(count * words_);
-    const QueryBlock queries(problem_.query, begin, count, problem_.arithmetic);
+    const QueryBlock queries(problem_.query, begin, count, problem_.precision);
     const std::vector<Limits> limits = sample_limits(begin, count, plan);
     stopwatch.end_of(sample_ns);
 
@@ -284,18 +284,18 @@ class Engine {
   void fallback(int64_t begin, const std::vector<int64_t>& rows) {
     const int64_t end = problem_.catalog.rows, width = round_up(end - base_, kScanTile), tiles = width / kScanTile;
     const int64_t group = std::clamp<int64_t>(kStoredBytes / (4 * width), 1, kBlockRows);
-    const int64_t total = static_cast<int64_t>(rows.size()), size = problem_.query.bf16 ? 2 : 4;
+    const int64_t total = static_cast<int64_t>(rows.size()),
+                  bytes = problem_.query.cols * bytes_of(problem_.query.format);
     Buffer<float> scores;
     Buffer<char> gathered;
     for (int64_t done = 0; done < total; done += group) {
-      const int64_t n = std::min(group, total - done), bytes = problem_.query.cols * size;
+      const int64_t n = std::min(group, total - done);
       gathered.reserve(n * bytes);
       for (int64_t r = 0; r < n; ++r) {
-        const char* row = static_cast<const char*>(problem_.query.data) + rows[done + r] * problem_.query.stride * size;
-        std::copy_n(row, bytes, gathered.get() + r * bytes);
+        std::copy_n(static_cast<const char*>(problem_.query.row(rows[done + r])), bytes, gathered.get() + r * bytes);
       }
-      const Matrix query{gathered.get(), problem_.query.bf16, n, problem_.query.cols, problem_.query.cols};
-      const QueryBlock queries(query, 0, n, problem_.arithmetic);
+      const Matrix query{gathered.get(), problem_.query.format, n, problem_.query.cols, problem_.query.cols};
+      const QueryBlock queries(query, 0, n, problem_.precision);
       scores.reserve(n * width);
       parallel_for(tiles, [&](int64_t tile) {
         QueryBlock::Scratch scratch;
@@ -325,15 +325,14 @@ class Engine {
       items[i] = low + static_cast<int64_t>((state >> 33) % static_cast<uint64_t>(std::max<int64_t>(1, high - low)));
     }
     items = ranked_items(items);
-    const int64_t size = problem_.catalog.bf16 ? 2 : 4, bytes = problem_.catalog.cols * size;
+    const int64_t bytes = problem_.catalog.cols * bytes_of(problem_.catalog.format);
     Buffer<char> gathered;
     gathered.reserve(sampled_ * bytes);
     for (int64_t i = 0; i < sampled_; ++i) {
-      const char* row = static_cast<const char*>(problem_.catalog.data) + items[i] * problem_.catalog.stride * size;
-      std::copy_n(row, bytes, gathered.get() + i * bytes);
+      std::copy_n(static_cast<const char*>(problem_.catalog.row(items[i])), bytes, gathered.get() + i * bytes);
     }
-    const Matrix sample{gathered.get(), problem_.catalog.bf16, sampled_, problem_.catalog.cols, problem_.catalog.cols,
-                        problem_.catalog.norm};
+    const Matrix sample{gathered.get(),        problem_.catalog.format, sampled_,
+                        problem_.catalog.cols, problem_.catalog.cols,   problem_.catalog.norm};
 
     std::vector<Limits> limits(count);
     const int64_t rows = kSampleRows;
@@ -343,7 +342,7 @@ class Engine {
       Buffer<float> scores;
       Buffer<int32_t> bins;
       QueryBlock::Scratch scratch;
-      const QueryBlock queries(problem_.query, begin + first, n, problem_.arithmetic);
+      const QueryBlock queries(problem_.query, begin + first, n, problem_.precision);
       queries.scores(sample, 0, sampled_, scores.reserve(n * width), width, scratch);
       bins.reserve(sampled_);
       for (int64_t r = 0; r < n; ++r) {

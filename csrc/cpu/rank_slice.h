@@ -20,7 +20,7 @@ struct NotFinite {
 
 struct RankProblem {
   Matrix query, catalog;
-  Arithmetic arithmetic;
+  Format precision;      // what values are rounded to before they are multiplied
   const float* bias;     // (V,) or null; -inf: the item is not ranked
   int64_t first_item;    // items before it are not ranked
   int64_t ranked;        // how many items are ranked: count_ranked()

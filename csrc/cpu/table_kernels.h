@@ -14,8 +14,8 @@ struct Optimizer {
   enum class Kind { kAdam, kSparseAdam, kRowwiseAdagrad, kSgd };
 
   Kind kind;
-  float step_size;          // Adam: lr / (1 - beta1^t); SparseAdam: the same times root_correction; else lr
-  float root_correction;    // Adam: sqrt(1 - beta2^t)
+  float step_size;            // Adam: lr / (1 - beta1^t); SparseAdam: the same times root_correction; else lr
+  float root_correction;      // Adam: sqrt(1 - beta2^t)
   float beta2, rest1, rest2;  // rest1 = 1 - beta1 and rest2 = 1 - beta2, which lose digits in float32
   float eps;
   float weight_decay;

@@ -83,7 +83,8 @@ void step(const Optimizer& o, int64_t d, const float* g, float* x, float* first,
     }
     *first += total(squares) / d;
   }
-  const float adagrad = o.kind == Optimizer::Kind::kRowwiseAdagrad ? o.step_size / (__builtin_sqrtf(*first) + o.eps) : 0;
+  const float adagrad =
+      o.kind == Optimizer::Kind::kRowwiseAdagrad ? o.step_size / (__builtin_sqrtf(*first) + o.eps) : 0;
   for (int64_t c = 0; c < d; c += kLanes) {
     const int64_t left = d - c;
     F32 row = load_some(x + c, left);

@@ -13,22 +13,27 @@ struct RowNorm {
   float eps;
 };
 
-// A row-major matrix of float32 or bfloat16 with unit last stride; `stride` >= `cols` elements from row to row. With a
-// norm its rows are those that come out of it, in float32; they are nowhere stored.
+// How values are stored, or what they are rounded to before they are multiplied.
+enum class Format { kF32, kBF16, kF16 };
+
+inline int64_t bytes_of(Format format) { return format == Format::kF32 ? 4 : 2; }
+
+// A row-major matrix with unit last stride; `stride` >= `cols` elements from row to row. With a norm its rows are those
+// that come out of it, in float32; they are nowhere stored.
 struct Matrix {
   const void* data;
-  bool bf16;
+  Format format;
   int64_t rows;
   int64_t cols;
   int64_t stride;
   const RowNorm* norm = nullptr;
+
+  const void* row(int64_t r) const { return static_cast<const char*>(data) + r * stride * bytes_of(format); }
 };
 
-// How products are computed: in float32; of bfloat16 values by instructions for them; or of bfloat16 values in float32
-// arithmetic, on CPUs without such. The last two differ in rounding only.
-enum class Arithmetic { kFp32, kBf16, kBf16InFp32 };
-
-Arithmetic choose_arithmetic(bool bf16);
+// Whether products of this precision are computed by the CPU's instructions for bfloat16. All others are in float32
+// arithmetic: of bfloat16 values it differs in rounding only, and of float16 values each product is exact.
+bool multiplies_bf16(Format precision);
 
 constexpr int64_t kPanel = 32;  // items in one packed panel of a tile
 
@@ -37,12 +42,13 @@ inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; 
 // Rows [begin, begin + count) of x, whose norm is applied, in `copy`.
 Matrix normalised(const Matrix& x, int64_t begin, int64_t count, Buffer<float>& copy);
 
-// For x without a norm, as all below. Rows [begin, begin + count) of x as float32, rounded to bfloat16 first where `round`: a pointer into x where that
-// changes nothing, else a copy in `copy`; *stride receives the row stride.
-const float* float_rows(const Matrix& x, int64_t begin, int64_t count, bool round, Buffer<float>& copy,
+// For x without a norm, as all below. Rows [begin, begin + count) of x as float32 with values of `precision`: a pointer
+// into x where that changes nothing, else a copy in `copy`; *stride receives the row stride.
+const float* float_rows(const Matrix& x, int64_t begin, int64_t count, Format precision, Buffer<float>& copy,
                         int64_t* stride);
 
-// Rows [begin, begin + count) of x as bfloat16, zeros from x.cols to `width`: (count, width), dense.
+// Rows [begin, begin + count) of x, float32 or bfloat16, as bfloat16, zeros from x.cols to `width`: (count, width),
+// dense.
 void bf16_rows(const Matrix& x, int64_t begin, int64_t count, int64_t width, uint16_t* out);
 
 // Rows [begin, begin + count) of x, transposed, as right operands of bf16_gemm: for each panel of kPanel rows a dense
@@ -51,7 +57,7 @@ void pack_panels(const Matrix& x, int64_t begin, int64_t count, int64_t width, u
 
 // A block of sessions, made ready once, and its scores against any run of catalog items.
 //
-//   QueryBlock queries(query, 0, 512, arithmetic);
+//   QueryBlock queries(query, 0, 512, precision);
 //   queries.scores(catalog, item, 256, out, 256, scratch);   // out[s * 256 + j] = query[s] . catalog[item + j]
 //
 // Sessions are rows, so that one session's scores lie side by side. No bias is added. `scores` may be called from many
@@ -64,7 +70,7 @@ class QueryBlock {
     Buffer<uint16_t> pairs;  // packed panels in bfloat16
   };
 
-  QueryBlock(const Matrix& query, int64_t begin, int64_t count, Arithmetic arithmetic);
+  QueryBlock(const Matrix& query, int64_t begin, int64_t count, Format precision);
 
   int64_t rows() const { return rows_; }
 
@@ -72,7 +78,7 @@ class QueryBlock {
   void scores(const Matrix& catalog, int64_t item, int64_t count, float* out, int64_t ld, Scratch& scratch) const;
 
  private:
-  Arithmetic arithmetic_;
+  Format precision_;
   int64_t rows_, width_;
   const float* floats_ = nullptr;
   int64_t stride_ = 0;

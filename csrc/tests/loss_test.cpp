@@ -29,18 +29,18 @@ constexpr double kBeta = 0.5, kTemperature = 0.5;
     }                                                                     \
   } while (false)
 
-// A problem with values that bfloat16 holds exactly, and how often each item is a negative of each row.
+// A problem with values that 16-bit formats hold exactly, and how often each item is a negative of each row.
 struct Case {
   int64_t rows, items, width;
-  bool bf16;
+  Format format;  // of the catalog, and the precision
   std::vector<float> query, catalog, bias, grad;
   std::vector<uint16_t> catalog16;
   std::vector<int64_t> target, positives;
   std::vector<int> counts;  // (rows, items)
   LossProblem problem;
 
-  Case(int64_t rows_, int64_t items_, int64_t width_, bool bf16_)
-      : rows(rows_), items(items_), width(width_), bf16(bf16_), counts(rows_ * items_) {
+  Case(int64_t rows_, int64_t items_, int64_t width_, Format format_)
+      : rows(rows_), items(items_), width(width_), format(format_), counts(rows_ * items_) {
     std::mt19937 generator(static_cast<unsigned>(rows * items + width));
     const auto fill = [&](std::vector<float>& x, int64_t n) {
       for (int64_t i = 0; i < n; ++i) x.push_back((static_cast<int>(generator() % 17) - 8) / 16.0f);
@@ -66,11 +66,12 @@ struct Case {
     for (int& count : counts) count = generator() % 3 == 0;
     std::fill(counts.begin() + items * (rows - 1), counts.end(), 0);  // a row without negatives
     catalog16.resize(catalog.size());
-    kernels().narrow(catalog.data(), static_cast<int64_t>(catalog.size()), catalog16.data());
-    const void* rows_of_items = bf16 ? static_cast<const void*>(catalog16.data()) : catalog.data();
-    problem = {{query.data(), false, rows, width, width},
-               {rows_of_items, bf16, items, width, width},
-               bf16,
+    const bool wide = format == Format::kF32;
+    if (!wide) kernels().narrow(format, catalog.data(), static_cast<int64_t>(catalog.size()), catalog16.data());
+    const void* rows_of_items = wide ? static_cast<const void*>(catalog.data()) : catalog16.data();
+    problem = {{query.data(), Format::kF32, rows, width, width},
+               {rows_of_items, format, items, width, width},
+               format,
                target.data(),
                {nullptr, positives.data()},
                kPositives,
@@ -90,7 +91,7 @@ struct Outputs {
 
   explicit Outputs(const Case& c)
       : losses(c.rows), lse(c.rows), query(c.rows * c.width), catalog(c.items * c.width), bias(c.items) {}
-  Gradients gradients() { return {query.data(), catalog.data(), bias.data(), false, false}; }
+  Gradients gradients() { return {query.data(), catalog.data(), bias.data(), Format::kF32, Format::kF32}; }
 };
 
 void compare(const Case& c, const Outputs& out) {
@@ -125,7 +126,7 @@ void compare(const Case& c, const Outputs& out) {
       }
     }
   }
-  const double allowed = c.bf16 ? 2e-2 : 1e-4;
+  const double allowed = c.format == Format::kBF16 ? 2e-2 : 1e-4;
   const auto near = [&](const std::vector<float>& got, const std::vector<double>& expected) {
     for (size_t i = 0; i < got.size(); ++i)
       EXPECT(std::abs(got[i] - expected[i]) <= allowed * (1 + std::abs(expected[i])));
@@ -208,13 +209,13 @@ void check_all_and_shared(Case& c, int64_t keep) {
 }  // namespace
 
 int main() {
-  for (const bool bf16 : {false, true}) {
+  for (const Format format : {Format::kF32, Format::kBF16, Format::kF16}) {
     for (const auto& [rows, items, width] :
          {std::array<int64_t, 3>{3, 70, 5}, {9, 1100, 33}, {40, 600, 16}, {530, 40, 2}}) {
       for (const int64_t keep : {int64_t{0}, rows * 2100, int64_t{1} << 30}) {
-        Case c(rows, items, width, bf16);
+        Case c(rows, items, width, format);
         check(c, keep);
-        Case again(rows, items, width, bf16);
+        Case again(rows, items, width, format);
         check_all_and_shared(again, keep);
       }
     }

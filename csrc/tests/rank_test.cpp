@@ -22,9 +22,9 @@ std::vector<float> integers(int64_t count, int seed) {
   return out;
 }
 
-std::vector<uint16_t> narrow(const std::vector<float>& x) {
+std::vector<uint16_t> narrow(Format to, const std::vector<float>& x) {
   std::vector<uint16_t> out(x.size());
-  kernels().narrow(x.data(), static_cast<int64_t>(x.size()), out.data());
+  kernels().narrow(to, x.data(), static_cast<int64_t>(x.size()), out.data());
   return out;
 }
 
@@ -40,21 +40,24 @@ struct Shape {
   int64_t rows, items, width;
 };
 
-void check(const Shape& shape, int64_t start, int64_t stop, int64_t top, int64_t first, bool bf16, bool stored_bf16,
+void check(const Shape& shape, int64_t start, int64_t stop, int64_t top, int64_t first, Format precision, bool stored,
            bool with_bias) {
   const auto [rows, items, width] = shape;
   const std::vector<float> query = integers(rows * width, 1), catalog = integers(items * width, 2);
   std::vector<float> bias = integers(items, 3);
   for (int64_t item = 3; item < items; item += 11) bias[item] = -std::numeric_limits<float>::infinity();
-  const std::vector<uint16_t> query16 = narrow(query), catalog16 = narrow(catalog);
+  const Format narrowed = precision == Format::kF32 ? Format::kBF16 : precision;
+  const std::vector<uint16_t> query16 = narrow(narrowed, query), catalog16 = narrow(narrowed, catalog);
   const int64_t words = (items + kWord - 1) / kWord;
   std::vector<uint64_t> bits(rows * words, ~uint64_t{0});
   RankProblem problem{};
-  problem.query =
-      stored_bf16 ? Matrix{query16.data(), true, rows, width, width} : Matrix{query.data(), false, rows, width, width};
-  problem.catalog = stored_bf16 ? Matrix{catalog16.data(), true, items, width, width}
-                                : Matrix{catalog.data(), false, items, width, width};
-  problem.arithmetic = choose_arithmetic(bf16);
+  const auto matrix = [&](const auto& wide, const auto& narrow, int64_t count) {
+    return stored ? Matrix{narrow.data(), narrowed, count, width, width}
+                  : Matrix{wide.data(), Format::kF32, count, width, width};
+  };
+  problem.query = matrix(query, query16, rows);
+  problem.catalog = matrix(catalog, catalog16, items);
+  problem.precision = precision;
   problem.bias = with_bias ? bias.data() : nullptr;
   problem.first_item = first;
   problem.ranked = count_ranked(problem.bias, first, items);
@@ -94,9 +97,8 @@ void check_not_finite(int64_t items) {
   std::vector<float> query = integers(3 * 4, 1), catalog = integers(items * 4, 2);
   query[4] = std::numeric_limits<float>::quiet_NaN();
   RankProblem problem{};
-  problem.query = {query.data(), false, 3, 4, 4};
-  problem.catalog = {catalog.data(), false, items, 4, 4};
-  problem.arithmetic = Arithmetic::kFp32;
+  problem.query = {query.data(), Format::kF32, 3, 4, 4};
+  problem.catalog = {catalog.data(), Format::kF32, items, 4, 4};
   problem.ranked = items;
   problem.stop = items / 2;
   problem.check = true;
@@ -120,15 +122,15 @@ int main() {
        {Shape{3, 1, 1}, Shape{5, 700, 9}, Shape{130, 257, 3}, Shape{4, 9'000, 3}, Shape{2, 8'500, 0}}) {
     for (const Fallback fallback : {Fallback::kAsNeeded, Fallback::kMissed, Fallback::kOverflow}) {
       force_fallback(fallback);
-      for (const bool bf16 : {false, true}) {
+      for (const Format precision : {Format::kF32, Format::kBF16, Format::kF16}) {
         for (const int64_t first : {int64_t{0}, std::min<int64_t>(77, shape.items - 1)}) {
           const int64_t n = shape.items - first;
           for (const bool option : {false, true}) {
-            check(shape, 0, n, std::min<int64_t>(n, 3), first, bf16, option, !option);
-            check(shape, n / 3, n / 2, std::min<int64_t>(n, 4), first, bf16, !option, option);
-            check(shape, std::min<int64_t>(n, 20), std::max(n / 2, std::min<int64_t>(n, 20)), 0, first, bf16, option,
-                  option);
-            check(shape, n, n, n, first, bf16, option, option);
+            check(shape, 0, n, std::min<int64_t>(n, 3), first, precision, option, !option);
+            check(shape, n / 3, n / 2, std::min<int64_t>(n, 4), first, precision, !option, option);
+            check(shape, std::min<int64_t>(n, 20), std::max(n / 2, std::min<int64_t>(n, 20)), 0, first, precision,
+                  option, option);
+            check(shape, n, n, n, first, precision, option, option);
           }
         }
       }

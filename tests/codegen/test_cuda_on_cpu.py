@@ -171,10 +171,10 @@ def test_wrong_values(shared: bool, change: dict[str, float], message: str) -> N
 
 def test_wrong_shapes() -> None:
     forward, ids = torch.ops.alterrec_fast.native_sampled_softmax, torch.zeros(1, dtype=torch.int64)
-    rest = (ids, ids[:, None], None, None, 1.0, 1.0, None, -100, False, False, 0, False)
+    rest = (ids, ids[:, None], None, None, 1.0, 1.0, None, None, -100, False, "fp32", 0, False)
     with pytest.raises(ValueError, match=r"d must be at most 8192, got 9000"):
         forward(torch.zeros(1, 9000), torch.zeros(1, 9000), *rest)
     losses, partition, kept = forward(torch.zeros(1, 4), torch.zeros(1, 4), *rest)
     backward = torch.ops.alterrec_fast.native_sampled_softmax_backward
     with pytest.raises(ValueError, match=r"saved must hold 8 bytes from the forward pass, got 0"):
-        backward(losses, torch.zeros(1, 4), torch.zeros(1, 4), *rest[:10], partition, kept, [True] * 3)
+        backward(losses, torch.zeros(1, 4), torch.zeros(1, 4), *rest[:11], partition, kept, [True] * 3 + [False])

@@ -308,8 +308,10 @@ def test_errors_name_the_value_and_what_was_expected(
 
 def test_other_errors() -> None:
     query, catalog, target, _ = batch(7)
-    with pytest.raises(TypeError, match=r"teacher, where a tensor, must be float32 or bfloat16, got torch\.float16"):
-        af.RankSliceSampler(0, 5, teacher=torch.ones(V, 3).half())
+    with pytest.raises(
+        TypeError, match=r"teacher, where a tensor, must be float32, bfloat16 or float16, got torch\.int64"
+    ):
+        af.RankSliceSampler(0, 5, teacher=torch.ones(V, 3).long())
     for options, call, name in (
         ({"exclude_history": True}, {"history": torch.ones(B, L)}, "history"),
         ({}, {"target": target.float()}, "target"),

@@ -233,12 +233,6 @@ def wrong_kinds() -> dict[str, Callable[[Tensor, Tensor, Tensor], object]]:
         "target must be a torch.Tensor, got": lambda q, e, t: af.slice_cross_entropy(q, e, t.numpy()),  # type: ignore[arg-type]
         "neg must be a RankSlice or None, got a tensor": lambda q, e, t: af.slice_cross_entropy(q, e, t, t),  # type: ignore[arg-type]
         "positives must be a torch.Tensor": lambda q, e, t: af.slice_cross_entropy(q, e, t, positives=[[1]] * B),  # type: ignore[arg-type]
-        "temperature must be a number, got a tensor, which": lambda q, e, t: af.slice_cross_entropy(
-            q,
-            e,
-            t,
-            temperature=torch.ones((), requires_grad=True),  # type: ignore[arg-type]
-        ),
         "positive_weight must be a number, got a tensor": lambda q, e, t: af.sampled_softmax(
             q,
             e,

@@ -26,7 +26,7 @@ pytestmark = needs_native
 B, V, D = 37, 1100, 20
 
 
-def loss(form: str, normed: bool, bf16: bool = False, dtype: torch.dtype = torch.float32) -> TableLoss:
+def loss(form: str, normed: bool, precision: str = "fp32", dtype: torch.dtype = torch.float32) -> TableLoss:
     generator = torch.Generator().manual_seed(5)
     table, query = (torch.randn(n, D, generator=generator) / 3 for n in (V, B))
     target = torch.randint(2, V, (B,), generator=generator)
@@ -46,7 +46,9 @@ def loss(form: str, normed: bool, bf16: bool = False, dtype: torch.dtype = torch
     neg = RankSlice.from_mask(mask, 2)
     members = {"all": None, "bits": neg.bits}.get(form, ids.masked_fill(ids == V, -1).int())
     norm = RowNorm(torch.linspace(0.5, 1.5, D), torch.linspace(-0.2, 0.3, D)) if normed else NO_NORM
-    return TableLoss(SliceLoss(query, table.to(dtype), target, members, positives, 0.5, 0.7, bias, 2, -100, bf16), norm)
+    return TableLoss(
+        SliceLoss(query, table.to(dtype), target, members, positives, 0.5, 0.7, None, bias, 2, -100, precision), norm
+    )
 
 
 def rule(kind: str) -> Rule:
@@ -88,7 +90,7 @@ def test_rules(kind: str, only_touched: bool) -> None:
 
 @pytest.mark.parametrize("form", ["all", "few"])
 def test_bfloat16(form: str) -> None:
-    x = loss(form, True, bf16=True, dtype=torch.bfloat16)
+    x = loss(form, True, precision="bf16", dtype=torch.bfloat16)
     for ours, theirs in zip(step(x, "sgd", True, 60_000), step(x, "sgd", False, 0), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
 

@@ -124,7 +124,7 @@ def test_what_is_too_short_is_refused() -> None:
     bits = af.rank_slice(query, catalog, start=5, stop=400).bits
     assert bits is not None
     forward = torch.ops.alterrec_fast.native_slice_cross_entropy
-    rest = (1.0, 1.0, None, 0, -100, False, 0, True)
+    rest = (1.0, 1.0, None, None, 0, -100, "fp32", 0, True)
     for members, message in (
         (bits[:, :-8], r"neg.bits must be \[3, 88\], got \[3, 80\]"),
         (bits[:2], r"neg.bits must be \[3, 88\], got \[2, 88\]"),
@@ -137,7 +137,7 @@ def test_what_is_too_short_is_refused() -> None:
     with pytest.raises(ValueError, match=r"positives must be \(3, P\), got \[2, 4\]"):
         forward(query, catalog, target, None, torch.zeros(2, 4, dtype=torch.int64), *rest)
     with pytest.raises(ValueError, match=r"bias must be \[700\], got \[600\]"):
-        forward(query, catalog, target, None, None, 1.0, 1.0, torch.zeros(600), *rest[3:])
+        forward(query, catalog, target, None, None, 1.0, 1.0, None, torch.zeros(600), *rest[4:])
     exclude = torch.empty(0, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"exclude offsets must be \[4\], got \[3\]"):
         torch.ops.alterrec_fast.native_top_k(query, catalog, 3, *exclude, None, 0, "fp32", True, *NO_NORM)

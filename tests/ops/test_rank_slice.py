@@ -264,8 +264,12 @@ def test_the_op_itself_checks_what_it_is_given() -> None:
     op = torch.ops.alterrec_fast.rank_slice
     with pytest.raises(ValueError, match=r"query must be \(rows, 8\)"):
         op(query[:, :4], catalog, 3, 50, 0, *none, None, 0, "fp32", True, *NO_NORM, "native")
-    with pytest.raises(TypeError, match="float32 or bfloat16"):
-        op(query.half(), catalog, 3, 50, 0, *none, None, 0, "fp32", True, *NO_NORM, "native")
+    with pytest.raises(TypeError, match="query must be float32, bfloat16 or float16, got Int"):
+        op(query.int(), catalog, 3, 50, 0, *none, None, 0, "fp32", True, *NO_NORM, "native")
+    with pytest.raises(ValueError, match="precision must be fp32, bf16 or fp16, got fp8"):
+        op(query, catalog, 3, 50, 0, *none, None, 0, "fp8", True, *NO_NORM, "native")
+    with pytest.raises(TypeError, match="precision fp16 does not take BFloat16"):
+        op(query, catalog.bfloat16(), 3, 50, 0, *none, None, 0, "fp16", True, *NO_NORM, "native")
     with pytest.raises(ValueError, match="expected ranks in"):
         op(query, catalog, 3, 91, 0, *none, None, 0, "fp32", True, *NO_NORM, "native")
     with pytest.raises(ValueError, match="offsets must rise"):

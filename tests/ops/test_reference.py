@@ -279,7 +279,7 @@ def test_bf16_rounds_the_inputs_and_keeps_their_gradients_dtype() -> None:
 def test_bad_arguments_are_named() -> None:
     q, e, t = torch.randn(2, 3), torch.randn(5, 3), torch.tensor([0, 1])
     wrong: list[tuple[type[Exception], str, object]] = [
-        (TypeError, "float16", lambda: af.top_k(q.half(), e.half(), k=1)),
+        (TypeError, "or float16 .*, got torch.int64", lambda: af.top_k(q.long(), e.long(), k=1)),
         (TypeError, "float64", lambda: af.top_k(q.double(), e, k=1, backend="reference")),
         (ValueError, "3 and 2", lambda: af.top_k(q, e[:, :2], k=1)),
         (ValueError, "2-D", lambda: af.top_k(q[0], e, k=1)),
@@ -293,6 +293,9 @@ def test_bad_arguments_are_named() -> None:
         (ValueError, "backend", lambda: af.top_k(q, e, k=1, backend="cuda")),
         (ValueError, "exclude: row 1 holds 5", lambda: af.top_k(q, e, k=1, exclude=torch.tensor([4, 5]))),
         (ValueError, "temperature", lambda: af.slice_cross_entropy(q, e, t, temperature=0.0)),
+        (ValueError, "above 0, got -1.0", lambda: af.slice_cross_entropy(q, e, t, temperature=-torch.ones(1))),
+        (ValueError, "hold one float, got .*2,", lambda: af.slice_cross_entropy(q, e, t, temperature=torch.ones(2))),
+        (ValueError, "hold one float, .* torch.int64", lambda: af.slice_cross_entropy(q, e, t, temperature=t[1])),
         (ValueError, "reduction", lambda: af.slice_cross_entropy(q, e, t, reduction="avg")),
         (ValueError, "max_saved_bytes", lambda: af.slice_cross_entropy(q, e, t, max_saved_bytes=-1)),
         (ValueError, "target must be", lambda: af.slice_cross_entropy(q, e, t[:1])),

@@ -37,7 +37,7 @@ def problem(form: str, dtype: torch.dtype = torch.float64) -> tuple[SliceLoss, R
     ids = torch.where(mask, torch.arange(V), -1)
     neg = {"all": None, "bits": RankSlice.from_mask(mask, 2), "ids": RankSlice.from_indices(ids, V, 2)}[form]
     members = None if neg is None else neg.bits if neg.ids is None else neg.ids
-    return SliceLoss(query, catalog, target, members, positives, 0.5, 0.7, bias, 2, -100, False), neg
+    return SliceLoss(query, catalog, target, members, positives, 0.5, 0.7, None, bias, 2, -100, "fp64"), neg
 
 
 @pytest.mark.parametrize("cut", CUTS)

@@ -228,24 +228,31 @@ def test_gradients_of_the_reference(shared: bool) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
-def test_opcheck(shared: bool) -> None:
+def test_opcheck(shared: bool, learned: bool) -> None:
     query, catalog, options = problem(9, 60, 8, 20, shared)
+    temperature = torch.tensor(0.7, requires_grad=True) if learned else None
+    catalog, precision = (catalog.half(), "fp16") if learned else (catalog, "fp32")
     ids = [options[name] for name in ("target", "neg")]
     bias, log_q = torch.randn(60, requires_grad=True), torch.randn(60)
     forward = torch.ops.alterrec_fast.sampled_softmax
-    rest = (*ids, log_q, options["positives"], 0.5, 0.7)
+    rest = (*ids, log_q, options["positives"], 0.5, 0.7, temperature)
     saved = 0 if shared else 9 * (20 + 8) * 4  # of shared negatives not all that is saved is filled
     torch.library.opcheck(
         forward.default,
-        (query.requires_grad_(), catalog.requires_grad_(), *rest, bias, -100, False, False, saved, True, "native"),
+        (query.requires_grad_(), catalog.requires_grad_(), *rest, bias, -100, False, precision, saved, True, "native"),
     )
     query, catalog, bias = query.detach(), catalog.detach(), bias.detach()
-    _, lse, saved = forward(query, catalog, *rest, bias, -100, False, False, saved, True, "native")
+    rest = tuple(x.detach() if isinstance(x, Tensor) else x for x in rest)
+    _, lse, saved = forward(query, catalog, *rest, bias, -100, False, precision, saved, True, "native")
     for sparse_grad in (False, True):
         torch.library.opcheck(
             torch.ops.alterrec_fast.sampled_softmax_backward.default,
-            (torch.ones(9), query, catalog, *rest, bias, -100, sparse_grad, False, lse, saved, [True] * 3, "native"),
+            (
+                *(torch.ones(9), query, catalog, *rest, bias, -100, sparse_grad, precision, lse, saved),
+                *([True] * 3 + [learned], "native"),
+            ),
         )
 
 

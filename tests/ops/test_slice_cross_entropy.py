@@ -243,7 +243,7 @@ def test_wrong_values(backend: str, change: dict[str, float], message: str) -> N
         ({"max_saved_bytes": -1}, ValueError, "max_saved_bytes must be at least 0"),
         ({"target": torch.zeros(5, dtype=torch.int64)}, ValueError, r"target must be \(6\), got \(5,\)"),
         ({"target": torch.zeros(6)}, TypeError, "target must be int32 or int64"),
-        ({"query": torch.zeros(6, 8, dtype=torch.float16)}, TypeError, "query must be float32 or bfloat16"),
+        ({"query": torch.zeros(6, 8, dtype=torch.int32)}, TypeError, "query must be float32, bfloat16 or float16"),
         ({"query": torch.zeros(6, 9)}, ValueError, "query and catalog must have one width d, got 9 and 8"),
     ],
 )
@@ -273,23 +273,27 @@ def test_gradients_of_the_reference(form: str) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("form", ["bits", "ids", "all"])
-def test_opcheck(form: str) -> None:
+def test_opcheck(form: str, learned: bool) -> None:
     query, catalog, options = problem(9, 600, 8, form, density=0.02)
+    temperature = torch.tensor(0.7, requires_grad=True) if learned else None
+    query, precision = (query.half(), "fp16") if learned else (query, "fp32")
     neg = options["neg"]
     members = None if neg is None else neg.ids if neg.bits is None else neg.bits
     bias = torch.randn(600, requires_grad=True)
     inputs = (query.requires_grad_(), catalog.requires_grad_(), options["target"], members, options["positives"])
     forward = torch.ops.alterrec_fast.slice_cross_entropy
     # Nothing is saved: what has not been filled differs from call to call.
-    torch.library.opcheck(forward.default, (*inputs, 0.5, 0.7, bias, 1, -100, False, 0, True, "native"))
+    terms = (bias, 1, -100, precision)
+    torch.library.opcheck(forward.default, (*inputs, 0.5, 0.7, temperature, *terms, 0, True, "native"))
     native = torch.ops.alterrec_fast.native_slice_cross_entropy.default
-    torch.library.opcheck(native, (*inputs, 0.5, 0.7, bias, 1, -100, False, 0, True))
-    detached = [x if x is None else x.detach() for x in (*inputs, bias)]
-    _, lse, saved = forward(*detached[:5], 0.5, 0.7, detached[5], 1, -100, False, 100_000, True, "native")
+    torch.library.opcheck(native, (*inputs, 0.5, 0.7, temperature, *terms, 0, True))
+    detached = [x.detach() if isinstance(x, Tensor) else x for x in (*inputs, 0.5, 0.7, temperature, *terms)]
+    _, lse, saved = forward(*detached, 100_000, True, "native")
     torch.library.opcheck(
         torch.ops.alterrec_fast.slice_cross_entropy_backward.default,
-        (torch.ones(9), *detached[:5], 0.5, 0.7, detached[5], 1, -100, False, lse, saved, [True] * 3, "native"),
+        (torch.ones(9), *detached, lse, saved, [True] * 3 + [learned], "native"),
     )
 
 

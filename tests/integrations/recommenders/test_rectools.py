@@ -259,7 +259,7 @@ def test_options_are_checked(dataset: Dataset, options: dict[str, Any], kind: An
     [
         ({"max_saved_bytes": 1e6}, TypeError, "max_saved_bytes must be an integer, got float"),
         ({"max_saved_bytes": -1}, ValueError, "max_saved_bytes must be at least 0, got -1"),
-        ({"precision": "int8"}, ValueError, "precision must be one of None, fp32, bf16.*, got 'int8'"),
+        ({"precision": "int8"}, ValueError, "precision must be one of None, fp32, bf16, fp16, got 'int8'"),
     ],
 )
 def test_options_of_the_loss_are_checked(dataset: Dataset, options: dict[str, Any], kind: Any, message: str) -> None:
@@ -373,7 +373,9 @@ def test_teachers_are_checked(dataset: Dataset) -> None:
         sampler.get_negatives({"x": ids, "y": ids}, 1, ITEMS + 1)
     with pytest.raises(ValueError, match=r"teacher, where a tensor, must be \(items, d\), got \(60,\)"):
         sampler.set_teacher(torch.ones(ITEMS))
-    with pytest.raises(TypeError, match=r"teacher, where a tensor, must be float32 or bfloat16, got torch\.int64"):
+    with pytest.raises(
+        TypeError, match=r"teacher, where a tensor, must be float32, bfloat16 or float16, got torch\.int64"
+    ):
         sampler.set_teacher(torch.ones(ITEMS, 2).long())
     for other in (torch.nn.Linear(2, 2), vectors(ITEMS).numpy(), None):
         with pytest.raises(TypeError, match="expected the torch_model of a RecTools model or a tensor of vectors, got"):
