@@ -167,9 +167,9 @@ class FrozenTeacherSampler(TransformerNegativeSamplerBase):
     def set_teacher(self, teacher: torch.nn.Module | Tensor) -> None:
         """Takes a copy, on the CPU.
 
-        teacher: the ``torch_model`` of a fitted RecTools model, or vectors of the items, (items, d) float32,
-            bfloat16 or float16, whose score for a position is the dot product with the mean of the session so far. Either is in
-            the order of ``get_known_item_ids()``, which the data set and the filters of RecTools alone decide.
+        teacher: the ``torch_model`` of a fitted RecTools model, or vectors of the items, (items, d) float32, bfloat16
+            or float16, whose score for a position is the dot product with the mean of the session so far. Either is
+            in the order of ``get_known_item_ids()``, which the data set and the filters of RecTools alone decide.
 
         Raises TypeError for a teacher of another kind or dtype, and for a similarity module other than RecTools' dot
         and cosine; ValueError for vectors that are not (items, d).

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alterrec_fast.nn.buffers import KeepsDtype
 from alterrec_fast.ops import RankSlice, checks, dispatch, sampled_softmax, slice_cross_entropy
@@ -17,10 +17,14 @@ from alterrec_fast.ops import RankSlice, checks, dispatch, sampled_softmax, slic
 class _Loss(KeepsDtype):
     """What the three have in common: options, and rows made out of sequences."""
 
+    weight: Tensor | None
+    temperature: float | nn.Parameter
+
     def __init__(
         self,
-        temperature: float,
+        temperature: float | nn.Parameter,
         positive_weight: float,
+        weight: Tensor | None,
         ignore_index: int,
         reduction: str,
         precision: str | None,
@@ -31,7 +35,14 @@ class _Loss(KeepsDtype):
         checks.check_loss(temperature, positive_weight, reduction)
         checks.check_integer("ignore_index", ignore_index)
         checks.check_flag("check", check)
-        self.temperature = float(temperature)
+        if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter):
+            raise TypeError(
+                "temperature must be a number or an nn.Parameter, got a tensor: it would be neither moved nor trained"
+            )
+        if weight is not None:
+            checks.check_tensor("weight", weight)
+        self.register_buffer("weight", weight, persistent=False)
+        self.temperature = temperature if isinstance(temperature, nn.Parameter) else float(temperature)
         self.positive_weight = float(positive_weight)
         self.ignore_index = int(ignore_index)
         self.reduction = reduction
@@ -40,14 +51,16 @@ class _Loss(KeepsDtype):
         self.backend = backend
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+        temperature = self.temperature if isinstance(self.temperature, float) else "learned"
+        return f"temperature={temperature}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
 
     def _options(self) -> dict[str, Any]:
-        """What every op takes; the reduction comes after it."""
+        """What every op takes."""
         return {
             "positive_weight": self.positive_weight,
             "temperature": self.temperature,
-            "reduction": "none",
+            "weight": self.weight,
+            "reduction": self.reduction,
             "ignore_index": self.ignore_index,
             "precision": self.precision,
             "check": self.check,
@@ -75,14 +88,13 @@ class _Loss(KeepsDtype):
             f"{target.numel()}, got {count} rows"
         )
 
-    def _reduced(self, losses: Tensor, target: Tensor, rows: Tensor | None) -> Tensor:
-        """losses: of the rows taken -> a scalar, or target's shape with zeros where it is ignored."""
-        if self.reduction == "none":
-            if rows is None:
-                return losses.view(target.shape)
-            return losses.new_zeros(target.numel()).index_copy(0, rows, losses).view(target.shape)
-        total = losses.sum()
-        return total if self.reduction == "sum" else total / (target != self.ignore_index).sum().clamp(min=1)
+    def _of_target(self, losses: Tensor, target: Tensor, rows: Tensor | None) -> Tensor:
+        """losses of the rows taken -> target's shape, with zeros where it is ignored; a scalar stays one."""
+        if self.reduction != "none":
+            return losses
+        if rows is not None:
+            losses = losses.new_zeros(target.numel()).index_copy(0, rows, losses)
+        return losses.view(target.shape)
 
 
 class _CatalogLoss(_Loss):
@@ -90,14 +102,16 @@ class _CatalogLoss(_Loss):
 
     _op = staticmethod(slice_cross_entropy)
 
-    def __init__(self, first_item: int, max_saved_bytes: int, *options: Any):
+    def __init__(self, first_item: int, max_saved_bytes: int, label_smoothing: float, *options: Any):
         super().__init__(*options)
+        checks.check_smoothing(label_smoothing, sliced=False, has_positives=False)
         for name, value in (("first_item", first_item), ("max_saved_bytes", max_saved_bytes)):
             checks.check_integer(name, value)
             if value < 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
         self.first_item = int(first_item)
         self.max_saved_bytes = int(max_saved_bytes)
+        self.label_smoothing = float(label_smoothing)
 
     def _loss(
         self,
@@ -120,9 +134,10 @@ class _CatalogLoss(_Loss):
             bias=bias,
             first_item=self.first_item,
             max_saved_bytes=self.max_saved_bytes,
+            label_smoothing=self.label_smoothing,
             **self._options(),
         )
-        return self._reduced(losses, target, rows)
+        return self._of_target(losses, target, rows)
 
 
 class FullSoftmaxLoss(_CatalogLoss):
@@ -133,7 +148,9 @@ class FullSoftmaxLoss(_CatalogLoss):
     torch.compile, whose shapes must not depend on values.) Whatever they hold, NaN too, their gradient is exactly zero.
 
     Args:
-        temperature: above 0; divides the logits.
+        temperature: above 0; divides the logits. A number, or an ``nn.Parameter`` of one element, which is trained.
+        label_smoothing, weight: as in ``nn.CrossEntropyLoss``; see `slice_cross_entropy`. The weights are a buffer
+            outside the state dict, which keeps its dtype under ``half()``.
         first_item: rows of the catalog before it are padding: neither candidates nor targets.
         ignore_index: a target that stands for no row, as in ``nn.CrossEntropyLoss``; 0 suits catalogs padded at item 0.
         reduction: "mean" over the targets that count (0 over none), "sum", or "none" for the target's shape.
@@ -143,13 +160,16 @@ class FullSoftmaxLoss(_CatalogLoss):
 
     Raises:
         TypeError: for an option of another kind.
-        ValueError: for a temperature of 0 or less, another number below 0, or another reduction.
+        ValueError: for a temperature of 0 or less (where it is a parameter at the call), another number below 0, a
+            label_smoothing above 1, or another reduction.
     """
 
     def __init__(
         self,
         *,
-        temperature: float = 1.0,
+        temperature: float | nn.Parameter = 1.0,
+        label_smoothing: float = 0.0,
+        weight: Tensor | None = None,
         first_item: int = 0,
         ignore_index: int = -100,
         reduction: str = "mean",
@@ -159,14 +179,24 @@ class FullSoftmaxLoss(_CatalogLoss):
         backend: str | None = None,
     ):
         super().__init__(
-            first_item, max_saved_bytes, temperature, 1.0, ignore_index, reduction, precision, check, backend
+            first_item,
+            max_saved_bytes,
+            label_smoothing,
+            temperature,
+            1.0,
+            weight,
+            ignore_index,
+            reduction,
+            precision,
+            check,
+            backend,
         )
 
     def forward(self, query: Tensor, catalog: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
         """
         Args:
-            query: (B, d) or (B, L, d) float32 or bfloat16; gets a gradient.
-            catalog: (V, d) float32 or bfloat16, the item embeddings; gets a gradient.
+            query: (B, d) or (B, L, d) float32, bfloat16 or float16; gets a gradient.
+            catalog: (V, d) of these, the item embeddings; gets a gradient.
             target: (B,) or (B, L) int32 or int64; ignore_index where there is none.
             bias: (V,), added to the scores; gets a gradient.
 
@@ -182,7 +212,7 @@ class SliceCrossEntropy(_CatalogLoss):
     """`slice_cross_entropy` as a module: each target, and extra positives, against a set of negatives.
 
     Args:
-        temperature, first_item, ignore_index, reduction, max_saved_bytes, precision, check, backend: as in
+        temperature, first_item, weight, ignore_index, reduction, max_saved_bytes, precision, check, backend: as in
             `FullSoftmaxLoss`, and so are ignored rows.
         positive_weight: what each of the extra positives counts against the target.
 
@@ -194,8 +224,9 @@ class SliceCrossEntropy(_CatalogLoss):
     def __init__(
         self,
         *,
-        temperature: float = 1.0,
+        temperature: float | nn.Parameter = 1.0,
         positive_weight: float = 1.0,
+        weight: Tensor | None = None,
         first_item: int = 0,
         ignore_index: int = -100,
         reduction: str = "mean",
@@ -207,8 +238,10 @@ class SliceCrossEntropy(_CatalogLoss):
         super().__init__(
             first_item,
             max_saved_bytes,
+            0.0,
             temperature,
             positive_weight,
+            weight,
             ignore_index,
             reduction,
             precision,
@@ -251,7 +284,8 @@ class SampledSoftmaxLoss(_Loss):
     """`sampled_softmax` as a module: each target against negatives given by their ids, with logQ correction.
 
     Args:
-        temperature, positive_weight, ignore_index, reduction, precision, check, backend: as in `SliceCrossEntropy`.
+        temperature, positive_weight, weight, ignore_index, reduction, precision, check, backend: as in
+            `SliceCrossEntropy`.
         log_q: (V,) float, the log of each item's expected count among the negatives, subtracted from the logits of
             targets and negatives; `RankSliceSampler.log_q` gives it. A buffer outside the state dict, which keeps its
             dtype under ``half()``.
@@ -267,9 +301,10 @@ class SampledSoftmaxLoss(_Loss):
     def __init__(
         self,
         *,
-        temperature: float = 1.0,
+        temperature: float | nn.Parameter = 1.0,
         log_q: Tensor | None = None,
         positive_weight: float = 1.0,
+        weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
         sparse_grad: bool = False,
@@ -277,7 +312,7 @@ class SampledSoftmaxLoss(_Loss):
         check: bool | None = None,
         backend: str | None = None,
     ):
-        super().__init__(temperature, positive_weight, ignore_index, reduction, precision, check, backend)
+        super().__init__(temperature, positive_weight, weight, ignore_index, reduction, precision, check, backend)
         if log_q is not None:
             checks.check_tensor("log_q", log_q)
         checks.check_flag("sparse_grad", sparse_grad)
@@ -332,7 +367,7 @@ class SampledSoftmaxLoss(_Loss):
             sparse_grad=self.sparse_grad,
             **self._options(),
         )
-        return self._reduced(losses, target, rows)
+        return self._of_target(losses, target, rows)
 
 
 def real_rows(query: Tensor, target: Tensor, ignore_index: int) -> Tensor | None:

@@ -49,10 +49,10 @@ class RankSliceSampler(KeepsDtype):
         popularity: (V,) counts or weights; raise them to a power, such as 0.75, beforehand.
         teacher: who ranks. None: the model itself, by the query and catalog of the call, so with this step's weights.
             A `TeacherCopy`: a frozen or slowly moving copy of it, which becomes a submodule. A (V, f) float32,
-            bfloat16 or float16 tensor: item vectors of another modality; a session's query is then the mean of those of its items
-            so far. Any other callable: takes the call's inputs, returns (query, catalog). It is called without
-            gradients and is otherwise left alone: a module among these is no submodule, so that it is neither moved
-            nor stored with the sampler, keeps its mode, and its parameters are not listed by the sampler's owner.
+            bfloat16 or float16 tensor: item vectors of another modality; a session's query is then the mean of those of
+            its items so far. Any other callable: takes the call's inputs, returns (query, catalog). It is called
+            without gradients and is otherwise left alone: a module among these is no submodule, so that it is neither
+            moved nor stored with the sampler, keeps its mode, and its owner does not list its parameters.
         exclude_history: whether a session's own items (`history`, and all its targets) are kept out; a row's own target
             always is.
         first_item: rows of the catalog before it are padding.

@@ -205,7 +205,7 @@ WRONG: list[tuple[Callable[..., Any], str]] = [
     (lambda q, e, t, h: af.FullSoftmaxLoss(temperature="1"), "temperature must be a number, got str '1'"),
     (
         lambda q, e, t, h: af.FullSoftmaxLoss(temperature=torch.ones((), requires_grad=True)),
-        "temperature must be a number, got a tensor, which would get no gradient",
+        r"temperature must be a number or an nn\.Parameter, got a tensor: it would be neither moved nor trained",
     ),
     (lambda q, e, t, h: af.SliceCrossEntropy(positive_weight=None), "positive_weight must be a number, got None"),
     (lambda q, e, t, h: af.FullSoftmaxLoss(ignore_index=0.0), r"ignore_index must be an integer, got float 0\.0"),
