@@ -63,7 +63,7 @@ at::Tensor item_table_query_gradient(const at::Tensor& grad_losses, const at::Te
                                      const at::Tensor& query, const at::Tensor& table, const at::Tensor& target,
                                      const OptionalTensor& positives, double positive_weight, double temperature,
                                      const OptionalTensor& temperature_tensor, const OptionalTensor& bias,
-                                     int64_t first_item, int64_t ignore_index, bool bf16,
+                                     int64_t first_item, int64_t ignore_index, c10::string_view precision,
                                      const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
                                      double norm_eps) {
   at::Tensor out = at::empty(query.sizes(), query.scalar_type());

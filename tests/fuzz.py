@@ -25,6 +25,7 @@ from torch import Tensor
 
 import alterrec_fast as af
 from alterrec_fast.ops import library
+from alterrec_fast.ops.dispatch import FORMATS
 from alterrec_fast.ops.slices import pack_bits
 from tests.ops.loss_helpers import INSTRUCTION_SETS
 
@@ -61,9 +62,13 @@ class Draw:
     def mask(self, probability: float, *shape: int) -> Tensor:
         return torch.rand(shape, generator=self.generator) < probability
 
-    def matrix(self, rows: int, columns: int, bf16: bool) -> Tensor:
+    def dtype(self) -> torch.dtype:
+        kind: torch.dtype = self.of(torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float16)
+        return kind
+
+    def matrix(self, rows: int, columns: int) -> Tensor:
         """Small integers; now and then rows that overlap in memory."""
-        values = self.integers(-2, 3, rows, columns).to(torch.bfloat16 if bf16 else torch.float32)
+        values = self.integers(-2, 3, rows, columns).to(self.dtype())
         form = self.rng.randrange(12)
         if form == 0 and rows:
             return values[:1].expand(rows, columns)
@@ -110,11 +115,13 @@ def draw_case(seed: int, small: bool) -> Case:
     op = d.of(af.rank_slice, af.top_k, af.slice_cross_entropy, af.sampled_softmax, af.slice_cross_entropy)
     b, v, width = d.size(ROWS, 5), d.size(ITEMS, 130), d.size(WIDTHS, 17)
     first = d.of(0, 0, 1, v // 3, v)
-    inputs = {"query": d.matrix(b, width, d.chance(0.3)), "catalog": d.matrix(v, width, d.chance(0.3))}
-    options: dict[str, Any] = {"precision": d.of(None, "fp32", "bf16"), "check": d.of(None, True, False)}
+    inputs = {"query": d.matrix(b, width), "catalog": d.matrix(v, width)}
+    formats = {FORMATS[x.dtype] for x in inputs.values() if x.dtype in FORMATS}
+    precisions = [None, "fp32", *(name for name in FORMATS.values() if not formats - {name})]
+    options: dict[str, Any] = {"precision": d.of(*precisions), "check": d.of(None, True, False)}
     if d.chance(0.5):
         bias = d.integers(-2, 3, v).float().masked_fill(d.mask(d.of(0.0, 0.0, 0.3, 0.9, 1.0), v), -math.inf)
-        inputs["bias"] = d.laid_out(bias.bfloat16() if d.chance(0.3) else bias)
+        inputs["bias"] = d.laid_out(bias.to(d.dtype()))
     if op in (af.rank_slice, af.top_k):
         options["first_item"] = first
         options["exclude"] = draw_exclude(d, b, v)
@@ -129,7 +136,7 @@ def draw_case(seed: int, small: bool) -> Case:
         shape = (d.of(0, 1, 7, 90),) if d.chance(0.4) else (b, d.of(0, 1, 7, 90))
         options |= {"neg": d.ids(d.integers(-1, v, *shape)), "sparse_grad": d.chance(0.3)}
         if d.chance(0.5):
-            options["log_q"] = d.laid_out(d.integers(-3, 1, v).float())
+            options["log_q"] = d.laid_out(d.integers(-3, 1, v).to(d.dtype()))
     else:
         first = min(first, v - 1)
         options |= {"first_item": first, "neg": draw_slice(d, b, v, first), "max_saved_bytes": d.of(0, 9_000, 1 << 28)}
@@ -143,14 +150,36 @@ def draw_case(seed: int, small: bool) -> Case:
         count = d.of(0, 1, 3)
         positives = torch.full((b, count), -1) if none else allowed[d.integers(0, allowed.numel(), b, count)]
         options["positives"] = d.ids(positives.masked_fill(d.mask(0.3, b, count), -1))
-    options |= {"target": d.ids(target), "temperature": d.of(1.0, 0.5, 4.0), "positive_weight": d.of(0.0, 0.5, 1.0)}
+    options |= {"target": d.ids(target), "positive_weight": d.of(0.0, 0.5, 1.0)}
+    temperature = d.of(1.0, 0.5, 4.0)
+    if d.chance(0.3):
+        inputs["temperature"] = torch.tensor(temperature, dtype=d.dtype())
+    else:
+        options["temperature"] = temperature
+    if d.chance(0.3):
+        options["weight"] = d.laid_out(d.integers(0, 3, v).to(d.dtype()))
+    if op is af.slice_cross_entropy and options["neg"] is None and "positives" not in options:
+        options["label_smoothing"] = d.of(0.0, 0.25, 1.0)
     ignored = target == -100
     if ignored.any() and width and d.chance(0.5):  # they may hold anything
         query = inputs["query"].clone()
         query[ignored] = d.of(math.nan, math.inf)
         inputs["query"] = query
     options["reduction"] = d.of("none", "none", "sum", "mean")
+    if d.chance(0.2):
+        as_sequences(d, inputs, options)
     return Case(op, inputs, options, exact=False)
+
+
+def as_sequences(d: Draw, inputs: dict[str, Tensor], options: dict[str, Any]) -> None:
+    """The same rows as (B, L, ...)."""
+    b = inputs["query"].shape[0]
+    length = d.of(*(n for n in range(1, b + 1) if b % n == 0)) if b else d.of(0, 1, 3)
+    shape = (b // length, length) if length else (d.of(0, 2), 0)
+    inputs["query"] = inputs["query"].unflatten(0, shape)
+    for name in ("target", "positives", "neg"):
+        if isinstance(options.get(name), Tensor) and (name != "neg" or options[name].ndim == 2):
+            options[name] = options[name].unflatten(0, shape)
 
 
 def draw_exclude(d: Draw, b: int, v: int) -> Any:
@@ -218,7 +247,7 @@ def run_case(seed: int, engine: str) -> str:
     ours, theirs = results(case, engine, seed, False), results(case, "reference", seed, True)
     if ours.keys() != theirs.keys():
         return f"got {sorted(ours)}, expected {sorted(theirs)}"
-    half = torch.bfloat16 in [x.dtype for x in case.inputs.values()] or case.options["precision"] == "bf16"
+    half = any(x.dtype in FORMATS for x in case.inputs.values()) or case.options["precision"] in FORMATS.values()
     for name, got in ours.items():
         want = theirs[name]
         if got.shape != want.shape or got.dtype != want.dtype:
@@ -226,17 +255,23 @@ def run_case(seed: int, engine: str) -> str:
         if case.exact and not torch.equal(got, want):
             return f"{name}: {int((got != want).sum())} of {got.numel()} differ"
         if not case.exact and not torch.allclose(
-            got.float(), want.float(), rtol=2e-3 if half else 1e-4, atol=bound(case, half)
+            got.float(), want.float(), rtol=2e-3 if half else 1e-4, atol=bound(case, half, name)
         ):
             return f"{name}: differs by up to {float((got.float() - want.float()).abs().max())}"
     return ""
 
 
-def bound(case: Case, half: bool) -> float:
-    """How far sums of a case may differ by rounding: of each row, weights of at most 3 times entries of at most 2."""
+def bound(case: Case, half: bool, name: str) -> float:
+    """How far sums of a case may differ by rounding: of each row, weights of at most 3 times entries of at most 2, and
+    class weights of at most 2. The temperature's gradient is a sum of such over the rows' width."""
     positives = case.options.get("positives")
-    terms = 1 + (0 if positives is None else positives.shape[1])
-    largest = 3 * 2 * 2 * terms * (1 + case.inputs["query"].shape[0]) / case.options["temperature"]
+    terms = 1 + (0 if positives is None else positives.shape[-1])
+    temperature = float(case.options.get("temperature", case.inputs.get("temperature", 1.0)))
+    largest = 3 * 2 * 2 * terms * (1 + case.options["target"].numel()) / temperature
+    if "weight" in case.options:
+        largest *= 2
+    if name == "gradient of temperature":
+        largest *= (2 * case.inputs["query"].shape[-1] + 2) / temperature
     return float(largest * (2.0**-8 if half else 1e-5))
 
 

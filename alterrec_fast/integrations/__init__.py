@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,3 +65,28 @@ def same_scores(ours: Tensor, theirs: Tensor) -> bool:
     rounding = 8 * torch.finfo(theirs.dtype).eps * theirs.abs().amax(-1, keepdim=True)
     apart = theirs.amax(-1, keepdim=True) - theirs.amin(-1, keepdim=True)
     return bool(((ours - theirs).abs() <= 1e-4 * apart + rounding).all())
+
+
+def trained_leaves(loss: Tensor) -> set[Tensor]:
+    """The leaves of the loss's graph: what a backward pass would give gradients."""
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node: Any = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    return {node.variable for node in seen if hasattr(node, "variable")}
+
+
+def same_gradients(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether the gradients of two losses, for all that the first one trains, differ by rounding alone."""
+    leaves = list(trained_leaves(ours))
+    pairs = zip(
+        torch.autograd.grad(ours, leaves, materialize_grads=True),
+        torch.autograd.grad(theirs, leaves, materialize_grads=True),
+        strict=True,
+    )
+    norms = torch.stack([torch.stack([(a - b).norm(), b.norm()]) for a, b in pairs])  # (parameters, 2)
+    apart, norm = norms.unbind(1)
+    # A gradient that is zero but for rounding, as of a key's bias, is measured by the others.
+    return bool((apart <= 1e-3 * norm + 1e-5 * norm.norm()).all())

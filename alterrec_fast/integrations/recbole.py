@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alterrec_fast.integrations import comparable, default_ranks, need, same_scores
+from alterrec_fast.integrations import comparable, default_ranks, need, same_gradients, same_scores, trained_leaves
 from alterrec_fast.nn.losses import FullSoftmaxLoss, SampledSoftmaxLoss, SliceCrossEntropy
 from alterrec_fast.ops import checks, dispatch, rank_slice, top_k
 
@@ -56,7 +56,9 @@ class Options:
     start, stop: of "slice": the ranks; by default 20 and 2000 of 4,000 items or more, else 6 and half of the catalog.
     hard_fraction: of "slice": the share of the ranks that is kept; the others are replaced by uniform negatives
         (`RankSlice.mix`).
-    precision: of the loss: "fp32", "bf16" or None, as in `rank_slice`; evaluation is in the model's own precision.
+    label_smoothing, weight: as in `FullSoftmaxLoss`, smoothing of "full" alone; V numbers by RecBole's item number.
+    learn_temperature: whether the loss's temperature, at first the model's `score_temperature`, is trained with it.
+    precision: of the loss, as in `rank_slice`; evaluation is in the model's own precision.
     max_saved_bytes: as in `slice_cross_entropy`, but less by default, since RecBole's activations stand beside it.
 
     Raises TypeError for a value of another kind, and ValueError for one out of range.
@@ -68,6 +70,9 @@ class Options:
     start: int | None = None
     stop: int | None = None
     hard_fraction: float = 0.5
+    label_smoothing: float = 0.0
+    learn_temperature: bool = False
+    weight: Any = None
     precision: str | None = None
     max_saved_bytes: int = 64 << 20
 
@@ -83,9 +88,9 @@ class Options:
                     raise ValueError(f"{KEY}: {name} must be at least {least}, got {value}")
         if self.start is not None and self.stop is not None and self.start > self.stop:
             raise ValueError(f"{KEY}: expected 0 <= start <= stop, got start={self.start}, stop={self.stop}")
-        checks.check_number(f"{KEY}: hard_fraction", self.hard_fraction)
-        if not 0.0 <= self.hard_fraction <= 1.0:
-            raise ValueError(f"{KEY}: hard_fraction must lie in [0, 1], got {self.hard_fraction}")
+        checks.check_fraction(f"{KEY}: hard_fraction", self.hard_fraction)
+        checks.check_smoothing(self.label_smoothing, sliced=self.loss != "full", has_positives=False)
+        checks.check_flag(f"{KEY}: learn_temperature", self.learn_temperature)
 
     @classmethod
     def of(cls, config: Any) -> Options:
@@ -152,31 +157,6 @@ class RankingMixin(_Model):
         )
 
 
-def _trained(loss: Tensor) -> set[Tensor]:
-    """The leaves of the loss's graph: what a backward pass would give gradients."""
-    seen, waiting = set(), [loss.grad_fn]
-    while waiting:
-        node: Any = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [before for before, _ in node.next_functions]
-    return {node.variable for node in seen if hasattr(node, "variable")}
-
-
-def _same_gradients(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether the gradients of two losses, for all that the first one trains, differ by rounding alone."""
-    leaves = list(_trained(ours))
-    pairs = zip(
-        torch.autograd.grad(ours, leaves, materialize_grads=True),
-        torch.autograd.grad(theirs, leaves, materialize_grads=True),
-        strict=True,
-    )
-    norms = torch.stack([torch.stack([(a - b).norm(), b.norm()]) for a, b in pairs])  # (parameters, 2)
-    apart, norm = norms.unbind(1)
-    # A gradient that is zero but for rounding, as of a key's bias, is measured by the others.
-    return bool((apart <= 1e-3 * norm + 1e-5 * norm.norm()).all())
-
-
 class SequentialMixin(RankingMixin):
     """`RankingMixin` for a `SequentialRecommender` with ``loss_type: CE``; its loss becomes that of `Options`.
 
@@ -193,26 +173,25 @@ class SequentialMixin(RankingMixin):
         if getattr(self, "loss_type", "CE") != "CE":
             raise ValueError(f"loss_type must be CE, got {self.loss_type}: alterrec_fast has no other loss")
         self.options = options = Options.of(config)
-        temperature, precision = self.score_temperature, options.precision
+        shared: dict[str, Any] = {"temperature": self.score_temperature, "precision": options.precision}
+        if options.learn_temperature:
+            shared["temperature"] = torch.nn.Parameter(torch.tensor(float(self.score_temperature)))
+        if options.weight is not None:
+            shared["weight"] = torch.as_tensor(options.weight, dtype=torch.float32)
         self.next_item: torch.nn.Module
         if options.loss == "full":  # RecBole's CE has the padding row among its candidates, so this has it, too
-            self.next_item = FullSoftmaxLoss(
-                temperature=temperature, max_saved_bytes=options.max_saved_bytes, precision=precision
-            )
+            shared |= {"max_saved_bytes": options.max_saved_bytes, "label_smoothing": options.label_smoothing}
+            self.next_item = FullSoftmaxLoss(**shared)
         elif options.loss == "slice":
             self.ranks = default_ranks(self.n_items - 1, options.start, options.stop, KEY)
-            self.next_item = SliceCrossEntropy(
-                temperature=temperature,
-                first_item=PADDING + 1,
-                max_saved_bytes=options.max_saved_bytes,
-                precision=precision,
-            )
+            shared |= {"first_item": PADDING + 1, "max_saved_bytes": options.max_saved_bytes}
+            self.next_item = SliceCrossEntropy(**shared)
         else:
             popular = options.distribution == "popularity"
             share = _shares(dataset, self.n_items) if popular else None
             self.register_buffer("_cumulative", None if share is None else share.cumsum(0), persistent=False)
             log_q = None if share is None else (share * options.negatives).log().float()
-            self.next_item = SampledSoftmaxLoss(temperature=temperature, log_q=log_q, precision=precision)
+            self.next_item = SampledSoftmaxLoss(log_q=log_q, **shared)
 
     def session_vectors(self, interaction: Any) -> Tensor:
         """(B, d): the model's `forward`, given sequence, length and user by the names that RecBole's models have."""
@@ -239,14 +218,14 @@ class SequentialMixin(RankingMixin):
             tolerance = 0.0 if type(stock_loss.grad_fn).__name__.startswith("Add") else 1e-4
             if not torch.allclose(full, stock_loss.view_as(full), tolerance, tolerance):
                 raise self._other("losses")
-            untrained = _trained(stock_loss) - _trained(full)
+            untrained = trained_leaves(stock_loss) - trained_leaves(full)
             if untrained:
                 names = ", ".join(name for name, parameter in self.named_parameters() if parameter in untrained)
                 raise ValueError(
                     f"the loss of {type(self).__name__} also trains {names}, of which session_vectors, "
                     "item_vectors and score_temperature know nothing: override them"
                 )
-            if not _same_gradients(full, stock_loss):
+            if not same_gradients(full, stock_loss):
                 raise self._other("gradients")
             self._loss_compared = True
         return self.next_item_loss(interaction)

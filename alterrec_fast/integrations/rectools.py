@@ -51,6 +51,9 @@ class FastLightningModule(TransformerLightningModule):
             more, else 6 to half of the catalog.
         hard_fraction: the share of the slice that is kept; the others are replaced by uniform negatives
             (`RankSlice.mix`).
+        label_smoothing: of "full", as in `slice_cross_entropy`.
+        learn_temperature: whether the temperature, which starts as RecTools' logits_t, is trained with the model.
+        weight: (V,) float or None: the weight of a target by its row of the catalog, beside RecTools' own.
         precision, max_saved_bytes: as in `slice_cross_entropy`.
         args, kwargs: RecTools'.
 
@@ -65,12 +68,22 @@ class FastLightningModule(TransformerLightningModule):
         start: int | None = None,
         stop: int | None = None,
         hard_fraction: float = 0.5,
+        label_smoothing: float = 0.0,
+        learn_temperature: bool = False,
+        weight: Tensor | None = None,
         precision: str | None = None,
         max_saved_bytes: int = 256 << 20,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
         _check_options(start, stop, hard_fraction)
+        checks.check_smoothing(label_smoothing, sliced=self.loss == "slice", has_positives=False)
+        checks.check_flag("learn_temperature", learn_temperature)
+        self.label_smoothing = label_smoothing
+        self.register_buffer("class_weight", weight, persistent=False)
+        self.temperature = (
+            torch.nn.Parameter(torch.tensor(float(self.logits_t))) if learn_temperature else self.logits_t
+        )
         self.start, self.stop = start, stop
         self.hard_fraction = hard_fraction
         if precision not in dispatch.PRECISIONS:
@@ -83,6 +96,12 @@ class FastLightningModule(TransformerLightningModule):
         self._scores_compared = False
         if self.loss in LOSSES:
             _check_similarity(self.torch_model)
+
+    def configure_optimizers(self) -> torch.optim.Adam:
+        optimizer = super().configure_optimizers()
+        if isinstance(self.temperature, torch.nn.Parameter) and len(optimizer.param_groups) == 1:
+            optimizer.add_param_group({"params": [self.temperature]})
+        return optimizer
 
     def _calc_custom_loss(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         if self.loss not in LOSSES:
@@ -119,7 +138,9 @@ class FastLightningModule(TransformerLightningModule):
             catalog,
             target,
             neg,
-            temperature=self.logits_t,
+            temperature=self.temperature,
+            label_smoothing=self.label_smoothing,
+            weight=self.class_weight,
             first_item=first_item,
             reduction="none",
             max_saved_bytes=self.max_saved_bytes,
@@ -247,9 +268,7 @@ def _check_options(start: int | None, stop: int | None, hard_fraction: float) ->
             checks.check_integer(name, rank)
     if (start or 0) < 0 or (stop is not None and stop < (start or 0)):
         raise ValueError(f"expected 0 <= start <= stop, got start={start}, stop={stop}")
-    checks.check_number("hard_fraction", hard_fraction)
-    if not 0.0 <= hard_fraction <= 1.0:
-        raise ValueError(f"hard_fraction must lie in [0, 1], got {hard_fraction}")
+    checks.check_fraction("hard_fraction", hard_fraction)
 
 
 def _check_similarity(model: Any) -> None:

@@ -36,6 +36,13 @@ def check_number(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number, got {kind_of(value)}")
 
 
+def check_fraction(name: str, value: float) -> None:
+    """Raises TypeError or ValueError unless `value` is a number in [0, 1]."""
+    check_number(name, value)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
 def check_flag(name: str, value: object) -> None:
     """Raises TypeError unless `value` is True, False or None."""
     if value is not None and not isinstance(value, (bool, np.bool_)):
@@ -133,9 +140,7 @@ def check_loss(temperature: float | Tensor, positive_weight: float, reduction: s
 
 def check_smoothing(label_smoothing: float, sliced: bool, has_positives: bool) -> None:
     """Raises unless label_smoothing is 0, or up to 1 in a softmax over all items."""
-    check_number("label_smoothing", label_smoothing)
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+    check_fraction("label_smoothing", label_smoothing)
     if label_smoothing > 0.0 and (sliced or has_positives):
         found = "neg" if sliced else "positives"
         raise ValueError(

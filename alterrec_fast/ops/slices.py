@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from alterrec_fast.ops.checks import check_integer, check_number, check_tensor
+from alterrec_fast.ops.checks import check_fraction, check_integer, check_tensor
 from alterrec_fast.ops.random_sets import bernoulli_bits, bernoulli_ids, weighted_ids
 
 WORD = 64  # items a row of bits is padded to, so that engines may read it as bytes, int32 or int64 words
@@ -211,9 +211,7 @@ class RankSlice:
         below first_item enters with probability (1 - f) n / V, or (1 - f) n w_i / sum(w) where weights (V,) are given
         (at most 1 - 2 ** -24 then, and never where the weight is zero). f = 1 returns this slice itself.
         """
-        check_number("hard_fraction", hard_fraction)
-        if not 0.0 <= hard_fraction <= 1.0:
-            raise ValueError(f"hard_fraction must lie in [0, 1], got {hard_fraction}")
+        check_fraction("hard_fraction", hard_fraction)
         if weights is not None:
             check_weights("weights", weights, self.num_items, self.first_item)
         if hard_fraction == 1.0:

@@ -87,6 +87,21 @@ def test_full_softmax_trains_as_stock_does(name: str) -> None:
     assert result["ndcg@10"] > 0
 
 
+@pytest.mark.parametrize("name", ["SASRec", "GRU4Rec"])
+def test_fifty_steps_under_autocast_to_float16(name: str) -> None:
+    options = {"learn_temperature": True, "label_smoothing": 0.1, "weight": [1.0] * (ITEMS + 1)}
+    config, network, train, _, test = prepared(getattr(fast, name), alterrec_fast=options, epochs=25)
+    assert network.n_items == ITEMS + 1
+    trainer = fast.Trainer(config, network)
+    with torch.autocast("cpu", torch.float16):
+        trainer.fit(train, verbose=False, saved=False)
+        metrics = trainer.evaluate(test, load_best_model=False)
+    losses = list(trainer.train_loss_dict.values())
+    assert len(train) * len(losses) >= 50 and losses[-1] < 0.9 * losses[0]
+    assert all(p.isfinite().all() for p in network.parameters()) and float(network.next_item.temperature) != 1.0
+    assert metrics["ndcg@10"] > 0
+
+
 def one_batch(model: Any, **changes: Any) -> tuple[Any, Any]:
     """(model without dropout, the first batch)."""
     _, network, train, _, _ = prepared(model, **changes)

@@ -83,6 +83,26 @@ def test_full_trains_as_softmax_does(dataset: Dataset, kind: Any, distance: str)
     assert len(theirs) == 5 * 100
 
 
+@pytest.mark.parametrize("loss", ["full", "slice"])
+def test_fifty_steps_under_autocast_to_float16(dataset: Dataset, loss: str) -> None:
+    options: dict[str, Any] = {"learn_temperature": True, "weight": torch.ones(ITEMS + 1)}
+    if loss == "full":
+        options["label_smoothing"] = 0.1
+    with torch.autocast("cpu", torch.float16):
+        model = fitted(
+            dataset,
+            loss=loss,
+            lightning_module_type=FastLightningModule,
+            lightning_module_kwargs=options,
+            get_trainer_func=long_trainer,
+        )
+    module = model.lightning_model
+    assert model.fit_trainer.global_step >= 50
+    assert all(p.isfinite().all() for p in module.parameters()) and float(module.temperature) != 1.0
+    assert float(model.fit_trainer.callback_metrics["train_loss"]) < 3.5  # of log 61 = 4.1 at the start
+    assert len(recommended(model, dataset)) == 5 * 100
+
+
 def test_stocks_losses_stay_stocks(dataset: Dataset) -> None:
     stock = recommended(fitted(dataset, loss="BCE"), dataset)
     ours = recommended(fitted(dataset, loss="BCE", lightning_module_type=FastLightningModule), dataset)
