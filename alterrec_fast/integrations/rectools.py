@@ -53,7 +53,8 @@ class FastLightningModule(TransformerLightningModule):
             (`RankSlice.mix`).
         label_smoothing: of "full", as in `slice_cross_entropy`.
         learn_temperature: whether the temperature, which starts as RecTools' logits_t, is trained with the model.
-        weight: (V,) float or None: the weight of a target by its row of the catalog, beside RecTools' own.
+        weight: V numbers or None: the weight of a target by its row of the catalog, beside RecTools' own; a list, as
+            RecTools stores arguments.
         precision, max_saved_bytes: as in `slice_cross_entropy`.
         args, kwargs: RecTools'.
 
@@ -70,7 +71,7 @@ class FastLightningModule(TransformerLightningModule):
         hard_fraction: float = 0.5,
         label_smoothing: float = 0.0,
         learn_temperature: bool = False,
-        weight: Tensor | None = None,
+        weight: list[float] | None = None,
         precision: str | None = None,
         max_saved_bytes: int = 256 << 20,
         **kwargs: Any,
@@ -80,7 +81,7 @@ class FastLightningModule(TransformerLightningModule):
         checks.check_smoothing(label_smoothing, sliced=self.loss == "slice", has_positives=False)
         checks.check_flag("learn_temperature", learn_temperature)
         self.label_smoothing = label_smoothing
-        self.register_buffer("class_weight", weight, persistent=False)
+        self.register_buffer("class_weight", None if weight is None else torch.tensor(weight), persistent=False)
         self.temperature = (
             torch.nn.Parameter(torch.tensor(float(self.logits_t))) if learn_temperature else self.logits_t
         )

@@ -114,7 +114,7 @@ def _mean_losses(p: Any, losses: Tensor, weight: Tensor | None) -> Tensor:
     if bias is not None:
         masked = bias.detach() == -torch.inf
         share, bias = share.masked_fill(masked, 0.0), bias.to(losses.dtype).masked_fill(masked, 0.0)
-    classes = share.sum()
+    classes = share.sum().clamp(min=1.0)
     if weight is not None:
         share = share * weight.to(losses.dtype)
     share = share / classes

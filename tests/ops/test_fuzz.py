@@ -31,7 +31,7 @@ def test_a_wrong_result_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, x in every.items():
             if engine == "native" and x.numel():
                 last = x.reshape(-1)[-1]
-                more = 1 if case.exact else 10 * fuzz.bound(case, True) + 1 + 0.1 * last.abs()
+                more = 1 if case.exact else 10 * fuzz.bound(case, True, name) + 1 + 0.1 * last.abs()
                 every[name] = x.clone()
                 every[name].view(-1)[-1] = last + more if last.isfinite() else 0
         return every

@@ -293,7 +293,7 @@ def test_bad_arguments_are_named() -> None:
         (ValueError, "backend", lambda: af.top_k(q, e, k=1, backend="cuda")),
         (ValueError, "exclude: row 1 holds 5", lambda: af.top_k(q, e, k=1, exclude=torch.tensor([4, 5]))),
         (ValueError, "temperature", lambda: af.slice_cross_entropy(q, e, t, temperature=0.0)),
-        (ValueError, "above 0, got -1.0", lambda: af.slice_cross_entropy(q, e, t, temperature=-torch.ones(1))),
+        (ValueError, "above 0, got -1", lambda: af.slice_cross_entropy(q, e, t, temperature=-torch.ones(1))),
         (ValueError, "hold one float, got .*2,", lambda: af.slice_cross_entropy(q, e, t, temperature=torch.ones(2))),
         (ValueError, "hold one float, .* torch.int64", lambda: af.slice_cross_entropy(q, e, t, temperature=t[1])),
         (ValueError, "reduction", lambda: af.slice_cross_entropy(q, e, t, reduction="avg")),
