@@ -63,15 +63,32 @@ struct Inputs {
   const at::Tensor &query, &catalog, &target, &negatives;
   const OptionalTensor &log_q, &positives;
   double positive_weight, temperature;
+  const OptionalTensor& temperature_tensor;  // (), in temperature's place; read on the device
   const OptionalTensor& bias;
   int64_t ignore_index;
-  bool bf16;
+  c10::string_view precision;
 };
+
+// How rows of the catalog are read: as they are stored, or rounded from float32.
+Kind kind_of(const at::Tensor& catalog, Format precision) {
+  const Format stored = format_of(catalog);
+  if (stored != Format::kF32) return stored == Format::kBF16 ? Kind::kBFloat16 : Kind::kHalf;
+  if (precision == Format::kF32) return Kind::kFloat;
+  return precision == Format::kBF16 ? Kind::kRoundedToBFloat16 : Kind::kRoundedToHalf;
+}
+
+// Values rounded as `precision` says, dense and in float32.
+at::Tensor rounded(const at::Tensor& x, Format precision) {
+  const at::Tensor values = precision == Format::kBF16  ? x.to(at::kBFloat16)
+                            : precision == Format::kF16 ? x.to(at::kHalf)
+                                                        : x;
+  return values.to(at::kFloat).contiguous();
+}
 
 // A problem together with the tensors that it points into, checked.
 struct Arguments {
   at::Tensor query, catalog, target, negatives, positives, ignored;
-  OptionalTensor bias, log_q;
+  OptionalTensor bias, log_q, temperature;
   SampledSoftmax problem{};
 
   explicit Arguments(const Inputs& in) {
@@ -96,14 +113,20 @@ struct Arguments {
     // A row whose target is ignored may hold anything.
     ignored = target.eq(in.ignore_index);
     query = matrix_of("query", in.query, width).masked_fill(ignored.unsqueeze(1), 0);
-    query = (in.bf16 ? query.to(at::kBFloat16) : query).to(at::kFloat).contiguous();
-    const bool narrow = catalog.scalar_type() == at::kBFloat16;
+    const Format precision = precision_of(in.precision, query, catalog);
+    query = rounded(query, precision);
+    if (in.temperature_tensor) {
+      TORCH_CHECK_VALUE(in.temperature_tensor->numel() == 1, "temperature must hold one number, got ",
+                        in.temperature_tensor->sizes());
+      temperature = in.temperature_tensor->detach().to(at::kFloat).contiguous();
+    }
     const int64_t stride = catalog.size(0) > 1 ? catalog.stride(0) : width;
     problem.query = query.const_data_ptr<float>();
     problem.catalog = catalog.const_data_ptr();
     problem.stride = stride;
-    problem.kind = narrow ? Kind::kBFloat16 : in.bf16 ? Kind::kRounded : Kind::kFloat;
-    problem.aligned = reinterpret_cast<uintptr_t>(problem.catalog) % 16 == 0 && stride * (narrow ? 2 : 4) % 16 == 0;
+    problem.kind = kind_of(catalog, precision);
+    problem.aligned =
+        reinterpret_cast<uintptr_t>(problem.catalog) % 16 == 0 && stride * bytes_of(format_of(catalog)) % 16 == 0;
     problem.rows = query.size(0);
     problem.items = catalog.size(0);
     problem.width = static_cast<int>(query.size(1));
@@ -118,6 +141,7 @@ struct Arguments {
     problem.log_q = data_or_null(log_q);
     problem.positive_weight = static_cast<float>(in.positive_weight);
     problem.temperature = static_cast<float>(in.temperature);
+    problem.temperature_at = data_or_null(temperature);
     problem.ignore_index = in.ignore_index;
   }
   Arguments(const Arguments&) = delete;
@@ -143,11 +167,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sampled_softmax(
     const OptionalTensor& temperature_tensor, const OptionalTensor& bias, int64_t ignore_index,
     bool /* sparse_grad: for the backward pass */, c10::string_view precision, int64_t saved_size, bool check) {
   const c10::DeviceGuard guard(query.device());
-  const Arguments arguments({query, catalog, target, negatives, log_q, positives, positive_weight,
-                             temperature_tensor ? temperature_tensor->item<double>() : temperature, bias, ignore_index,
-                             precision == "bf16"});
+  const Arguments arguments({query, catalog, target, negatives, log_q, positives, positive_weight, temperature,
+                             temperature_tensor, bias, ignore_index, precision});
   const SampledSoftmax& p = arguments.problem;
   if (check) {
+    if (arguments.temperature) {
+      const float value = arguments.temperature->item<float>();
+      TORCH_CHECK_VALUE(value > 0, "temperature must be above 0, got ", value);
+    }
     check_ids("target", target, ignore_index, p.items);
     check_ids("neg", negatives, -1, p.items);
     if (positives) check_ids("positives", *positives, -1, p.items);
@@ -182,9 +209,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sampled_softmax_backw
     bool sparse, c10::string_view precision, const at::Tensor& lse, const at::Tensor& saved, c10::List<bool> needs) {
   const c10::DeviceGuard guard(query.device());
   const cudaStream_t stream = stream_of(query);
-  const Arguments arguments({query, catalog, target, negatives, log_q, positives, positive_weight,
-                             temperature_tensor ? temperature_tensor->item<double>() : temperature, bias, ignore_index,
-                             precision == "bf16"});
+  const Arguments arguments({query, catalog, target, negatives, log_q, positives, positive_weight, temperature,
+                             temperature_tensor, bias, ignore_index, precision});
   const SampledSoftmax& p = arguments.problem;
   TORCH_CHECK_VALUE(saved.numel() >= arguments.saved_bytes(), "saved must hold ", arguments.saved_bytes(),
                     " bytes from the forward pass, got ", saved.numel());
@@ -206,9 +232,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sampled_softmax_backw
     grad_query = arguments.floats({p.rows, p.width});
     query_gradient(p, x, grad_query.data_ptr<float>(), stream);
   }
-  // Atomics would round a bfloat16 gradient at every addition, and leave no list of the touched rows.
-  const bool narrow = catalog.scalar_type() == at::kBFloat16;
-  const bool atomics = !p.shared && !sparse && !narrow && !at::globalContext().deterministicAlgorithms();
+  // Atomics would round a 16-bit gradient at every addition, and leave no list of the touched rows.
+  const bool atomics = !p.shared && !sparse && format_of(catalog) == Format::kF32 &&
+                       !at::globalContext().deterministicAlgorithms();
   if (atomics) {
     if (needs[1]) grad_catalog = at::zeros({p.items, p.width}, query.options().dtype(at::kFloat));
     if (needs[2]) grad_bias = at::zeros({p.items}, query.options().dtype(at::kFloat));
@@ -236,7 +262,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sampled_softmax_backw
     const at::Tensor scratch = arguments.floats({segment_scratch(rows.numel(), p.width)});
     const Sorted sorted{rows.const_data_ptr<int32_t>(), order.const_data_ptr<int64_t>(), rows.numel(),
                         static_cast<int32_t>(limit)};
-    const RowGradients out{needs[1] ? grad_catalog.data_ptr() : nullptr, narrow, data_or_null<float>(grad_bias)};
+    const RowGradients out{needs[1] ? grad_catalog.data_ptr() : nullptr, format_of(catalog),
+                           data_or_null<float>(grad_bias)};
     segment_gradients(p, x, {data_or_null<float>(shared_rows), data_or_null<float>(shared_totals)}, sorted,
                       scratch.data_ptr<float>(), out, stream);
     if (sparse && needs[2]) {
@@ -245,8 +272,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sampled_softmax_backw
   }
   if (!grad_catalog.defined()) grad_catalog = at::empty({0}, catalog.options());
   if (!grad_bias.defined()) grad_bias = arguments.floats({0});
-  return {grad_query.to(query.scalar_type()), grad_catalog, bias ? grad_bias.to(bias->scalar_type()) : grad_bias,
-          items};
+  // needs[3]: those of query and bias in float32, for the temperature's.
+  if (!needs[3]) {
+    grad_query = grad_query.to(query.scalar_type());
+    if (bias) grad_bias = grad_bias.to(bias->scalar_type());
+  }
+  return {grad_query, grad_catalog, grad_bias, items};
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from . import shapes
 from .losses import Problem
 
 # Of dlogits at a time; as many again of embeddings, and of their gradient, where dtypes differ.
@@ -54,7 +55,7 @@ class Columns:
 
 
 def dtype_of_products(p: Problem) -> torch.dtype:
-    return torch.bfloat16 if p.precision == "bf16" else torch.float32
+    return shapes.HALVES.get(p.precision, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -105,15 +106,15 @@ def embeddings(p: Problem, columns: Columns, begin: int, end: int) -> Tensor:
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in float32, of two matrices in float32 or two in bfloat16, which no sum is rounded to."""
-    if left.dtype == torch.bfloat16 and left.is_cuda:
+    """left @ right in float32, of two matrices in float32 or two of one 16-bit dtype, which no sum is rounded to."""
+    if left.dtype != torch.float32 and left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)
     return torch.mm(left.float(), right.float())
 
 
-def multiply_into(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """As `product`, without a copy where out has the dtype of the product."""
-    if left.is_cuda and out.dtype == left.dtype:
+def multiply_into(out: Tensor, left: Tensor, right: Tensor, unit: Tensor | None) -> None:
+    """As `product`, times unit (1,) where that is not None; without a copy where out has the dtype of the product."""
+    if unit is None and left.is_cuda and out.dtype == left.dtype:
         torch.mm(left, right, out=out)
     else:
-        out.copy_(product(left, right))
+        out.copy_(product(left, right) if unit is None else product(left, right).mul_(unit))

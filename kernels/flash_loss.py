@@ -18,19 +18,19 @@ from torch import Tensor
 
 from . import shapes, tiles
 from .columns import Columns
-from .losses import Dlogits, Problem, losses_fwd, query_bwd
+from .losses import Dlogits, Problem, losses_fwd, query_bwd, scale_of
 from .tiles import launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-def is_flash(query: Tensor, catalog: Tensor, neg: Tensor | None, positives: Tensor | None, bf16: bool) -> bool:
+def is_flash(query: Tensor, catalog: Tensor, neg: Tensor | None, positives: Tensor | None, precision: str) -> bool:
     """Whether these kernels take a loss; neg are bits (B, W) uint8, ids (B, n) or None for all items."""
     (b, d), v = query.shape, catalog.shape[0]
     if positives is not None and positives.shape[1] > shapes.FLASH_POSITIVES:
         return False
-    if not bf16 or not query.dtype == catalog.dtype == torch.bfloat16 or b == 0:
+    if not shapes.narrow(precision, query, catalog) or b == 0:
         return False
     dense = neg is None or neg.dtype == torch.uint8 or neg.shape[1] * shapes.FLASH_IDS >= v
     return dense and 0 < d <= shapes.FLASH_WIDTH and v >= shapes.FLASH_ITEMS
@@ -109,6 +109,7 @@ def _forward_kernel(
     columns,
     first_column,
     scale,
+    Temperature,
     stride_qb,
     stride_cv,
     stride_bits,
@@ -129,9 +130,12 @@ def _forward_kernel(
     query = tiles.resident_query(Query, safe_rows, stride_qb, FORM)
     target = tl.load(PosIds + rows.to(tl.int64) * K, mask=in_b, other=-1).to(tl.int32)
     bits_rows = safe_rows.to(tl.int64) * stride_bits
+    scale = scale_of(scale, Temperature)
     to_log2 = scale * LOG2E  # logits in units of log 2, whose exponential is one instruction
     UNIT: tl.constexpr = FORM.UNIT_C
     BLOCK_D: tl.constexpr = FORM.BLOCK_D
+    # Weights are relative to the largest; float16, which holds nothing below 6e-8, gets them 2 ** 15 times as large.
+    SHIFT: tl.constexpr = 15.0 if FORM.PRODUCT == "fp16" else 0.0
     top = tl.full([BLOCK_B], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_B], tl.float32)
     acc = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
@@ -158,7 +162,7 @@ def _forward_kernel(
             scores = tl.where(items[None, :] != target[:, None], scores, float("-inf"))
         if (tile * BLOCK_V < first_column) | (tile * BLOCK_V > V - BLOCK_V):
             scores = tl.where(inside[None, :], scores, float("-inf"))
-        largest = tl.maximum(top, tl.max(scores, 1) * to_log2)
+        largest = tl.maximum(top, tl.max(scores, 1) * to_log2 - SHIFT)
         safe = tl.where(largest == float("-inf"), 0.0, largest)
         weights = tl.exp2(scores * to_log2 - safe[:, None])
         shrink = tl.exp2(top - safe)
@@ -210,12 +214,14 @@ def _backward_kernel(
     PosDlogits,
     Grad,
     GradBias,
+    Unit,
     Bad,
     B,
     V,
     columns,
     first_column,
     scale,
+    Temperature,
     stride_qb,
     stride_cv,
     stride_bits,
@@ -230,7 +236,8 @@ def _backward_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """The gradients of BLOCK_V items and of their biases, over all sessions. No query may be NaN."""
+    """The gradients of BLOCK_V items and of their biases, over all sessions, times what Unit holds. No query may be
+    NaN."""
     tile = tl.program_id(0)
     items = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     safe_items = tl.minimum(items, V - 1)
@@ -238,7 +245,7 @@ def _backward_kernel(
     UNIT_Q: tl.constexpr = FORM.UNIT_Q
     BLOCK_D: tl.constexpr = FORM.BLOCK_D
     embeddings = tiles.operand(tiles.load_rows(Catalog, safe_items, stride_cv, UNIT_C, FORM), FORM)
-    to_log2 = scale * LOG2E
+    to_log2 = scale_of(scale, Temperature) * LOG2E
     bias = tl.zeros([BLOCK_V], tl.float32)
     if TERMS.HAS_BIAS:
         bias = tl.load(Bias + safe_items).to(tl.float32) * to_log2
@@ -274,6 +281,10 @@ def _backward_kernel(
             sums += tl.sum(dlogits, 1)
         if HAS_GRAD:
             acc = tl.dot(tiles.operand(dlogits, FORM), query, acc, input_precision="ieee")
+    if Unit is not None:
+        unit = tl.load(Unit)
+        acc *= unit
+        sums *= unit
     real, padding = items < V, items < first_column
     if HAS_GRAD:
         offs_d = tl.arange(0, BLOCK_D)[None, :]
@@ -350,14 +361,14 @@ def flash_loss_fwd(p: Problem, first_item: int, neg: Tensor | None, memory: Tens
 def flash_loss_bwd(
     p: Problem, first_item: int, neg: Tensor | None, grad_losses: Tensor, lse: Tensor, memory: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> gradients of query and catalog in their dtypes, of bias in float32; empty where they are not needed."""
+    """needs as `slice_cross_entropy_bwd` has it, which returns the same."""
     saved = Saved.of(p, neg, memory)
     x = Dlogits.of(p, grad_losses, lse, saved.pos)
     grad_query, grad_catalog, grad_bias = p.query.new_empty(0), p.catalog.new_empty(0), p.floats(0)
     if needs[0]:
         if saved.query is None:
             raise ValueError("saved holds nothing for the query's gradient, since the query did not require one")
-        grad_query = query_bwd(p, x, (x.weights[:, None] * saved.query)[None])
+        grad_query = query_bwd(p, x, (x.weights[:, None] * saved.query)[None], p.grad_dtype(needs))
     if needs[1] or needs[2]:
         (v, d), device = p.catalog.shape, p.query.device
         grad_catalog = torch.empty(v, d, dtype=p.catalog.dtype, device=device) if needs[1] else grad_catalog
@@ -365,6 +376,7 @@ def flash_loss_bwd(
         blocks = shapes.flash_blocks(d, p.bias is not None or p.pos_ids.shape[1] > 1, device)
         # Ignored rows have dlogits of 0, but may hold NaN, and 0 * NaN is NaN.
         real = replace(p, query=p.query.masked_fill(p.ignored, 0.0))
+        x, unit = x.ranged(p)
         launch(
             _backward_kernel,
             (triton.cdiv(v, blocks.v),),
@@ -373,6 +385,7 @@ def flash_loss_bwd(
             **x.arguments(),
             Grad=grad_catalog,
             GradBias=grad_bias,
+            Unit=unit,
             COUNT_POS=p.pos_ids.shape[1],
             HAS_GRAD=needs[1],
             HAS_GRAD_BIAS=needs[2],

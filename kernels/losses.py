@@ -3,7 +3,7 @@ the gradients."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from . import shapes, tiles
 from .tiles import launch
+
+LARGEST_DLOGIT = 2.0**14  # in float16
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,10 @@ class Problem:
     pos_ids: Tensor  # (B, 1 + P) int64: target and positives; below 0 for none, all of them where the target is ignored
     positive_weight: float
     scale: float  # 1 / temperature
+    temperature: Tensor | None  # () float32 in its place, which the kernels read
     bias: Tensor | None  # (V,); items with -inf are no negatives
     log_q: Tensor | None  # (V,)
-    precision: str  # "fp32" or "bf16"
+    precision: str  # "fp32", "bf16" or "fp16"
     bad: Tensor | None  # (1,) int64 that gets the least row << 32 | bits of a score that is not finite; None: no check
 
     @classmethod
@@ -47,10 +50,11 @@ class Problem:
         positives: Tensor | None,
         positive_weight: float,
         temperature: float,
+        temperature_tensor: Tensor | None,
         bias: Tensor | None,
         log_q: Tensor | None,
         ignore_index: int,
-        bf16: bool,
+        precision: str,
         check: bool,
     ) -> Problem:
         """Of the op's arguments, of any strides."""
@@ -65,21 +69,26 @@ class Problem:
             pos_ids,
             positive_weight,
             1.0 / temperature,
+            temperature_tensor,
             None if bias is None else bias.contiguous(),
             None if log_q is None else log_q.contiguous(),
-            "bf16" if bf16 else "fp32",
+            precision,
             tiles.no_error(check, 1, query.device),
         )
 
     @property
     def product(self) -> str:
-        """How products are computed: "bf16", "tf32" or "ieee"."""
+        """How products are computed: "bf16", "fp16", "tf32" or "ieee"."""
         return shapes.product_of(self.precision)
 
     @property
     def ignored(self) -> Tensor:
         """(B, 1) bool: rows whose target is ignored."""
         return self.pos_ids[:, :1] < 0
+
+    def grad_dtype(self, needs: list[bool]) -> torch.dtype:
+        """Of the query's gradient; `needs` as the backward passes have it."""
+        return torch.float32 if needs[3] else self.query.dtype
 
     def floats(self, *shape: int) -> Tensor:
         """Uninitialised, float32."""
@@ -100,6 +109,7 @@ class Problem:
             "B": self.query.shape[0],
             "V": self.catalog.shape[0],
             "scale": self.scale,
+            "Temperature": self.temperature,
             "stride_qb": tiles.strides(self.query),
             "stride_cv": tiles.strides(self.catalog),
             "K": self.pos_ids.shape[1],
@@ -163,6 +173,7 @@ class Dlogits:
             PosDlogits=dlogits.pos,
             stride_grad=grad.stride(0),
             scale=p.scale,
+            Temperature=p.temperature,
             positive_weight=p.positive_weight,
             K=k,
             BLOCK_K=triton.next_power_of_2(k),
@@ -172,6 +183,19 @@ class Dlogits:
 
     def arguments(self) -> dict[str, Tensor]:
         return {"Weights": self.weights, "Lse": self.lse, "PosDlogits": self.pos}
+
+    def ranged(self, p: Problem) -> tuple[Dlogits, Tensor | None]:
+        """As a product takes them, and what one of them then stands for, (1,) float32, or None for 1.
+
+        float16 holds neither 1e-6 / B nor a loss scaled by 2 ** 16, but no dlogit is larger than its row's weight: in
+        units of a part of the largest weight all fit, and those down to 4e-9 of it keep their digits. Weights that are
+        not finite stay so, and change no other row's.
+        """
+        if p.precision != "fp16" or p.query.shape[0] == 0:
+            return self, None
+        largest = self.weights.abs().nan_to_num(0.0, posinf=0.0).amax(0, keepdim=True)
+        unit = (largest / LARGEST_DLOGIT).clamp(min=torch.finfo(torch.float32).tiny)
+        return replace(self, weights=self.weights / unit, pos=self.pos / unit), unit
 
 
 @triton.jit(do_not_specialize=["stride_grad", "scale", "positive_weight", "K"])
@@ -185,6 +209,7 @@ def _pos_dlogits_kernel(
     PosDlogits,
     stride_grad,
     scale,
+    Temperature,
     positive_weight,
     K,
     BLOCK_K: tl.constexpr,
@@ -195,20 +220,31 @@ def _pos_dlogits_kernel(
     ids = tl.load(PosIds + row * K + offs_k, mask=offs_k < K, other=-1)
     logits = tl.load(PosLogits + row * K + offs_k, mask=offs_k < K, other=0.0)
     lse = tl.load(Lse + row)
-    grad = tl.load(GradLosses + row * stride_grad)
+    grad = tl.load(GradLosses + row * stride_grad) * scale_of(scale, Temperature)
     gain = tl.where(offs_k == 0, 1.0, positive_weight) / (1.0 + tl.exp(logits - lse))
     has_negatives = lse != float("-inf")  # NaN goes on, for whoever looks at gradients
-    dlogits = tl.where(has_negatives, tl.where(ids >= 0, gain * (-scale * grad), 0.0), 0.0)
+    dlogits = tl.where(has_negatives, tl.where(ids >= 0, gain * -grad, 0.0), 0.0)
     tl.store(PosDlogits + row * K + offs_k, dlogits, mask=offs_k < K)
     tl.store(Weights + row, -tl.sum(dlogits, 0))
     tl.store(SafeLse + row, tl.where(has_negatives, lse, 0.0))
 
 
 @triton.jit
+def scale_of(scale, Temperature):
+    """What multiplies scores: `scale`, or 1 over the number that Temperature holds."""
+    if Temperature is None:
+        return scale
+    else:
+        return 1.0 / tl.load(Temperature)
+
+
+@triton.jit
 def widened(x, FORM: tl.constexpr):
-    """Loaded values as float32, rounded to bfloat16 where products are of bfloat16."""
+    """Loaded values as float32, rounded to the 16 bits that products are of."""
     if FORM.PRODUCT == "bf16":
         return tiles.round_bf16(x)
+    elif FORM.PRODUCT == "fp16":
+        return x.to(tl.float16).to(tl.float32)
     else:
         return x.to(tl.float32)
 
@@ -267,6 +303,7 @@ def _loss_kernel(
     V,
     splits,
     scale,
+    Temperature,
     positive_weight,
     stride_qb,
     stride_cv,
@@ -277,6 +314,7 @@ def _loss_kernel(
     BLOCK_S: tl.constexpr,
 ):
     """One session: joins the partial (max, sum) pairs of its splits, scores target and positives, writes its loss."""
+    scale = scale_of(scale, Temperature)
     row = tl.program_id(0).to(tl.int64)
     offs_s = tl.arange(0, BLOCK_S)
     tops = tl.load(Tops + offs_s * B + row, mask=offs_s < splits, other=float("-inf"))
@@ -361,10 +399,10 @@ def losses_fwd(p: Problem, tops: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, 
     return losses, lse, pos_logits
 
 
-def query_bwd(p: Problem, dlogits: Dlogits, partial: Tensor) -> Tensor:
-    """partial (splits, B, d), the negatives' sums -> the query's gradient, (B, d) in its dtype."""
+def query_bwd(p: Problem, dlogits: Dlogits, partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """partial (splits, B, d), the negatives' sums -> the query's gradient, (B, d) in dtype."""
     splits, b, d = partial.shape
-    out = torch.empty(p.query.shape, dtype=p.query.dtype, device=p.query.device)
+    out = torch.empty(p.query.shape, dtype=dtype, device=p.query.device)
     block_d, k = shapes.QUERY_SUM["BLOCK_D"], p.pos_ids.shape[1]
     launch(
         _query_sum_kernel,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import shapes, tiles
 from .columns import Columns
-from .losses import Dlogits, Problem, gathered_dots, losses_fwd, query_bwd, report, shift_of, widened
+from .losses import Dlogits, Problem, gathered_dots, losses_fwd, query_bwd, report, scale_of, shift_of, widened
 from .slice_cross_entropy import dense_bwd, slice_cross_entropy_fwd
 from .tiles import launch
 
@@ -38,6 +38,7 @@ def _gather_kernel(
     V,
     N,
     scale,
+    Temperature,
     stride_qb,
     stride_cv,
     K,
@@ -47,6 +48,7 @@ def _gather_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """One session's negatives: their logits, -inf where there is none, and the log-sum-exp over one split of them."""
+    scale = scale_of(scale, Temperature)
     row = tl.program_id(0).to(tl.int64)
     split, splits = tl.program_id(1), tl.num_programs(1)
     target = tl.load(PosIds + row * K + tl.arange(0, 1))
@@ -182,7 +184,8 @@ def _segment_kernel(
 
 @dataclass(frozen=True)
 class Gradients:
-    """Of query and catalog in their dtypes, of bias in float32; empty where they are not needed."""
+    """Of query and catalog in their dtypes, or the query's in float32, of bias in float32; empty where they are not
+    needed."""
 
     query: Tensor
     catalog: Tensor  # (V, d), or a row for each of `items`
@@ -222,8 +225,9 @@ def sampled_softmax_bwd(
 ) -> Gradients:
     """neg (B, n), or (n,) shared by all; saved (B, n) float32 as forward filled it, not read where all share them.
 
-    needs: whether the gradients of query, catalog and bias are needed. -> those of query (B, d), catalog (V, d), or
-    with `sparse` a row for each item that has entries, and bias (V,); empty where they are not.
+    needs: whether the gradients of query, catalog and bias are needed, and the query's in float32. -> those of query
+    (B, d), catalog (V, d), or with `sparse` a row for each item that has entries, and bias (V,); empty where they are
+    not.
     """
     neg, shared = neg.contiguous(), neg.ndim == 1
     columns = Columns(neg.numel(), 0, neg, None)
@@ -232,9 +236,9 @@ def sampled_softmax_bwd(
     grad_query = p.query.new_empty(0)
     if shared:
         part = dense_bwd(p, columns, x, needs[0], column_sums, column_bias)
-        grad_query = grad_query if part is None else query_bwd(p, x, part[None])
+        grad_query = grad_query if part is None else query_bwd(p, x, part[None], p.grad_dtype(needs))
     elif needs[0]:
-        grad_query = _query_grad(p, neg, saved, x)
+        grad_query = query_bwd(p, x, _query_sums(p, neg, saved, x), p.grad_dtype(needs))
     items = p.pos_ids.new_empty(0)
     if not (needs[1] or needs[2]):
         return Gradients(grad_query, p.catalog.new_empty(0), p.floats(0), items)
@@ -286,8 +290,8 @@ def _item_grads(
     return grad_catalog, grad_bias
 
 
-def _query_grad(p: Problem, neg: Tensor, saved: Tensor | None, x: Dlogits) -> Tensor:
-    """-> (B, d) in the query's dtype; neg (B, n) contiguous."""
+def _query_sums(p: Problem, neg: Tensor, saved: Tensor | None, x: Dlogits) -> Tensor:
+    """-> (splits, B, d) float32, what the negatives add to the query's gradient; neg (B, n) contiguous."""
     (b, n), d = neg.shape, p.query.shape[1]
     splits = _splits(n)
     partial = p.floats(splits, b, d)
@@ -307,7 +311,7 @@ def _query_grad(p: Problem, neg: Tensor, saved: Tensor | None, x: Dlogits) -> Te
         FORM=p.form(shapes.GATHER_WIDTH),
         **shapes.GATHER,
     )
-    return query_bwd(p, x, partial)
+    return partial
 
 
 def _splits(n: int) -> int:

@@ -23,6 +23,7 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 INTERPRETED_SMS = 2  # as many as let the tests see more than one program on a catalog
 ASSUMED_SMS = 132  # where launches are only compiled; grids do not enter the code
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # precisions whose products are of 16 bits
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ MULTIPLIED = Blocks(b=32, v=128, d=16, warps=4, stages=1)
 # d = 128 (a buffer of scores 2.32, a prototype without a running maximum 0.87), 20,000 ids a row as bits 2.31 (by rows
 # 5.51), and at V = 200,000 the full softmax 0.43 (0.49) and a slice of bits 0.50 (0.79).
 FLASH_ITEMS = 200_000  # catalogs from here on
-FLASH_WIDTH = 128  # rows of bfloat16 up to here
+FLASH_WIDTH = 128  # rows of 16-bit numbers up to here
 FLASH_IDS = 200  # a slice of at least V / FLASH_IDS ids becomes bits
 FLASH_POSITIVES = 16  # extra positives of a row, at most: backward's loop over them is unrolled
 FLASH_PROGRAMS = 6  # an SM runs two or three at a time, as registers allow: either way all end together
@@ -121,17 +122,17 @@ def scan_blocks(
     registers suffice for twice the sessions, which halves what the catalog takes of the L2 cache's bandwidth.
     """
     blocks, width = scoring_blocks(precision, query, catalog), query.shape[1]
-    bf16 = narrow(precision, query, catalog)
-    one_dtype = query.dtype == catalog.dtype and (bf16 or precision != "bf16")
+    half = narrow(precision, query, catalog)
+    one_dtype = query.dtype == catalog.dtype and (half or precision not in HALVES)
     if check and is_blackwell(query.device):  # a check takes registers that more scores a thread do not leave
         return replace(blocks, v=64)
     if not tensor_cores_read_shared(query.device) or blocks.v < 128 or has_start or not one_dtype:
         return blocks
-    if bf16 and width <= RESIDENT_WIDTH:
+    if half and width <= RESIDENT_WIDTH:
         if is_hopper(query.device) or has_stop or query.shape[0] <= 64:
             return replace(blocks, warps=4, d=whole(width))
         return replace(blocks, b=128, d=whole(width), stages=2)  # which spills nothing on Blackwell
-    if bf16 and not has_stop and query.shape[0] > 64:
+    if half and not has_stop and query.shape[0] > 64:
         # On Blackwell a bias takes registers that twice the sessions do not leave.
         return blocks if has_bias and is_blackwell(query.device) else replace(blocks, b=128, stages=4)
     return replace(blocks, warps=4)
@@ -184,16 +185,16 @@ def select_options(wide: bool, device: torch.device) -> dict[str, int]:
 
 
 def product_of(precision: str) -> str:
-    """How products are computed: "bf16", or for "fp32" what torch's setting for matrix products allows, "tf32" or
-    "ieee", which does without tensor cores."""
-    if precision == "bf16":
-        return "bf16"
+    """How products are computed: "bf16", "fp16", or for "fp32" what torch's setting for matrix products allows, "tf32"
+    or "ieee", which does without tensor cores."""
+    if precision in HALVES:
+        return precision
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def narrow(precision: str, query: Tensor, catalog: Tensor) -> bool:
-    """Whether rows are read as bfloat16."""
-    return product_of(precision) == "bf16" and query.dtype == catalog.dtype == torch.bfloat16
+    """Whether rows are read in the 16 bits that are multiplied."""
+    return query.dtype == catalog.dtype == HALVES.get(precision)
 
 
 def step(width: int, most: int) -> int:

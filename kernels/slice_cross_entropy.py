@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import shapes, tiles
 from .columns import Buffer, Columns, dtype_of_products, embeddings, multiply, multiply_into, no_autocast, product
-from .losses import Dlogits, Problem, losses_fwd, report, shift_of
+from .losses import Dlogits, Problem, losses_fwd, report, scale_of, shift_of
 from .tiles import launch
 
 
@@ -148,6 +148,7 @@ def _lse_kernel(
     end,
     width,
     scale,
+    Temperature,
     stride_qb,
     stride_cv,
     stride_bits,
@@ -162,8 +163,8 @@ def _lse_kernel(
     """The largest logit of a session's negatives and the sum of exponentials relative to it, over one split's tiles of
     columns from `first_tile` up to `end`; unless that is the first of all, together with what Tops and Sums hold."""
     x = Scored(
-        Query, Catalog, Bias, LogQ, Ids, Dots, Bad, V, columns, first_column, first_tile, width, scale, stride_qb,
-        stride_cv,
+        Query, Catalog, Bias, LogQ, Ids, Dots, Bad, V, columns, first_column, first_tile, width,
+        scale_of(scale, Temperature), stride_qb, stride_cv,
     )  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     split, splits = tl.program_id(1), tl.num_programs(1)
@@ -217,6 +218,7 @@ def _dlogits_kernel(
     end,
     width,
     scale,
+    Temperature,
     stride_qb,
     stride_cv,
     stride_bits,
@@ -237,8 +239,8 @@ def _dlogits_kernel(
     multiplied.
     """
     x = Scored(
-        Query, Catalog, Bias, LogQ, Ids, Dots, Bad, V, columns, first_column, first_tile, width, scale, stride_qb,
-        stride_cv,
+        Query, Catalog, Bias, LogQ, Ids, Dots, Bad, V, columns, first_column, first_tile, width,
+        scale_of(scale, Temperature), stride_qb, stride_cv,
     )  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     in_b, safe_rows = rows < B, tl.minimum(rows, B - 1)
@@ -315,6 +317,7 @@ def dense_bwd(
             if out is not None:
                 out.zero_()
         return p.query.new_zeros(p.query.shape, dtype=torch.float32) if needs_query else None
+    x, unit = x.ranged(p)
     # Ignored rows have dlogits of 0, but may hold NaN, and 0 * NaN is NaN.
     query = p.query.to(dtype_of_products(p)).masked_fill(p.ignored, 0.0) if rows is not None else p.query
     blocks, grad_query = shapes.loss_blocks(p.precision, p.query, p.catalog), None
@@ -349,21 +352,26 @@ def dense_bwd(
                 part = product(dlogits, embeddings(p, columns, begin, end).to(dlogits.dtype))
                 grad_query = part if grad_query is None else grad_query.add_(part)
             if rows is not None:
-                multiply_into(rows[begin:end], dlogits.T, query)
+                multiply_into(rows[begin:end], dlogits.T, query, unit)
         if bias is not None and sums is not None:
             torch.sum(sums[:, :size], 0, out=bias[begin:end])
+    if unit is not None:
+        for total in (grad_query, bias):
+            if total is not None:
+                total.mul_(unit)
     return grad_query
 
 
 def slice_cross_entropy_bwd(
     p: Problem, columns: Columns, x: Dlogits, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> gradients of query and catalog in their dtypes, of bias in float32; empty where they are not needed."""
+    """needs: the gradients of query, catalog and bias, and the query's in float32. -> these, else in their dtypes, the
+    bias's in float32; empty where they are not needed."""
     grad_catalog = torch.empty_like(p.catalog, memory_format=torch.contiguous_format) if needs[1] else None
     grad_bias = p.floats(p.catalog.shape[0]) if needs[2] else None
     grad_query = dense_bwd(p, columns, x, needs[0], grad_catalog, grad_bias)
     return (
-        p.query.new_empty(0) if grad_query is None else grad_query.to(p.query.dtype),
+        p.query.new_empty(0) if grad_query is None else grad_query.to(p.grad_dtype(needs)),
         p.catalog.new_empty(0) if grad_catalog is None else grad_catalog,
         p.floats(0) if grad_bias is None else grad_bias,
     )

@@ -27,7 +27,7 @@ class Form:
     BLOCK_D: int  # how much of it is read at a time
     UNIT_Q: int  # of the queries' row stride, see `_unit`
     UNIT_C: int  # of the catalog's
-    PRODUCT: str  # "bf16", "tf32" or "ieee"
+    PRODUCT: str  # "bf16", "fp16", "tf32" or "ieee"
     UPCAST: bool  # the interpreter holds bf16 as integers and multiplies those
 
     @classmethod
@@ -119,6 +119,8 @@ def operand(x, FORM: tl.constexpr):
             return round_bf16(x)
         else:
             return x.to(tl.bfloat16)
+    elif FORM.PRODUCT == "fp16":
+        return x.to(tl.float16)
     else:
         return x.to(tl.float32)
 

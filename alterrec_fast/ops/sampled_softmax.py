@@ -219,12 +219,12 @@ def _triton_backward(x: _Backward) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from alterrec_fast.kernels.sampled_softmax import sampled_softmax_bwd
 
     p = x.problem
-    query_dtype, bias_dtype = gradient_dtypes(p, x.needs)
+    bias_dtype = gradient_dtypes(p, x.needs)[1]
     problem = _triton_problem(p, False)
     saved = Saved.of(problem, x.saved, p.neg)
     dlogits = Dlogits.of(problem, x.grad_losses, x.lse, saved.pos)
     grads = sampled_softmax_bwd(problem, p.neg.contiguous(), saved.neg, dlogits, p.sparse_grad, x.needs)
-    return grads.query.to(query_dtype), grads.catalog, grads.bias.to(bias_dtype), grads.items
+    return grads.query, grads.catalog, grads.bias.to(bias_dtype), grads.items
 
 
 def _triton_problem(p: SampledLoss, check: bool) -> Any:
@@ -236,11 +236,12 @@ def _triton_problem(p: SampledLoss, check: bool) -> Any:
         p.target,
         p.positives,
         p.positive_weight,
-        p.temperature if p.temperature_tensor is None else float(p.temperature_tensor),
+        p.temperature,
+        p.temperature_tensor,
         p.bias,
         p.log_q,
         p.ignore_index,
-        p.precision == "bf16",
+        p.precision,
         check,
     )
 

@@ -229,7 +229,7 @@ def _saved_by_triton(p: SliceLoss) -> int:
     from alterrec_fast.kernels import flash_loss
 
     logits = 1 + (0 if p.positives is None else p.positives.shape[1])
-    if flash_loss.is_flash(p.query, p.catalog, p.members, p.positives, p.precision == "bf16"):
+    if flash_loss.is_flash(p.query, p.catalog, p.members, p.positives, p.precision):
         needs_query = dispatch.needs_gradient(p.query, p.temperature_tensor)
         return int(flash_loss.saved_bytes(p.query, p.catalog, p.members, logits, needs_query))
     return p.query.shape[0] * ((0 if p.ids is None else p.ids.shape[1]) + logits) * 4
@@ -280,7 +280,7 @@ def _triton(x: _Forward) -> tuple[Tensor, Tensor, Tensor]:
             check_temperature_value(p.temperature_tensor)
         check_loss_ids(p.target, p.positives, p.bias, p.first_item, p.catalog.shape[0], p.ignore_index)
     problem = _triton_problem(p, x.check)
-    if flash_loss.is_flash(p.query, p.catalog, p.members, p.positives, p.precision == "bf16"):
+    if flash_loss.is_flash(p.query, p.catalog, p.members, p.positives, p.precision):
         memory = torch.empty(x.saved_size, dtype=torch.uint8, device=p.query.device)
         losses, lse = flash_loss.flash_loss_fwd(problem, p.first_item, p.members, memory)
         checks.raise_not_finite(problem.bad)
@@ -302,13 +302,13 @@ def _triton_backward(x: _Backward) -> tuple[Tensor, Tensor, Tensor]:
     from alterrec_fast.kernels.losses import Dlogits, Saved
 
     p = x.problem
-    query_dtype, bias_dtype = gradient_dtypes(p, x.needs)
+    bias_dtype = gradient_dtypes(p, x.needs)[1]
     problem = _triton_problem(p, False)
-    if flash_loss.is_flash(p.query, p.catalog, p.members, p.positives, p.precision == "bf16"):
+    if flash_loss.is_flash(p.query, p.catalog, p.members, p.positives, p.precision):
         query, catalog, bias = flash_loss.flash_loss_bwd(
             problem, p.first_item, p.members, x.grad_losses, x.lse, x.saved, x.needs
         )
-        return query.to(query_dtype), catalog, bias.to(bias_dtype)
+        return query, catalog, bias.to(bias_dtype)
     saved = Saved.of(problem, x.saved, p.ids)
     dlogits = Dlogits.of(problem, x.grad_losses, x.lse, saved.pos)
     if p.ids is not None:
@@ -317,7 +317,7 @@ def _triton_backward(x: _Backward) -> tuple[Tensor, Tensor, Tensor]:
     else:
         columns = dense.Columns.of(problem, p.first_item, p.members)
         query, catalog, bias = dense.slice_cross_entropy_bwd(problem, columns, dlogits, x.needs)
-    return query.to(query_dtype), catalog, bias.to(bias_dtype)
+    return query, catalog, bias.to(bias_dtype)
 
 
 def _triton_problem(p: SliceLoss, check: bool) -> Any:
@@ -329,11 +329,12 @@ def _triton_problem(p: SliceLoss, check: bool) -> Any:
         p.target,
         p.positives,
         p.positive_weight,
-        p.temperature if p.temperature_tensor is None else float(p.temperature_tensor),
+        p.temperature,
+        p.temperature_tensor,
         p.bias,
         None,
         p.ignore_index,
-        p.precision == "bf16",
+        p.precision,
         check,
     )
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/buffer.h"
+#include "format.h"
 
 namespace alterrec {
 
@@ -12,11 +13,6 @@ struct RowNorm {
   const float *weight, *bias;  // (cols,)
   float eps;
 };
-
-// How values are stored, or what they are rounded to before they are multiplied.
-enum class Format { kF32, kBF16, kF16 };
-
-inline int64_t bytes_of(Format format) { return format == Format::kF32 ? 4 : 2; }
 
 // A row-major matrix with unit last stride; `stride` >= `cols` elements from row to row. With a norm its rows are those
 // that come out of it, in float32; they are nowhere stored.

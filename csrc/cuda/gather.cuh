@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/launch.h"
 #include "cuda/sampled_softmax.h"
@@ -51,10 +53,38 @@ __device__ inline float dlogit_of(const DLogits& x, int64_t count, int64_t row, 
   return weight == 0.0f ? 0.0f : weight * expf(x.logits[row * count + j] - x.lse[row]);
 }
 
+__device__ inline float temperature_of(const SampledSoftmax& p) {
+  return p.temperature_at ? *p.temperature_at : p.temperature;
+}
+
+// Every element type as float and back, rounded to nearest.
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+template <class Element>
+__device__ inline Element from_float(float x) {
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    return __float2bfloat16_rn(x);
+  } else if constexpr (std::is_same_v<Element, __half>) {
+    return __float2half_rn(x);
+  } else {
+    return x;
+  }
+}
+
+// What rows of a kind store, and what their values are rounded to.
+template <Kind kind>
+using StoredAs = std::conditional_t<kind == Kind::kBFloat16, __nv_bfloat16,
+                                    std::conditional_t<kind == Kind::kHalf, __half, float>>;
+template <Kind kind>
+using RoundedTo =
+    std::conditional_t<kind == Kind::kRoundedToBFloat16, __nv_bfloat16,
+                       std::conditional_t<kind == Kind::kRoundedToHalf, __half, StoredAs<kind>>>;
+
 // A matrix whose rows are read in pieces of 16 bytes; what lies beyond its width reads as zero.
 template <Kind kind>
 struct Rows {
-  using Element = std::conditional_t<kind == Kind::kBFloat16, __nv_bfloat16, float>;
+  using Element = StoredAs<kind>;
   static constexpr int kPiece = 16 / sizeof(Element);
 
   const void* data;
@@ -68,30 +98,22 @@ struct Rows {
     const int first = piece * kPiece;
     const Element* from = static_cast<const Element*>(data) + row * stride + first;
     if (aligned && first + kPiece <= width) {
-      widen(*reinterpret_cast<const uint4*>(from), out);
+      const uint4 bits = *reinterpret_cast<const uint4*>(from);
+      const Element* values = reinterpret_cast<const Element*>(&bits);
+#pragma unroll
+      for (int i = 0; i < kPiece; ++i) out[i] = widen(values[i]);
       return;
     }
 #pragma unroll
-    for (int i = 0; i < kPiece; ++i) out[i] = first + i < width ? widen_one(from[i]) : 0.0f;
+    for (int i = 0; i < kPiece; ++i) out[i] = first + i < width ? widen(from[i]) : 0.0f;
   }
 
  private:
-  __device__ static float rounded(float x) {
-    return kind == Kind::kRounded ? __bfloat162float(__float2bfloat16_rn(x)) : x;
-  }
-  __device__ static float widen_one(float x) { return rounded(x); }
-  __device__ static float widen_one(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-  __device__ static void widen(const uint4& from, float (&out)[4]) {
-    const float4 x = *reinterpret_cast<const float4*>(&from);
-    out[0] = rounded(x.x), out[1] = rounded(x.y), out[2] = rounded(x.z), out[3] = rounded(x.w);
-  }
-  __device__ static void widen(const uint4& from, float (&out)[8]) {
-    const auto* pairs = reinterpret_cast<const __nv_bfloat162*>(&from);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 x = __bfloat1622float2(pairs[i]);
-      out[2 * i] = x.x, out[2 * i + 1] = x.y;
+  __device__ static float widen(Element x) {
+    if constexpr (std::is_same_v<RoundedTo<kind>, Element>) {
+      return to_float(x);
+    } else {
+      return to_float(from_float<RoundedTo<kind>>(x));
     }
   }
 };
@@ -108,12 +130,17 @@ __host__ __device__ inline Rows<Kind::kFloat> dense_rows(const float* data, int 
 
 template <class F>
 void with_kind(Kind kind, const F& f) {
-  if (kind == Kind::kFloat) {
-    f(std::integral_constant<Kind, Kind::kFloat>());
-  } else if (kind == Kind::kRounded) {
-    f(std::integral_constant<Kind, Kind::kRounded>());
-  } else {
-    f(std::integral_constant<Kind, Kind::kBFloat16>());
+  switch (kind) {
+    case Kind::kFloat:
+      return f(std::integral_constant<Kind, Kind::kFloat>());
+    case Kind::kBFloat16:
+      return f(std::integral_constant<Kind, Kind::kBFloat16>());
+    case Kind::kHalf:
+      return f(std::integral_constant<Kind, Kind::kHalf>());
+    case Kind::kRoundedToBFloat16:
+      return f(std::integral_constant<Kind, Kind::kRoundedToBFloat16>());
+    case Kind::kRoundedToHalf:
+      return f(std::integral_constant<Kind, Kind::kRoundedToHalf>());
   }
 }
 

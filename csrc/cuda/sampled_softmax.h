@@ -7,16 +7,19 @@
 
 #include <cstdint>
 
+#include "format.h"
+
 using cudaStream_t = struct CUstream_st*;  // as in CUDA's own headers, which the binding does without
 
 namespace alterrec::cuda {
 
-enum class Kind { kFloat, kRounded, kBFloat16 };  // kRounded: float32 storage, values rounded to bfloat16
+// How the catalog is stored and read: each value as it stands, or a float32 rounded to a 16-bit format.
+enum class Kind { kFloat, kBFloat16, kHalf, kRoundedToBFloat16, kRoundedToHalf };
 
 // The problem; see LossProblem of the CPU engine. Ids below 0 are none; one beyond the catalog makes its row's loss
 // NaN.
 struct SampledSoftmax {
-  const float* query;   // (B, d) dense, rounded where the products are of bfloat16, zero in ignored rows
+  const float* query;   // (B, d) dense, rounded where the products are of 16 bits, zero in ignored rows
   const void* catalog;  // (V, d), rows `stride` elements apart
   int64_t stride;
   Kind kind;
@@ -32,6 +35,7 @@ struct SampledSoftmax {
   const float* bias;         // (V,) or null; -inf: the item is no negative
   const float* log_q;        // (V,) or null
   float positive_weight, temperature;
+  const float* temperature_at;  // where the temperature stands on the device; null: it is `temperature`
   int64_t ignore_index;
 };
 
@@ -85,9 +89,9 @@ inline int64_t segment_scratch(int64_t count, int width) { return (count + kRun 
 
 // Where segment_gradients() writes the rows that have entries; either may be null.
 struct RowGradients {
-  void* catalog;  // (limit, d) in either dtype
-  bool bf16;
-  float* bias;  // (limit,)
+  void* catalog;  // (limit, d)
+  Format format;  // of the catalog's
+  float* bias;    // (limit,)
 };
 // Sums in a fixed order. `scratch` holds segment_scratch() floats.
 void segment_gradients(const SampledSoftmax& p, const DLogits& x, const SharedSums& shared, const Sorted& sorted,

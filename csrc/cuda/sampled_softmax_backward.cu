@@ -1,5 +1,5 @@
 // Backward: dlogits from what forward saved, then sums of rows under them. The catalog's gradient has two ways: by
-// atomics, or by entries sorted by item, whose sums have one order and need no float32 copy of a bfloat16 gradient.
+// atomics, or by entries sorted by item, whose sums have one order and need no float32 copy of a 16-bit gradient.
 #include <type_traits>
 
 #include "cuda/gather.cuh"
@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kThreads) dlogits_kernel(SampledSoftmax p, DLo
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= p.rows) return;
   const int width = 1 + p.num_positives;
-  const float z = x.lse[row], grad = x.grad_losses[row] / p.temperature;
+  const float z = x.lse[row], grad = x.grad_losses[row] / temperature_of(p);
   float weight = 0.0f;
   for (int k = 0; k < width; ++k) {
     float g = 0.0f;
@@ -185,8 +185,10 @@ __device__ void write_row(const RowGradients& out, int64_t row, int width, int c
                           float amount) {
   for (int c = 0; out.catalog && c < 4 && column + c < width; ++c) {
     const int64_t at = row * width + column + c;
-    if (out.bf16) {
-      static_cast<__nv_bfloat16*>(out.catalog)[at] = __float2bfloat16_rn(sum[c]);
+    if (out.format == Format::kBF16) {
+      static_cast<__nv_bfloat16*>(out.catalog)[at] = from_float<__nv_bfloat16>(sum[c]);
+    } else if (out.format == Format::kF16) {
+      static_cast<__half*>(out.catalog)[at] = from_float<__half>(sum[c]);
     } else {
       static_cast<float*>(out.catalog)[at] = sum[c];
     }

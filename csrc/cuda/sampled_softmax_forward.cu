@@ -53,7 +53,7 @@ __device__ void dots(const Rows<kind>& catalog, const int64_t (&ids)[kItems], co
 __device__ float logit(const SampledSoftmax& p, int64_t row, int64_t id, float dot, uint64_t* fault) {
   if (id >= p.items) return NAN;
   float y = p.bias ? dot + p.bias[id] : dot;
-  y /= p.temperature;
+  y /= temperature_of(p);
   if (p.log_q) y -= p.log_q[id];
   if (isfinite(y)) return y;
   if (fault) {

@@ -13,6 +13,7 @@
 
 namespace {
 
+using alterrec::Format;
 using namespace alterrec::cuda;
 
 constexpr double kBeta = 0.5, kTemperature = 0.5;
@@ -33,14 +34,16 @@ struct Shape {
   bool shared;
 };
 
-// Random values, of which `rounded` ones are representable in bfloat16; every buffer is as long as it must be, and no
+// Random values, rounded to the format that is multiplied; every buffer is as long as it must be, and no
 // longer, so that AddressSanitizer sees what lies beyond it.
 struct Case {
   Shape shape;
   Kind kind;
   bool wide;
   std::vector<float> query, catalog, bias, log_q, grad;
-  std::vector<__nv_bfloat16> catalog16;
+  float temperature = static_cast<float>(kTemperature);
+  std::vector<__nv_bfloat16> catalog_bf16;
+  std::vector<__half> catalog_f16;
   std::vector<int64_t> target, positives, negatives;
   std::vector<int32_t> narrow;
   SampledSoftmax problem;
@@ -75,14 +78,24 @@ struct Case {
     if (s.count > 1) negatives[1] = target[0];
     if (s.rows > 2 && !s.shared) std::fill_n(negatives.begin() + 2 * s.count, s.count, target[2]);  // no negatives left
     narrow.assign(negatives.begin(), negatives.end());
-    const auto round = [](std::vector<float>& x) {
-      for (float& value : x) value = __bfloat162float(__float2bfloat16_rn(value));
+    const bool bf16 = kind == Kind::kBFloat16 || kind == Kind::kRoundedToBFloat16;
+    const auto round = [&](std::vector<float>& x) {
+      for (float& value : x) {
+        value = kind == Kind::kFloat ? value
+                : bf16               ? to_float(from_float<__nv_bfloat16>(value))
+                                     : to_float(from_float<__half>(value));
+      }
     };
-    if (kind != Kind::kFloat) round(query);
-    catalog16.reserve(catalog.size());
-    for (const float x : catalog) catalog16.push_back(__float2bfloat16_rn(x));
-    const void* rows = kind == Kind::kBFloat16 ? static_cast<const void*>(catalog16.data()) : catalog.data();
-    const int piece = kind == Kind::kBFloat16 ? 8 : 4;
+    round(query);
+    round(catalog);
+    catalog_bf16.reserve(catalog.size());
+    catalog_f16.reserve(catalog.size());
+    for (const float x : catalog) catalog_bf16.push_back(from_float<__nv_bfloat16>(x));
+    for (const float x : catalog) catalog_f16.push_back(from_float<__half>(x));
+    const void* rows = kind == Kind::kBFloat16 ? static_cast<const void*>(catalog_bf16.data())
+                       : kind == Kind::kHalf   ? static_cast<const void*>(catalog_f16.data())
+                                               : catalog.data();
+    const int piece = rows == catalog.data() ? 4 : 8;
     problem = {query.data(),
                rows,
                s.stride,
@@ -102,8 +115,12 @@ struct Case {
                log_q.data(),
                static_cast<float>(kBeta),
                static_cast<float>(kTemperature),
+               nullptr,
                -100};
-    if (kind != Kind::kFloat) round(catalog);
+    if (wide) {  // the temperature where the kernels must read it
+      problem.temperature = 0.0f;
+      problem.temperature_at = &temperature;
+    }
   }
   Case(const Case&) = delete;  // the problem points into it
 
@@ -111,10 +128,10 @@ struct Case {
     if (target[b] < 0) return -1;
     return k == 0 ? target[b] : positives[b * shape.positives + k - 1];
   }
-  // Where the problem has kRounded, the kernel gets values that it must round itself.
+  // Where the kernel must round, it gets values that are not rounded, to which the nearest is the one that was.
   void unround() {
-    if (kind != Kind::kRounded) return;
-    for (float& x : catalog) x *= 1.0f + std::ldexp(1.0f, -10);
+    if (kind != Kind::kRoundedToBFloat16 && kind != Kind::kRoundedToHalf) return;
+    for (float& x : catalog) x *= 1.0f + std::ldexp(1.0f, kind == Kind::kRoundedToHalf ? -13 : -10);
   }
 };
 
@@ -214,18 +231,22 @@ void check(Case& c) {
   const Sorted sorted{entries.rows.data(), entries.order.data(), static_cast<int64_t>(entries.order.size()),
                       static_cast<int32_t>(s.items)};
   std::vector<float> scratch(segment_scratch(sorted.count, s.width)), catalog(s.items * s.width), bias(s.items);
-  std::vector<__nv_bfloat16> catalog16(s.items * s.width, __float2bfloat16_rn(0.0f));
   const auto segments = [&](const RowGradients& out) {
     segment_gradients(c.problem, x, {s.shared ? shared_rows.data() : nullptr, totals.data()}, sorted, scratch.data(),
                       out, nullptr);
   };
-  segments({catalog.data(), false, bias.data()});
+  segments({catalog.data(), Format::kF32, bias.data()});
   expect_near(catalog, truth.catalog, 1e-4);
   expect_near(bias, truth.bias, 1e-4);
-  segments({catalog16.data(), true, nullptr});
-  std::vector<float> widened;
-  for (const __nv_bfloat16 value : catalog16) widened.push_back(__bfloat162float(value));
-  expect_near(widened, truth.catalog, 5e-3);
+  const auto expect_rounded = [&]<class Element>(Element zero, Format format, double allowed) {
+    std::vector<Element> rounded(s.items * s.width, zero);
+    segments({rounded.data(), format, nullptr});
+    std::vector<float> widened;
+    for (const Element value : rounded) widened.push_back(to_float(value));
+    expect_near(widened, truth.catalog, allowed);
+  };
+  expect_rounded(from_float<__nv_bfloat16>(0.0f), Format::kBF16, 5e-3);
+  expect_rounded(from_float<__half>(0.0f), Format::kF16, 7e-4);
   if (s.shared) return;
   std::fill(catalog.begin(), catalog.end(), 0.0f);
   std::fill(bias.begin(), bias.end(), 0.0f);
@@ -257,7 +278,8 @@ int main(int count, char**) {
                                {9, 60, 8, 8, 0, 1, false}};
   if (count > 1) shapes.clear();
   shapes.insert(shapes.begin(), small.begin(), small.end());
-  for (const Kind kind : {Kind::kFloat, Kind::kRounded, Kind::kBFloat16}) {
+  for (const Kind kind :
+       {Kind::kFloat, Kind::kBFloat16, Kind::kHalf, Kind::kRoundedToBFloat16, Kind::kRoundedToHalf}) {
     for (const Shape& shape : shapes) {
       Case c(shape, kind, shape.rows % 2 == 0);
       check(c);

@@ -64,12 +64,14 @@ def deterministic(request: pytest.FixtureRequest) -> Any:
 
 
 def compare(query: Tensor, catalog: Tensor, options: dict[str, Any], **more: Any) -> None:
-    bf16 = torch.bfloat16 in (query.dtype, catalog.dtype) or more.get("precision") == "bf16"
+    formats = {query.dtype, catalog.dtype, more.get("precision")}
+    least = BF16_LEAST if formats & {torch.bfloat16, "bf16"} else 4e-6
+    least = BF16_LEAST / 8 if formats & {torch.float16, "fp16"} else least
     wide = widened(options | more | {"precision": None})
     exact = call(sampled_softmax, query.double(), catalog.double(), backend="reference", **wide)
     theirs = call(sampled_softmax, query, catalog, backend="reference", **options, **more)
     ours = call(sampled_softmax, query, catalog, backend="native", **options, **more)
-    assert_no_worse(ours, theirs, exact, 2.0, BF16_LEAST if bf16 else 4e-6)
+    assert_no_worse(ours, theirs, exact, 2.0, least)
 
 
 def test_the_extension_has_it() -> None:
@@ -88,17 +90,48 @@ def test_matches_the_reference(shared: bool, deterministic: bool) -> None:
     options |= {"bias": torch.randn(60, generator=g), "log_q": torch.randn(60, generator=g)}
     for sparse_grad in (False, True):
         compare(query, catalog, options, sparse_grad=sparse_grad, temperature=0.7, positive_weight=0.3)
-    compare(query, catalog, options, precision="bf16")
+    for precision in ("bf16", "fp16"):
+        compare(query, catalog, options, precision=precision)
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_bfloat16_inputs(shared: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_inputs(shared: bool, dtype: torch.dtype) -> None:
     query, catalog, options = problem(6, 50, 24, 70, shared)
-    options["bias"] = torch.randn(50).bfloat16()
+    options["bias"] = torch.randn(50).to(dtype)
     for sparse_grad in (False, True):
-        compare(query.bfloat16(), catalog.bfloat16(), options, sparse_grad=sparse_grad)
-    compare(query, catalog.bfloat16(), options)
-    compare(query.bfloat16(), catalog, options, precision="fp32")
+        compare(query.to(dtype), catalog.to(dtype), options, sparse_grad=sparse_grad)
+    compare(query, catalog.to(dtype), options)
+    compare(query.to(dtype), catalog, options, precision="fp32")
+    compare(query.bfloat16(), catalog.to(dtype), options, precision="fp32")
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_temperature_as_a_tensor(shared: bool, dtype: torch.dtype) -> None:
+    """Under a scaled loss; its gradient, and those of all others, against float64."""
+    query, catalog, options = problem(7, 60, 20, 75, shared)
+    options["positive_weight"] = 0.3
+    drawn = [(query / 4).to(dtype), catalog.to(dtype), torch.randn(60).to(dtype), torch.tensor(0.7)]
+    found = []
+    for engine in ("native", "reference"):
+        leaves = [(x if engine == "native" else x.double()).clone().requires_grad_() for x in drawn]
+        loss = sampled_softmax(*leaves[:2], **options, bias=leaves[2], temperature=leaves[3], backend=engine)
+        (loss * 2.0**14).backward()
+        assert all(x.grad.dtype == x.dtype for x in leaves)
+        found.append([x.grad.double() for x in leaves])
+    for ours, truth in zip(*found, strict=True):
+        assert float((ours - truth).norm() / truth.norm()) < (1e-5 if dtype == torch.float32 else 1e-3)
+    with pytest.raises(ValueError, match="temperature must be above 0, got -1"):
+        sampled_softmax(*drawn[:2], **options, temperature=torch.tensor(-1.0), backend="native", check=True)
+
+
+def test_an_infinite_gradient_passes() -> None:
+    query, catalog, options = problem(6, 50, 8, 20, False)
+    leaves = [x.half().requires_grad_() for x in (query, catalog)]
+    (sampled_softmax(*leaves, **options, backend="native") * 1e38).backward()
+    assert not any(x.grad.isfinite().all() for x in leaves)
+    assert not leaves[0].grad[1].any()  # whose target is ignored
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -110,7 +110,8 @@ def test_wrong_values(shared: bool, change: dict[str, float], message: str) -> N
 @pytest.mark.parametrize("shared", [False, True])
 def test_opcheck(shared: bool) -> None:
     query, catalog, options = problem(4, 30, 8, 12, shared)
-    rest = (options["target"], options["neg"], torch.randn(30), options["positives"], 0.5, 0.7)
+    temperature = torch.tensor(0.7, requires_grad=True)
+    rest = (options["target"], options["neg"], torch.randn(30), options["positives"], 0.5, 1.0, temperature)
     kept = 4 * (12 + 3) * 4 if not shared else 4 * 3 * 4
     torch.library.opcheck(
         torch.ops.alterrec_fast.sampled_softmax.default,
@@ -121,7 +122,7 @@ def test_opcheck(shared: bool) -> None:
             torch.randn(30),
             -100,
             False,
-            False,
+            "fp32",
             kept,
             True,
             "triton",

@@ -165,12 +165,12 @@ def test_wrong_values(change: dict[str, float], message: str) -> None:
 def test_opcheck() -> None:
     query, catalog, options = problem(4, 70, 8, 0, "bits")
     bits = options["neg"].bits
-    rest = (options["target"], bits, options["positives"], 0.5, 0.7)
+    rest = (options["target"], bits, options["positives"], 0.5, 1.0, torch.tensor(0.7, requires_grad=True))
     bias, kept = torch.randn(70), 4 * 4 * 4
     inputs = [x.requires_grad_() for x in (query, catalog, bias)]
     torch.library.opcheck(
         torch.ops.alterrec_fast.slice_cross_entropy.default,
-        (inputs[0], inputs[1], *rest, inputs[2], 0, -100, False, kept, True, "triton"),
+        (inputs[0], inputs[1], *rest, inputs[2], 0, -100, "fp32", kept, True, "triton"),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
@@ -217,7 +217,7 @@ def test_items_masked_by_a_bias_are_no_negatives(form: str) -> None:
 
 def test_bits_that_are_too_short_are_refused() -> None:
     query, catalog, options = problem(5, 70, 8, 0, "bits")
-    p = Problem.of(query, catalog, options["target"], None, 1.0, 1.0, None, None, -100, False, False)
+    p = Problem.of(query, catalog, options["target"], None, 1.0, 1.0, None, None, None, -100, "fp32", False)
     for bits in (options["neg"].bits[:, :8], options["neg"].bits[:4]):
         with pytest.raises(ValueError, match=r"neg.bits must be \(5, at least 9\) for 70 items"):
             columns.Columns.of(p, 0, bits)
