@@ -33,6 +33,8 @@ KNOWN_ERRORS = (AlterRecError, BackendError, OSError)
 
 Source = Literal["generic", "amazon-m2", "online-retail", "recbole"]
 Catalog = Literal["sessions", "all"]
+SessionPer = Literal["day", "user"]
+SplitBy = Literal["latest", "leave-one-out"]
 Split = Literal["train", "validation", "test"]
 
 
@@ -53,10 +55,28 @@ def main(
             stream.reconfigure(errors="backslashreplace")
 
 
-@app.command()
+PUBLISHED = (  # one line for each, tried by tests/data/test_published.py
+    "yoochoose-clicks.dat OUT --no-header --columns session_id=1,timestamp=2,item_id=3",
+    "train-item-views.csv OUT --separator ';' "
+    "--columns session_id=sessionId,item_id=itemId,timestamp=eventdate,order=timeframe",
+    "events.csv OUT --columns item_id=itemid --user-column visitorid --session-gap 30min",
+    "otto-recsys-train.jsonl OUT --columns session_id=session,item_id=events.aid,timestamp=events.ts",
+    "ratings.csv OUT --columns item_id=movieId --user-column userId --session-per user --items movies.csv",
+    "All_Beauty.jsonl.gz OUT --columns item_id=parent_asin --user-column user_id --session-per user "
+    "--items meta_All_Beauty.jsonl.gz --text-columns title",
+)
+_EPILOG = "\n\n".join(
+    f"{name}: alterrec-fast prepare generic {line}"
+    for name, line in zip(
+        ("YooChoose", "Diginetica", "RetailRocket", "OTTO", "MovieLens", "Amazon Reviews 2023"), PUBLISHED, strict=True
+    )
+)
+
+
+@app.command(epilog=_EPILOG)
 def prepare(
     source: Annotated[Source, typer.Argument(help="layout of the raw files")],
-    raw: Annotated[Path, typer.Argument(help="folder or file with the raw data")],
+    raw: Annotated[Path, typer.Argument(help="folder, file or quoted pattern: .csv, .csv.gz, .parquet, .jsonl")],
     out: Annotated[Path, typer.Argument(help="folder to make")],
     text_columns: Annotated[
         str | None,
@@ -66,25 +86,70 @@ def prepare(
     test: Annotated[Path | None, typer.Option(help="amazon-m2: labelled test file")] = None,
     validation_fraction: Annotated[float, typer.Option(help="share of the sessions before the test ones")] = 0.1,
     test_fraction: Annotated[float, typer.Option(help="share of the latest sessions")] = 0.2,
+    columns: Annotated[
+        str | None,
+        typer.Option(help="generic: session_id=A,item_id=B,timestamp=C,order=D,split=E, the files' names of these"),
+    ] = None,
+    items: Annotated[Path | None, typer.Option(help="generic: the item table, by default items.* beside RAW")] = None,
+    separator: Annotated[str, typer.Option(help="generic: between the fields of text tables")] = ",",
+    no_header: Annotated[bool, typer.Option("--no-header", help="generic: columns are named 1, 2, 3")] = False,
+    encoding: Annotated[str, typer.Option(help="generic: of text tables")] = "utf-8",
+    time_format: Annotated[str | None, typer.Option(help="generic: as in strftime, %d/%m/%Y %H:%M")] = None,
+    user_column: Annotated[str | None, typer.Option(help="generic: make sessions of users")] = None,
+    session_gap: Annotated[str | None, typer.Option(help="30min: a longer gap ends a user's session")] = None,
+    session_per: Annotated[SessionPer | None, typer.Option(help="one session a day, or a user")] = None,
+    split: Annotated[SplitBy, typer.Option(help="latest sessions, or each session's last items")] = "latest",
+    test_days: Annotated[float | None, typer.Option(help="test sessions are those of the last days")] = None,
+    validation_days: Annotated[float | None, typer.Option(help="with --test-days: the days before")] = None,
+    last_sessions: Annotated[
+        float | None, typer.Option(help="keep the latest so many sessions, or share if below 1")
+    ] = None,
+    min_item_count: Annotated[int, typer.Option(help="leave out items that occur less often")] = 1,
+    min_session_length: Annotated[int, typer.Option(help="leave out shorter sessions")] = 2,
+    k_core: Annotated[int | None, typer.Option(help="each item and session has so many interactions")] = None,
+    filter_train_only: Annotated[
+        bool, typer.Option("--filter-train-only", help="count and leave out in training sessions alone")
+    ] = False,
+    keep_repeats: Annotated[bool, typer.Option("--keep-repeats", help="keep rows equal in all columns")] = False,
+    memory_limit: Annotated[str | None, typer.Option(help="such as 4GB; default: half of what is free")] = None,
     catalog: Annotated[Catalog, typer.Option(help="items of some session, or all of the item table")] = "sessions",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT")] = False,
 ) -> None:
     """Turn raw files into a data set on disk; prints what was read, kept and left out."""
-    columns = None if text_columns is None else [name.strip() for name in text_columns.split(",")]
+    texts = None if text_columns is None else [name.strip() for name in text_columns.split(",")]
     with _errors():
+        from alterrec_fast.data.filters import Filters
+        from alterrec_fast.data.interactions import parse_duration
         from alterrec_fast.data.prepare import prepare as prepare_data
+        from alterrec_fast.data.scratch import parse_size
 
         summary = prepare_data(
             source,
             raw,
             out,
-            text_columns=columns,
+            text_columns=texts,
             locale=locale,
             test=test,
             validation_fraction=validation_fraction,
             test_fraction=test_fraction,
             catalog=catalog,
             overwrite=overwrite,
+            columns=_pairs(columns),
+            items=items,
+            separator=separator.encode().decode("unicode_escape") if "\\" in separator else separator,
+            has_header=not no_header,
+            encoding=encoding,
+            time_format=time_format,
+            user_column=user_column,
+            session_gap=None if session_gap is None else parse_duration(session_gap),
+            session_per=session_per,
+            keep_repeats=keep_repeats,
+            filters=Filters(last_sessions, min_item_count, min_session_length, k_core, filter_train_only),
+            leave_one_out=split == "leave-one-out",
+            test_days=test_days,
+            validation_days=validation_days,
+            memory_limit=None if memory_limit is None else parse_size(memory_limit),
+            progress=True,
         )
     for line in str(summary).splitlines():
         typer.echo(printable(line))
@@ -291,6 +356,15 @@ def _errors(interrupted: str = "stopped") -> Iterator[None]:
     except KNOWN_ERRORS as error:
         typer.secho(f"error: {printable(str(error))}", err=True, fg=typer.colors.RED)
         raise typer.Exit(1) from error
+
+
+def _pairs(text: str | None) -> dict[str, str]:
+    """NAME=VALUE,NAME=VALUE as a dict."""
+    pairs = [pair.partition("=") for pair in text.split(",")] if text else []
+    wrong = [name for name, equals, value in pairs if not (name and equals and value)]
+    if wrong:
+        raise ConfigError(f"--columns takes NAME=COLUMN separated by commas, got {text!r}")
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def _seed_list(text: str) -> list[int]:

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import polars as pl
+from tqdm import tqdm
 
+from .filters import TRAIN, Filters, Splitting, apply, split
+from .interactions import BLOCK, Coded, Grouping, Interactions, code
 from .readers import READERS, Options, Raw
-from .readers.tables import OTHERS
 from .readers.values import is_present, shown
-from .sessions import SPLITS, DataError, Dataset, Sessions, check_place
+from .scratch import Scratch, scratch
+from .sessions import LAST_ONLY, SPLITS, DataError, Dataset, Sessions, check_place
 
-_FREE = -1  # the split code of a session whose split the files leave open
+_EVERYWHERE = ("text_columns", "locale", "test", "leave_one_out")  # options that other sources than generic have
 _SPELLINGS: dict[str, Callable[[pl.Expr], pl.Expr]] = {  # in which two files may write the same ids differently
     "leading zeros": lambda ids: ids.str.replace(r"^0+(.)", "$1"),
     "a decimal point, as in 3.0": lambda ids: ids.str.replace(r"\.0*$", ""),
     "case": lambda ids: ids.str.to_lowercase(),
     "blanks at the ends": lambda ids: ids.str.strip_chars(),
 }
-_TRAIN, _VALIDATION, _TEST = range(len(SPLITS))
 
 
 @dataclass(frozen=True)
@@ -62,20 +65,6 @@ class Summary:
         return "\n".join([f"{self.source} -> {self.out} (split {self.split})", *lines])
 
 
-@dataclass(frozen=True)
-class _Coded:
-    """Kept sessions by number. items: (T,) item codes; starts, lengths, split: (S,); a row is a session, file order.
-
-    times: (S,) of the last interaction, None where the files carry no time.
-    """
-
-    items: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
-    split: np.ndarray
-    times: np.ndarray | None
-
-
 def prepare(
     source: str,
     raw: str | Path,
@@ -88,19 +77,46 @@ def prepare(
     test_fraction: float = 0.2,
     catalog: Literal["sessions", "all"] = "sessions",
     overwrite: bool = False,
+    columns: Mapping[str, str] | None = None,
+    items: str | Path | None = None,
+    separator: str = ",",
+    has_header: bool = True,
+    encoding: str = "utf-8",
+    time_format: str | None = None,
+    user_column: str | None = None,
+    session_gap: float | None = None,
+    session_per: Literal["day", "user"] | None = None,
+    keep_repeats: bool = False,
+    filters: Filters | None = None,
+    leave_one_out: bool = False,
+    test_days: float | None = None,
+    validation_days: float | None = None,
+    memory_limit: int | None = None,
+    progress: bool = False,
 ) -> Summary:
     """Reads the raw files of source and writes the data set to out, whole or not at all.
 
-    source: a name in READERS. raw: a folder or file, as the reader says. text_columns: item columns to keep as text,
-    None for the reader's default. locale (needed) and test (a labelled test file) are for amazon-m2 alone.
+    source: a name in READERS. raw: a folder or file, or a pattern, as the reader says. text_columns: item columns to
+    keep as text, None for the reader's default. locale (needed) and test (a labelled test file) are for amazon-m2
+    alone.
+
+    For generic: columns are the file's names of session_id, item_id, timestamp, order and split; items is the item
+    table's file; separator, has_header (False: names are 1, 2, 3) and encoding are those of text tables; time_format is
+    strftime's, for times in text. user_column with session_gap (seconds) or session_per makes sessions of users: a
+    session ends at a gap that is longer, with the day (UTC), or not at all.
 
     Splits are those of the files. Where these give none, sessions are ordered by their last timestamp (ties in file
     order): the latest test_fraction of them are the test split, the validation_fraction of all sessions before these
     are the validation split. Without timestamps file order stands in for time, and validation_fraction is of the
-    sessions that the test split leaves. A fraction above 0 gives its split at least one session.
+    sessions that the test split leaves. A fraction above 0 gives its split at least one session. With test_days, the
+    test split is the sessions that end within so many days of the last one, and with validation_days the validation
+    split those of the days before. With leave_one_out, each session's last item is a test target, the one before a
+    validation target, and training has the rest.
 
     catalog: "sessions" for the items that occur in a kept session, "all" for the rest of the item table too. Catalog
-    rows follow the item table, then come items without an entry, as they first appear.
+    rows follow the item table, then come items without an entry, as they first appear. keep_repeats: keep rows that are
+    equal in all columns. filters: what else is left out, and when. memory_limit: bytes, by default half of what is
+    free; rows that don't fit wait on disk beside out. progress: show a bar.
 
     Raises DataError, which names file and line, for raw files that cannot be read, for an unknown source, locale or
     column, for fractions that leave nothing to train on, where out exists without overwrite, and where it holds what
@@ -113,60 +129,99 @@ def prepare(
         raise DataError(f"locale and test file are for amazon-m2 alone, source is {source}")
     if catalog not in ("sessions", "all"):
         raise ValueError(f"catalog must be 'sessions' or 'all', got {catalog!r}")
-    if not (0 <= validation_fraction < 1 and 0 <= test_fraction < 1 and validation_fraction + test_fraction < 1):
-        given = f"{validation_fraction} and {test_fraction}"
-        raise DataError(f"validation_fraction and test_fraction must be in [0, 1) and sum to less than 1, got {given}")
+    if session_per not in (None, "day", "user"):
+        raise ValueError(f"session_per must be 'day' or 'user', got {session_per!r}")
+    splitting = Splitting(validation_fraction, test_fraction, test_days, validation_days, leave_one_out)
     if out.resolve() in (raw.resolve(), *raw.resolve().parents):
         raise DataError(f"{out}: holds the raw files {raw}, which writing would replace; choose another folder")
+    if session_gap is not None and session_per is not None:
+        raise DataError("sessions end at a gap (--session-gap) or by --session-per, got both")
+    if (session_gap is None and session_per is None) != (user_column is None):
+        raise DataError("sessions of users need --user-column with --session-gap or --session-per")
+    options = Options(
+        text_columns=text_columns,
+        locale=locale,
+        test=None if test is None else Path(test),
+        columns=columns or {},
+        user_column=user_column,
+        items=None if items is None else Path(items),
+        separator=separator,
+        has_header=has_header,
+        encoding=encoding,
+        time_format=time_format,
+        leave_one_out=leave_one_out,
+    )
+    if source != "generic" and options != replace(Options(), **{name: getattr(options, name) for name in _EVERYWHERE}):
+        raise DataError(f"columns, formats and users are for generic alone, source is {source}")
     check_place(out, overwrite)  # Dataset.write checks too, but only after all the reading
 
-    read = READERS[source](raw, Options(text_columns, locale, None if test is None else Path(test)))
-    left_out = dict(read.left_out)
-    table = _item_table(read, left_out)
-    seen = read.interactions["item_id"].unique(maintain_order=True)
-    warnings = _check_match(read, table["item_id"], seen)
-    names = pl.concat([table["item_id"], seen]).unique(maintain_order=True)
-    coded = _code(read, names, left_out)
-    if len(coded.lengths) == 0:
-        raise DataError(f"{raw}: no session of two or more items; {_counted(read.read, left_out)}")
-    split, how = _splits(coded, validation_fraction, test_fraction)
-    if not (split == _TRAIN).any():
-        raise DataError(f"{raw}: no sessions are left for training; {len(split)} sessions, split {how}")
-
-    used = np.zeros(len(names), bool)
-    used[coded.items] = True
-    if catalog == "all":
-        used[: len(table)] = True
-    rows = np.cumsum(used) - 1  # catalog row of each used item code
-    rows = rows.astype(np.int32 if rows[-1] < np.iinfo(np.int32).max else np.int64)
-    items = names.to_frame().filter(pl.Series(used)).join(table, on="item_id", how="left", maintain_order="left")
-    order = np.arange(len(split)) if coded.times is None else np.argsort(coded.times, kind="stable")
-    by_split = {name: _gather(rows, coded, order[split[order] == code]) for code, name in enumerate(SPLITS)}
-
-    texts = pl.col(read.text_columns)
-    trained = np.zeros(len(items), bool)
-    trained[by_split["train"].items] = True
-    notes = {
-        "items that the item table lacks": int(used[len(table) :].sum()),
-        "items with no text": len(items) - len(items.filter(pl.any_horizontal(texts.is_not_null()))),
-        "items in no training session": int((~trained).sum()),
-    }
-    summary = Summary(
-        source=source,
-        out=str(out),
-        split=how,
-        read=read.read,
-        left_out=left_out,
-        notes=notes,
-        sessions={name: len(part) for name, part in by_split.items()},
-        interactions={name: len(part.items) for name, part in by_split.items()},
-        num_items=len(items),
-        text_columns=read.text_columns,
-        warnings=warnings,
-    )
-    facts = {key: value for key, value in asdict(summary).items() if key not in ("out", "num_items", "text_columns")}
-    Dataset.write(out, by_split, items, read.text_columns, {**facts, "raw": str(raw)}, overwrite)
+    read = READERS[source](raw, options)
+    with scratch(out, memory_limit) as space, _bar(read, progress) as batches:
+        rows = Interactions(batches, space)
+        left_out = dict(read.left_out)
+        table = _item_table(read, left_out)
+        seen = rows.items()
+        warnings = _check_match(read, table["item_id"], seen)
+        names = pl.concat([table["item_id"], seen]).unique(maintain_order=True)
+        coded = code(read, rows, names, Grouping(session_gap, session_per == "day", keep_repeats), space, left_out)
+        filters = filters or Filters()
+        if not filters.train_only:
+            coded = apply(filters, coded, len(names), space, left_out)
+        if len(coded) == 0:
+            raise DataError(f"{raw}: no session of two or more items; {_counted(read.read, left_out)}")
+        coded, how = split(coded, splitting, read.per_second())
+        if filters.train_only:
+            coded = apply(filters, coded, len(names), space, left_out)
+        if not leave_one_out and not (coded.split == TRAIN).any():
+            raise DataError(f"{raw}: no sessions are left for training; {len(coded)} sessions, split {how}")
+        used = np.zeros(len(names), bool)
+        for _, block in coded.blocks():
+            used[block] = True
+        if catalog == "all":
+            used[: len(table)] = True
+        kept = names.to_frame().filter(pl.Series(used)).join(table, on="item_id", how="left", maintain_order="left")
+        by_split = _by_split(coded, used, leave_one_out, space)
+        if len(by_split["train"]) == 0:
+            raise DataError(f"{raw}: no sessions are left for training; {len(coded)} sessions, split {how}")
+        notes = {
+            "items that the item table lacks": int(used[len(table) :].sum()),
+            "items with no text": len(kept)
+            - len(kept.filter(pl.any_horizontal(pl.col(read.text_columns).is_not_null()))),
+            "items in no training session": _num_untrained(by_split["train"], len(kept)),
+        }
+        summary = Summary(
+            source=source,
+            out=str(out),
+            split=how,
+            read=read.read,
+            left_out=left_out,
+            notes=notes,
+            sessions={name: len(part) for name, part in by_split.items()},
+            interactions={name: len(part.items) for name, part in by_split.items()},
+            num_items=len(kept),
+            text_columns=read.text_columns,
+            warnings=warnings,
+        )
+        facts = {
+            key: value for key, value in asdict(summary).items() if key not in ("out", "num_items", "text_columns")
+        }
+        if leave_one_out:
+            facts[LAST_ONLY] = True
+        Dataset.write(out, by_split, kept, read.text_columns, {**facts, "raw": str(raw)}, overwrite)
     return summary
+
+
+@contextmanager
+def _bar(read: Raw, progress: bool) -> Iterator[Iterator[pl.DataFrame]]:
+    """The batches of rows, with a bar of the rows read."""
+
+    def watched() -> Iterator[pl.DataFrame]:
+        for batch in read.interactions:
+            yield batch
+            bar.update(sum(read.read.values()) - bar.n)
+
+    with tqdm(desc="Reading", unit=" rows", unit_scale=True, disable=None if progress else True) as bar:
+        yield watched()
 
 
 def _item_table(read: Raw, left_out: dict[str, int]) -> pl.DataFrame:
@@ -203,85 +258,37 @@ def _check_match(read: Raw, table: pl.Series, seen: pl.Series) -> list[str]:
     return [f"{read.item_file}: {message}"]
 
 
-def _code(read: Raw, names: pl.Series, left_out: dict[str, int]) -> _Coded:
-    """Ids to numbers, duplicates and sessions of one item left out, each session in order of time."""
-    frame = read.interactions
-    sessions = frame["session_id"].unique(maintain_order=True)
-    columns = [_numbers(frame["session_id"], sessions, "session"), _numbers(frame["item_id"], names, "item")]
-    if "timestamp" in frame.columns:
-        columns.append(frame["timestamp"])
-    if "split" in frame.columns:
-        codes = {name: code for code, name in enumerate(SPLITS)}
-        columns.append(frame["split"].replace_strict(codes, default=_FREE, return_dtype=pl.Int8))
-    coded = pl.DataFrame(columns)
-    if "timestamp" in coded.columns:
-        first = _is_first(coded, frame)
-        left_out["rows equal to an earlier one in all columns"] = len(coded) - int(first.sum())
-        coded = coded.filter(first).sort("session", "timestamp", maintain_order=True)
-    else:
-        coded = coded.sort("session", maintain_order=True)
-
-    lengths = np.bincount(coded["session"].to_numpy(), minlength=len(sessions))  # each is 1 or more
-    kept = lengths > 1
-    left_out["sessions of one item"] = int((~kept).sum())
-    coded = coded.filter(pl.Series(np.repeat(kept, lengths)))
-    lengths = lengths[kept]
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    split = np.full(len(lengths), _FREE, np.int8)
-    if "split" in coded.columns:
-        split = coded["split"].to_numpy()[starts]
-    times = coded["timestamp"].to_numpy()[ends - 1] if "timestamp" in coded.columns else None
-    return _Coded(coded["item"].to_numpy(), starts, lengths, split, times)
+def _by_split(coded: Coded, used: np.ndarray, leave_one_out: bool, space: Scratch) -> dict[str, Sessions]:
+    """The sessions of each split in order of time, with catalog rows for the numbers of the used (V,) items."""
+    rows = np.cumsum(used) - 1
+    rows = rows.astype(np.int32 if rows[-1] < np.iinfo(np.int32).max else np.int64)
+    order, starts = coded.order, np.cumsum(coded.lengths) - coded.lengths
+    by_split = {}
+    for number, name in enumerate(SPLITS):
+        cut = len(SPLITS) - 1 - number if leave_one_out else 0  # items that are targets of later splits
+        chosen = order if leave_one_out else order[coded.split[order] == number]
+        chosen = chosen[coded.lengths[chosen] - cut > 1]
+        lengths = coded.lengths[chosen] - cut
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        by_split[name] = Sessions(space.array(_gather(rows, coded, starts[chosen], offsets), rows.dtype.type), offsets)
+    return by_split
 
 
-def _is_first(coded: pl.DataFrame, frame: pl.DataFrame) -> pl.Series:
-    """Which rows (Boolean) repeat no earlier one. The columns of the file that mean nothing here are looked at only
-    where the others are equal."""
-    keys = pl.struct("session", "item", "timestamp")
-    first = coded.select(keys.is_first_distinct()).to_series()
-    if OTHERS in frame.columns and not first.all():
-        rows = coded.with_columns(frame[OTHERS]).with_row_index("row").filter(keys.is_duplicated())
-        differ = rows.filter(pl.struct("session", "item", "timestamp", OTHERS).is_first_distinct())
-        first = first.scatter(differ["row"], True)
-    return first
+def _gather(rows: np.ndarray, coded: Coded, starts: np.ndarray, offsets: np.ndarray) -> Iterator[np.ndarray]:
+    """The items of the sessions at starts, in pieces of about BLOCK interactions."""
+    begin = 0
+    while begin < len(starts):
+        stop = max(begin + 1, int(np.searchsorted(offsets, offsets[begin] + BLOCK, side="right")) - 1)
+        shift = np.repeat(starts[begin:stop] - offsets[begin:stop], np.diff(offsets[begin : stop + 1]))
+        yield rows[coded.items[shift + np.arange(offsets[begin], offsets[stop])]]
+        begin = stop
 
 
-def _numbers(values: pl.Series, names: pl.Series, column: str) -> pl.Series:
-    """The position of each value in names."""
-    index = names.to_frame("id").with_row_index(column)
-    return values.to_frame("id").join(index, on="id", how="left", maintain_order="left")[column]
-
-
-def _splits(coded: _Coded, validation_fraction: float, test_fraction: float) -> tuple[np.ndarray, str]:
-    """The split code of each session (S,), and in words how it was found."""
-    split = coded.split.copy()
-    free = np.flatnonzero(split == _FREE)
-    if len(free) == 0:
-        return split, "as given"
-    how = "by file order" if coded.times is None else "by time"
-    if coded.times is not None:
-        free = free[np.argsort(coded.times[free], kind="stable")]
-    num_test = _share(len(free), test_fraction)
-    if (split == _TEST).any():
-        num_test, how = 0, f"{how}, test as given"
-    num_validation = _share(len(free) - (num_test if coded.times is None else 0), validation_fraction)
-    split[free] = _TRAIN
-    split[free[max(0, len(free) - num_test - num_validation) :]] = _VALIDATION
-    split[free[max(0, len(free) - num_test) :]] = _TEST
-    return split, how
-
-
-def _share(count: int, fraction: float) -> int:
-    return max(1, round(count * fraction)) if fraction else 0
-
-
-def _gather(rows: np.ndarray, coded: _Coded, chosen: np.ndarray) -> Sessions:
-    """The chosen sessions, in that order, with catalog rows for item codes."""
-    lengths = coded.lengths[chosen]
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    index = np.repeat(coded.starts[chosen] - offsets[:-1], lengths) + np.arange(offsets[-1])
-    return Sessions(rows[coded.items[index]], offsets)
+def _num_untrained(train: Sessions, num_items: int) -> int:
+    trained = np.zeros(num_items, bool)
+    for begin in range(0, len(train.items), BLOCK):
+        trained[train.items[begin : begin + BLOCK]] = True
+    return int((~trained).sum())
 
 
 def _counted(read: dict[str, int], left_out: dict[str, int]) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 SPLITS = ("train", "validation", "test")
+LAST_ONLY = "last_target_only"  # in dataset.json where validation and test sessions have their last item as target
 INFO, ITEMS = "dataset.json", "items.parquet"
 FILES = (ITEMS, *(f"{split}/{array}.npy" for split in SPLITS for array in ("items", "offsets")))  # all but INFO
 AGAIN = "run prepare again"
@@ -32,11 +33,13 @@ CHUNK = 1 << 22  # numbers checked at a time
 class Sessions:
     """S sessions in compressed-row form: session i is ``items[offsets[i]:offsets[i + 1]]``, oldest item first.
 
-    items: (T,) int32 or int64, rows of the catalog. offsets: (S + 1,) int64, from 0 to T.
+    items: (T,) int32 or int64, rows of the catalog. offsets: (S + 1,) int64, from 0 to T. last_only: evaluation takes
+    a session's last item as its only target, and not every item after the first.
     """
 
     items: np.ndarray
     offsets: np.ndarray
+    last_only: bool = False
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -58,7 +61,7 @@ class Sessions:
         np.save(folder / "offsets.npy", self.offsets)
 
     @classmethod
-    def load(cls, folder: Path) -> Sessions:
+    def load(cls, folder: Path, last_only: bool = False) -> Sessions:
         """Maps the two files into memory; raises FileError where they are missing, damaged or do not fit together.
 
         The numbers in between are not read: `check` does that.
@@ -67,7 +70,7 @@ class Sessions:
         offsets = _map(folder / "offsets.npy", (np.int64,))
         if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(items):
             raise FileError(f"{folder / 'offsets.npy'}: must run from 0 to the {len(items)} items; {AGAIN}")
-        return cls(items, offsets)
+        return cls(items, offsets, last_only)
 
     def check(self, folder: Path, num_items: int) -> None:
         """Reads every number; raises FileError for sessions of less than two items and items outside the catalog."""
@@ -163,7 +166,8 @@ class Dataset:
         _check_info(path / INFO, info)
         for name in FILES:
             _check_file(path, info, name, content=False)
-        train, validation, test = (Sessions.load(path / name) for name in SPLITS)
+        last = info.get(LAST_ONLY) is True
+        train, validation, test = (Sessions.load(path / name, last and name != "train") for name in SPLITS)
         dataset = cls(path, train, validation, test, info)
         small = sum(size for size, _, _ in info["files"].values()) <= HASH_AT_LOAD
         return dataset.verify() if small or verify else dataset

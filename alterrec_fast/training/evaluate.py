@@ -80,16 +80,18 @@ def measure(
     max_length: int,
     batch_targets: int,
 ) -> Evaluation:
-    """Ranks every prefix of every session with `rank` and counts where the targets stand; items already in the session
-    are not removed from the ranking.
+    """Ranks every prefix of every session with `rank` and counts where the targets stand, where the sessions are
+    last_only those of whole sessions; items already in the session are not removed from the ranking.
     """
     hits: dict[str, np.ndarray] = {}
     shape = (len(group_edges) + 1, DEPTH + 1)
     for which in plan(sessions, max_length, batch_targets):
         batch = pack(sessions, which, max_length)
-        group = np.searchsorted(group_edges, counts[batch.targets])
+        counted = np.cumsum(batch.lengths) - 1 if sessions.last_only else np.arange(len(batch.targets))
+        targets = batch.targets[counted]
+        group = np.searchsorted(group_edges, counts[targets])
         for view, items in rank(batch).items():
-            match = items.cpu().numpy() == batch.targets[:, None]  # (T, 20)
+            match = items.cpu().numpy()[counted] == targets[:, None]  # (T, 20)
             place = np.where(match.any(1), match.argmax(1), DEPTH)
             flat = np.bincount(group * (DEPTH + 1) + place, minlength=shape[0] * shape[1])
             hits[view] = hits.get(view, np.zeros(shape, np.int64)) + flat.reshape(shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -56,6 +57,11 @@ def test_measure_counts_every_target_in_its_group() -> None:
     assert found.metrics()["id"] is None
     shares = [group["share"] for group in found.groups().values()]
     assert shares == pytest.approx(list(hits.sum(1) / hits.sum()))
+
+    whole = replace(sessions, last_only=True)
+    found = measure(rank, whole, counts, (30, 60), max_length=8, batch_targets=16)
+    places = [int(np.flatnonzero(ranking[one[-2]] == one[-1])[0]) for one in (whole[i] for i in range(len(whole)))]
+    assert np.array_equal(found.hits["fused"].sum(0), np.bincount(np.minimum(places, 20), minlength=21))
 
 
 def test_evaluate_ranks_each_prefix_as_if_it_were_alone() -> None:

@@ -38,7 +38,7 @@ def read(path: Path, options: Options) -> Raw:
     # the files name no sessions: the row number, counted on through the test file, is the id
     sessions = pl.concat(frames).with_row_index("session_id").with_columns(pl.col("session_id").cast(pl.String))
     interactions = drop_missing_ids(sessions.explode("item_id"), left_out)
-    return Raw(interactions, _read_products(products, options), read, left_out, products)
+    return Raw([interactions], _read_products(products, options), read, left_out, products)
 
 
 def _read_sessions(file: Path, locale: str | None, left_out: dict[str, int]) -> tuple[Table, pl.DataFrame]:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
-import io
 import stat
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from ..sessions import DataError
 
 TABLE_SUFFIXES = (".csv", ".csv.gz", ".parquet")
 MAX_RATIO = 100  # of the size unpacked to the size packed; tables of interactions reach 5 to 30
 ALWAYS_ALLOWED = 256 << 20  # bytes unpacked, whatever the ratio
-_STEP = 1 << 22
+STEP = 1 << 22  # bytes read at a time
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -70,6 +67,11 @@ def listing(folder: Path) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "nothing"
 
 
+def is_pattern(path: Path) -> bool:
+    """Whether the path is no file or folder but a pattern of file names."""
+    return any(mark in path.name for mark in "*?[") and not path.exists()
+
+
 def is_gzip(path: Path) -> bool:
     with need_regular(path).open("rb") as file:
         return file.read(2) == b"\x1f\x8b" or path.suffix == ".gz"
@@ -84,52 +86,35 @@ def check_unpacked(path: Path, packed: int, unpacked: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Content:
-    """A file's bytes. data: (N,) uint8, mapped into memory unless unpacked. source: what polars reads them from."""
+def blocks(path: Path, encoding: str = "utf-8", size: int = STEP) -> Iterator[bytes]:
+    """The content in UTF-8, unpacked if it is gzip, about size bytes at a time.
 
-    data: np.ndarray
-    source: Path | bytes
-
-
-def read_content(path: Path) -> Content:
-    """The content, unpacked if it is gzip.
-
-    Raises DataError for a gzip that is damaged, naming the line where it ends, or that unpacks to more than is allowed.
+    Raises DataError for a gzip that is damaged, naming the line where it ends, or that unpacks to more than is allowed,
+    and for bytes that are not of the encoding. (UTF-8 is not checked here: its parser does.)
     """
+    packed, unpacked, num_lines = need_regular(path).stat().st_size, 0, 1
+    decoder = None if encoding == "utf-8" else codecs.getincrementaldecoder(encoding)()
+    pieces: list[bytes] = []
+    held = 0
     try:
-        if is_gzip(path):
-            unpacked = _unpack(path)
-            return Content(np.frombuffer(unpacked, np.uint8), unpacked)
-        empty = path.stat().st_size == 0
-        return Content(np.empty(0, np.uint8) if empty else np.memmap(path, np.uint8, "r"), path)
+        compressed = is_gzip(path)
+        with gzip.open(path) if compressed else path.open("rb") as file:
+            while piece := file.read1(size):  # and not read, which would lose what comes before the damage
+                unpacked += len(piece)
+                if compressed:
+                    check_unpacked(path, packed, unpacked)
+                    num_lines += piece.count(b"\n")
+                pieces.append(piece if decoder is None else decoder.decode(piece).encode())
+                held += len(piece)
+                if held >= size:
+                    yield b"".join(pieces)
+                    pieces, held = [], 0
+            pieces.append(b"" if decoder is None else decoder.decode(b"", final=True).encode())
+        yield b"".join(pieces)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte 0x{error.object[error.start]:02x} is not {encoding} ({error.reason})") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        place = f"{path}, line {num_lines}"
+        raise DataError(f"{place}: the gzip data ends early or is damaged ({error})") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def read_head(path: Path, size: int) -> bytes:
-    """The first size bytes of the content, fewer where it is shorter or a gzip is damaged before."""
-    try:
-        with gzip.open(path) if is_gzip(path) else path.open("rb") as file:
-            head = b""
-            while len(head) < size and (step := file.read1(size - len(head))):
-                head += step
-            return head
-    except (EOFError, gzip.BadGzipFile, zlib.error):
-        return bytes(read_content(path).data[:size])  # says what is wrong
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def _unpack(path: Path) -> bytes:
-    packed, content, num_lines = path.stat().st_size, io.BytesIO(), 1
-    with gzip.open(path) as file:
-        try:
-            while step := file.read1(_STEP):
-                content.write(step)
-                num_lines += step.count(b"\n")
-                check_unpacked(path, packed, content.tell())
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            place = f"{path}, line {num_lines}"
-            raise DataError(f"{place}: the gzip data ends early or is damaged ({error})") from error
-    return content.getvalue()

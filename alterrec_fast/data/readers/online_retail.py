@@ -11,7 +11,7 @@ from ..sessions import DataError
 from .files import listing, need_folder
 from .raw import Options, Raw
 from .tables import Table, choose_text, column_names, read_sheets, read_table, with_ids
-from .values import clean_text, parse_times, shown
+from .values import Times, clean_text, shown
 
 _NAMES = ("InvoiceNo", "StockCode", "Description", "Quantity", "InvoiceDate", "UnitPrice")
 _NAMES_II = ("Invoice", "StockCode", "Description", "Quantity", "InvoiceDate", "Price")
@@ -39,7 +39,7 @@ def read(path: Path, options: Options) -> Raw:
     titles = _titles(frame)
     interactions = frame.unique(["session_id", "item_id"], keep="first", maintain_order=True)
     left_out["repeats of an item within an invoice"] = len(frame) - len(interactions)
-    return Raw(interactions.drop("title"), titles.select("item_id", *chosen), {"invoice rows": rows}, left_out)
+    return Raw([interactions.drop("title")], titles.select("item_id", *chosen), {"invoice rows": rows}, left_out)
 
 
 def _find(folder: Path) -> Path:
@@ -85,7 +85,7 @@ def _sales(table: Table, left_out: dict[str, int]) -> pl.DataFrame:
         frame = frame.with_columns(values)
     sold = (pl.col("Quantity") > 0) & (pl.col("UnitPrice") > 0)
     frame = _keep(frame, sold, "rows with a quantity or price of zero or less", left_out)
-    times = parse_times(table, frame, "InvoiceDate", [_DATE])
+    times = Times("InvoiceDate", [_DATE]).parse(table, frame)
     return frame.select("session_id", "item_id", times.alias("timestamp"), pl.col("Description").alias("title"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,18 @@ from ..sessions import DataError
 from .delimited import ATOMIC, separator_hint
 from .files import listing, need_folder
 from .raw import Options, Raw
-from .tables import OTHERS, Table, check_splits, choose_text, column_names, need_columns, read_table, with_ids
-from .values import check_ids, clean_text, drop_missing_ids, parse_times, shown
+from .tables import (
+    OTHERS,
+    Rows,
+    Table,
+    choose_text,
+    column_names,
+    need_columns,
+    read_table,
+    table_batches,
+    with_ids,
+)
+from .values import Times, check_ids, clean_text, drop_missing_ids, shown
 from .windows import join_windows
 
 _SPLITS = {"train": "train", "valid": "validation", "test": "test"}
@@ -24,26 +35,39 @@ def read(path: Path, options: Options) -> Raw:
     """Reads `.inter` files in long form (an interaction a row) or sequential (a window and the next item a row).
 
     path: the folder, or one `.inter` file. NAME.train.inter, NAME.valid.inter and NAME.test.inter are splits as given;
-    without NAME.valid.inter its split is left open. The session is ``session_id`` or else ``user_id``. Text columns:
-    the token and token_seq columns of NAME.item by default. Raises DataError naming file and line.
+    without NAME.valid.inter its split is left open; with options.leave_one_out they are one, in this order. The session
+    is ``session_id`` or else ``user_id``. Text columns: the token and token_seq columns of NAME.item by default. Raises
+    DataError naming file and line.
     """
     files, item_file = _find(path)
-    left_out: dict[str, int] = {}
-    tables = [
-        _table(file, ("item_id",), ("session_id", "user_id", "timestamp", "item_id_list")) for file in files.values()
-    ]
-    frames = [_interactions(table, left_out) for table in tables]
-    if len({tuple(sorted({"item_id_list", "timestamp"} & set(table.frame.columns))) for table in tables}) > 1:
+    headers = [_header(file) for file in files.values()]
+    if len({tuple(sorted({"item_id_list", "timestamp"} & set(names))) for names in headers}) > 1:
         raise DataError(f"{path}: item_id_list and timestamp must be in all .inter files or in none")
-    if list(files) != [""]:
-        frames = [frame.with_columns(pl.lit(split).alias("split")) for split, frame in zip(files, frames, strict=True)]
-        check_splits(tables, frames)
-        if "validation" not in files:
-            frames[0] = frames[0].with_columns(pl.lit(None, pl.String).alias("split"))
-    frame = drop_missing_ids(pl.concat(frames, how="diagonal_relaxed").drop("row"), left_out)  # those of lists
+    left_out: dict[str, int] = {}
+    read, rows = {"interaction rows": 0}, Rows()
     items = _items(item_file, options)
-    num_rows = sum(len(table.frame) for table in tables)
-    return Raw(frame, items, {"interaction rows": num_rows}, left_out, None if items is None else item_file)
+    return Raw(
+        _batches(files, rows, read, left_out, options.leave_one_out),
+        items,
+        read,
+        left_out,
+        None if items is None else item_file,
+        where=rows.where,
+        left_open="train" if "validation" not in files else None,
+    )
+
+
+def _batches(
+    files: dict[str, Path], rows: Rows, read: dict[str, int], left_out: dict[str, int], leave_one_out: bool
+) -> Iterator[pl.DataFrame]:
+    for split, file in files.items():
+        times = Times("timestamp")
+        for table in _tables(file, ("item_id",), ("session_id", "user_id", "timestamp", "item_id_list")):
+            read["interaction rows"] += len(table.frame)
+            frame = rows.add(table, _interactions(table, times, left_out))
+            if split and not leave_one_out:
+                frame = frame.with_columns(pl.lit(split).alias("split"))
+            yield frame
 
 
 def _find(path: Path) -> tuple[dict[str, Path], Path]:
@@ -72,13 +96,18 @@ def _dataset_name(file: Path) -> str:
     return name if name and split in _SPLITS else stem
 
 
-def _table(file: Path, required: tuple[str, ...], optional: tuple[str, ...]) -> Table:
-    """The table under its bare column names; raises DataError for a header that is not name:type throughout."""
+def _tables(file: Path, required: tuple[str, ...], optional: tuple[str, ...]) -> Iterator[Table]:
+    """The table under its bare column names, in batches, or as a whole where it holds windows; raises DataError for a
+    header that is not name:type throughout."""
     typed = _header(file)
     need_columns(file, list(typed), required, ATOMIC)
-    names = [name for name in (*required, *optional) if name in typed]
-    table = read_table(file, [f"{name}:{typed[name]}" for name in names], layout=ATOMIC, whole=True)
-    return replace(table, frame=table.frame.rename(lambda name: name.rpartition(":")[0]))
+    names = [f"{name}:{typed[name]}" for name in (*required, *optional) if name in typed]
+    if "item_id_list" in typed:
+        batches: Iterable[Table] = [read_table(file, names, layout=ATOMIC, whole=True)]
+    else:
+        batches = table_batches(file, names, layout=ATOMIC, whole=True)
+    for table in batches:
+        yield replace(table, frame=table.frame.rename(lambda name: name.rpartition(":")[0]))
 
 
 def _header(file: Path) -> dict[str, str]:
@@ -92,7 +121,7 @@ def _header(file: Path) -> dict[str, str]:
     return {name.rpartition(":")[0]: name.rpartition(":")[2] for name in header}
 
 
-def _interactions(table: Table, left_out: dict[str, int]) -> pl.DataFrame:
+def _interactions(table: Table, times: Times, left_out: dict[str, int]) -> pl.DataFrame:
     """``session_id``, ``item_id``, ``row`` and, as far as they are there, ``timestamp`` and ``others``."""
     session = next((name for name in ("session_id", "user_id") if name in table.frame.columns), None)
     if session is None:
@@ -100,10 +129,10 @@ def _interactions(table: Table, left_out: dict[str, int]) -> pl.DataFrame:
         raise DataError(f"{table.path}: column session_id or user_id is missing; found {found}")
     frame = with_ids(table, session, "item_id", left_out)
     if "item_id_list" in frame.columns:
-        return join_windows(table, frame)
+        return drop_missing_ids(join_windows(table, frame), left_out)  # the ids in lists
     columns = [name for name in ("session_id", "item_id", "row", OTHERS) if name in frame.columns]
     if "timestamp" in frame.columns:
-        return frame.select(*columns, parse_times(table, frame, "timestamp"))
+        return frame.select(*columns, times.parse(table, frame))
     return frame.select(columns)
 
 
@@ -113,6 +142,8 @@ def _items(file: Path, options: Options) -> pl.DataFrame | None:
         return None
     available = [name for name, kind in _header(file).items() if kind in _TEXT and name != "item_id"]
     chosen = choose_text(file, available, options.text_columns, available)
-    table = _table(file, ("item_id",), tuple(chosen))
-    check_ids(table, table.frame.select("item_id").with_row_index("row"), "item_id")
-    return clean_text(table.frame, chosen)
+    parts = []
+    for table in _tables(file, ("item_id",), tuple(chosen)):
+        check_ids(table, table.frame.select("item_id").with_row_index("row", table.first), "item_id")
+        parts.append(clean_text(table.frame, chosen))
+    return pl.concat(parts)

@@ -6,12 +6,15 @@ the highest, so that a pass costs less than the parser's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
 _QUOTE, _LF, _CR, _BACKSLASH = b'"\n\r\\'
+_BOM = b"\xef\xbb\xbf"
 _CHUNK = 1 << 19
 
 
@@ -45,15 +48,14 @@ class _Chunk:
     ends_inside: bool
 
 
-def scan(data: np.ndarray, separator: str, quoted: bool) -> Scan:
-    """data: (N,) uint8, the file. Memory is bounded by the chunk, not by the file."""
-    first = _first_byte(data)
-    records, ends_inside = 0, False
-    num_lines = int(np.count_nonzero(data[:first] == _LF))
+def scan(blocks: Iterable[bytes], separator: str, quoted: bool) -> Scan:
+    """blocks: the file's bytes, in pieces of any size. Memory is bounded by the pieces, not by the file."""
+    num_lines, blocks = _from_header(blocks)
+    records, ends_inside, last = 0, False, _LF
     proper, escaped, lone_cr = True, False, False
     nul_line: int | None = None
-    for chunk in _chunks(data, first, quoted):
-        content, ends_inside = chunk.near[1:-1].tobytes(), chunk.ends_inside
+    for chunk in _chunks(blocks, quoted):
+        content, ends_inside, last = chunk.near[1:-1].tobytes(), chunk.ends_inside, chunk.near[-2]
         records += chunk.num_ends
         if nul_line is None and b"\0" in content:
             nul_line = 1 + num_lines + content.count(b"\n", 0, content.index(b"\0"))
@@ -65,19 +67,19 @@ def scan(data: np.ndarray, separator: str, quoted: bool) -> Scan:
         if b"\r" in content:
             lone = (chunk.near[1:-1] == _CR) & (chunk.near[2:] != _LF)
             lone_cr = lone_cr or bool((_bits(lone) & ~chunk.inside).any())
-    if len(data) > first and not (data[-1] == _LF and not ends_inside):
+    if ends_inside or last != _LF:
         records += 1  # the last line has no line feed
-        lone_cr = lone_cr or bool(data[-1] == _CR)
+        lone_cr = lone_cr or bool(last == _CR)
     return Scan(records, proper and not ends_inside, escaped, lone_cr, nul_line)
 
 
-def line_of_record(data: np.ndarray, record: int, quoted: bool) -> int:
+def line_of_record(blocks: Iterable[bytes], record: int, quoted: bool) -> int:
     """The line (from 1) on which a record (from 0, the header) starts; the quotes must be proper."""
-    first = _first_byte(data)
-    line = 1 + int(np.count_nonzero(data[:first] == _LF))
+    num_blank, blocks = _from_header(blocks)
+    line = 1 + num_blank
     if record == 0:
         return line
-    for chunk in _chunks(data, first, quoted):
+    for chunk in _chunks(blocks, quoted):
         if record <= chunk.num_ends:
             lines = _bits(chunk.near[1:-1] == _LF)
             end = _positions(lines & ~chunk.inside)[record - 1]
@@ -87,21 +89,43 @@ def line_of_record(data: np.ndarray, record: int, quoted: bool) -> int:
     return line
 
 
-def _chunks(data: np.ndarray, first: int, quoted: bool) -> Iterator[_Chunk]:
+def after_last_record(block: bytes, quoted: bool) -> int:
+    """Where the last record ends of a block that starts with one, its line feed included; 0 where none does."""
+    parity = block.count(b'"') % 2 if quoted else 0
+    stop = len(block)
+    while (end := block.rfind(b"\n", 0, stop)) >= 0:
+        parity ^= block.count(b'"', end, stop) % 2 if quoted else 0
+        if parity == 0:
+            return end + 1
+        stop = end
+    return 0
+
+
+def skip_blank(head: bytes) -> bytes:
+    """The head of a file without a byte order mark and blank lines before the header."""
+    return re.sub(rb"^(\r?\n)+", b"", head.removeprefix(_BOM))
+
+
+def _from_header(blocks: Iterable[bytes]) -> tuple[int, Iterator[bytes]]:
+    """The number of blank lines before the header, and the content from there on."""
+    blocks, head = iter(blocks), b""
+    for block in blocks:
+        head += block
+        if len(skip_blank(head)) > 1:  # a lone carriage return may go on with a line feed
+            break
+    content = skip_blank(head)
+    return head.count(b"\n", 0, len(head) - len(content)), chain([content], blocks)
+
+
+def _chunks(blocks: Iterable[bytes], quoted: bool) -> Iterator[_Chunk]:
     """Before the file and after it stands a line feed."""
     inside = False
-    for start in range(first, len(data), _CHUNK):
-        stop = min(start + _CHUNK, len(data))
-        near = np.full(stop - start + 2, _LF, np.uint8)
-        near[1:-1] = data[start:stop]
-        if start > first:
-            near[0] = data[start - 1]
-        if stop < len(data):
-            near[-1] = data[stop]
+    for surrounded in _surrounded(blocks):
+        near = np.frombuffer(surrounded, np.uint8)
         is_line = near[1:-1] == _LF
         num_lines = num_ends = int(np.count_nonzero(is_line))
-        quotes = inside_bits = np.zeros((stop - start + 63) // 64, np.uint64)
-        if quoted and _QUOTE in near[1:-1].tobytes():
+        quotes = inside_bits = np.zeros((len(is_line) + 63) // 64, np.uint64)
+        if quoted and _QUOTE in surrounded[1:-1]:
             quotes = _bits(near[1:-1] == _QUOTE)
             inside_bits = quotes.copy()
             for shift in (1, 2, 4, 8, 16, 32):  # each bit becomes the parity of those up to it
@@ -114,6 +138,20 @@ def _chunks(data: np.ndarray, first: int, quoted: bool) -> Iterator[_Chunk]:
         elif inside:
             inside_bits, num_ends = ~inside_bits, 0
         yield _Chunk(near, quotes, inside_bits, num_lines, num_ends, inside)
+
+
+def _surrounded(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Pieces of _CHUNK bytes, each with the byte before it and the one after it."""
+    before, rest = b"\n", b""
+    for block in blocks:
+        rest, start = rest + block, 0
+        while len(rest) - start > _CHUNK:
+            yield before + rest[start : start + _CHUNK + 1]
+            start += _CHUNK
+            before = rest[start - 1 : start]
+        rest = rest[start:]
+    if rest:
+        yield before + rest + b"\n"
 
 
 def _are_proper(chunk: _Chunk, separator: int) -> bool:
@@ -143,16 +181,3 @@ def _num_bits(bits: np.ndarray) -> int:
     four = (two & np.uint64(0x3333_3333_3333_3333)) + (two >> np.uint64(2) & np.uint64(0x3333_3333_3333_3333))
     eight = four + (four >> np.uint64(4)) & np.uint64(0x0F0F_0F0F_0F0F_0F0F)
     return int(eight.view(np.uint8).sum(dtype=np.int64))
-
-
-def _first_byte(data: np.ndarray) -> int:
-    """Where the header starts, after a byte order mark and blank lines."""
-    first = 3 if bytes(data[:3]) == b"\xef\xbb\xbf" else 0
-    while first < len(data):
-        if data[first] == _LF:
-            first += 1
-        elif bytes(data[first : first + 2]) == b"\r\n":
-            first += 2
-        else:
-            break
-    return first

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 
 from ..sessions import SPLITS, DataError
-from . import sheets
-from .delimited import CSV, MAX_COLUMNS, Layout, header, line_of, read_delimited, separator_hint
+from . import json_lines, sheets
+from .delimited import CSV, MAX_COLUMNS, Layout, header, line_of, read_batches, separator_hint
 from .files import check_unpacked, need_regular
 from .values import drop_missing_ids, shown
 
 # a panic, which is no Exception, is how polars meets some damaged files
 _PARQUET_ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
-OTHERS = "others"  # the column of the interactions that holds all columns with no meaning of their own
+OTHERS = "others"  # the column of the interactions that holds a hash of all columns with no meaning of their own
+_BATCH_VALUES, _MIN_BATCH = 1 << 22, 1 << 10  # of a Parquet file: values, and rows at least
 
 
 @dataclass(frozen=True)
 class Table:
-    """One table as read. frame: the columns asked for, in the file's row order; text files and Excel give Strings.
+    """A table, or a batch of its rows. frame: the columns asked for, in the file's row order; text files and Excel give
+    Strings.
 
-    others: the columns that nobody asked for, which tell repeated rows from rows that only look alike.
+    others: the columns that nobody asked for, which tell repeated rows from rows that only look alike. first: the
+    number of the first row in its file, from 0. rows_of: as in json_lines.batches.
     """
 
     path: Path
@@ -32,16 +34,19 @@ class Table:
     layout: Layout = CSV
     sheet: str | None = None
     others: pl.DataFrame = field(default_factory=pl.DataFrame)
-    lines: np.ndarray | None = None
+    first: int = 0
+    rows_of: Sequence[str] = ()
 
     def where(self, row: int) -> str:
-        """The place of row (from 0) in words: a line of a text file, a row of a Parquet file or of a sheet."""
+        """The place of the file's row (from 0) in words: a line of a text file, a row of a Parquet file or a sheet."""
         if self.sheet is not None:
             return f"{self.path}, sheet {self.sheet!r}, row {row + 2}"
         if self.path.suffix == ".parquet":
             return f"{self.path}, row {row + 1}"
-        line = line_of(self.path, row, self.layout) if self.lines is None else self.lines[row + 1]
-        return f"{self.path}, line {line}"
+        if json_lines.is_json_lines(self.path):
+            columns = [*self.frame.columns, *self.others.columns]
+            return f"{self.path}, line {json_lines.line_of(self.path, row, columns, self.rows_of)}"
+        return f"{self.path}, line {line_of(self.path, row, self.layout)}"
 
     def ids(self, column: str) -> pl.Series:
         """The column as String; raises DataError for a type that would not keep ids as they are, such as floats."""
@@ -55,14 +60,36 @@ class Table:
         raise DataError(f"{self.path}, column {column}: ids must be strings or integers, found {values.dtype}")
 
 
+class Rows:
+    """Numbers the rows of several tables on, and finds their places."""
+
+    def __init__(self) -> None:
+        self._tables: list[tuple[int, Table]] = []  # a file's first row among all, and its first batch
+        self._count = 0
+
+    def add(self, table: Table, frame: pl.DataFrame) -> pl.DataFrame:
+        """frame, rows of the table numbered by ``row``, under the numbers that they have among all tables."""
+        if table.first == 0:
+            self._tables.append((self._count, table))
+        start = self._tables[-1][0]
+        self._count = start + table.first + len(table.frame)
+        return frame.with_columns(pl.col("row").cast(pl.Int64) + start)
+
+    def where(self, row: int) -> str:
+        start, table = next((start, table) for start, table in reversed(self._tables) if start <= row)
+        return table.where(row - start)
+
+
 def column_names(path: Path, layout: Layout = CSV) -> list[str]:
-    """The column names of a text or Parquet file; raises DataError for one that is empty or cannot be read."""
+    """The column names of a file; raises DataError for one that is empty or cannot be read."""
+    if json_lines.is_json_lines(path):
+        return json_lines.names(path)
     return _parquet_names(path) if path.suffix == ".parquet" else header(path, layout)
 
 
-def text_columns(path: Path) -> list[str]:
+def text_columns(path: Path, layout: Layout = CSV) -> list[str]:
     """The columns of an item table that may be text: all but ``item_id`` and the index that pandas writes."""
-    names = [name for name in column_names(path) if name != "item_id"]
+    names = [name for name in column_names(path, layout) if name != "item_id"]
     return [name for name in names if name.strip() and not name.startswith(("Unnamed: ", "__index_level_"))]
 
 
@@ -73,15 +100,35 @@ def read_table(
 
     Raises DataError for missing columns (naming those found), and for what the readers of each kind of file refuse.
     """
+    batches = list(table_batches(path, required, optional, layout, whole))
+    frame, others = pl.concat(batch.frame for batch in batches), pl.concat(batch.others for batch in batches)
+    return replace(batches[0], frame=frame, others=others)
+
+
+def table_batches(
+    path: Path,
+    required: Sequence[str],
+    optional: Sequence[str] = (),
+    layout: Layout = CSV,
+    whole: bool = False,
+    rows_of: Sequence[str] = (),
+) -> Iterator[Table]:
+    """As `read_table`, in batches of bounded size, one at least. rows_of: columns of JSON lines; where one is a list,
+    each of its elements is a row."""
     names = column_names(path, layout)
     need_columns(path, names, required, layout)
     columns = list(dict.fromkeys([*required, *(name for name in optional if name in names)]))
+    wanted = names if whole else columns
+    first = 0
+    frames = read_batches(path, layout)
     if path.suffix == ".parquet":
-        frame, lines = _parquet(path, None if whole else columns), None
-    else:
-        frame, lines = read_delimited(path, layout)
-    others = frame.drop(columns) if whole else pl.DataFrame()
-    return Table(path, frame.select(columns), layout, others=others, lines=lines)
+        frames = _parquet(path, wanted)
+    elif json_lines.is_json_lines(path):
+        frames = (frame for frame, _ in json_lines.batches(path, wanted, rows_of))
+    for frame in frames:
+        others = frame.drop(columns) if whole else pl.DataFrame()
+        yield Table(path, frame.select(columns), layout, others=others, first=first, rows_of=rows_of)
+        first += len(frame)
 
 
 def need_columns(path: Path, names: Sequence[str], required: Sequence[str], layout: Layout = CSV) -> None:
@@ -104,32 +151,19 @@ def read_sheets(path: Path) -> list[Table]:
 
 def with_ids(table: Table, session: str, item: str, left_out: dict[str, int]) -> pl.DataFrame:
     """The table with ``session_id``, ``item_id``, ``row`` (its row in the file) and, if it has other columns,
-    ``others`` (Struct), less the rows that lack an id; raises DataError for values that are surely no ids."""
+    ``others`` (a hash of them), less the rows that lack an id; raises DataError for values that are surely no ids."""
     frame = table.frame.with_columns(table.ids(session).alias("session_id"), table.ids(item).alias("item_id"))
     if table.others.width:
-        frame = frame.with_columns(table.others.to_struct(OTHERS))
-    return drop_missing_ids(frame.with_row_index("row"), left_out, table)
+        frame = frame.with_columns(table.others.select(pl.struct(pl.all()).hash().alias(OTHERS)).to_series())
+    return drop_missing_ids(frame.with_row_index("row", table.first), left_out, table)
 
 
-def check_splits(tables: Sequence[Table], frames: Sequence[pl.DataFrame]) -> None:
-    """Raises DataError where a ``split`` is not one of the three names, or a session has rows in two splits."""
-    for table, frame in zip(tables, frames, strict=True):
-        wrong = frame.filter(~pl.col("split").is_in(SPLITS).fill_null(False))
-        if len(wrong):
-            place, value = table.where(wrong["row"][0]), shown(wrong["split"][0])
-            raise DataError(f"{place}: split is {value}, expected {', '.join(SPLITS)}")
-    columns = [pl.lit(i).alias("table") for i in range(len(frames))]
-    rows = pl.concat(
-        frame.select("session_id", "split", "row", column) for frame, column in zip(frames, columns, strict=True)
-    )
-    torn = rows.filter(pl.col("split") != pl.col("split").first().over("session_id"))
-    if len(torn):
-        session, split, row, table_index = torn.row(0)
-        first = rows.filter(pl.col("session_id") == session)["split"][0]
-        place = tables[table_index].where(row)
-        raise DataError(
-            f"{place}: session {shown(session)} is in split {split} here and in {first} before; expected one"
-        )
+def check_splits(table: Table, frame: pl.DataFrame) -> None:
+    """Raises DataError where a ``split`` is not one of the three names. frame: rows of table, numbered by ``row``."""
+    wrong = frame.filter(~pl.col("split").is_in(SPLITS).fill_null(False))
+    if len(wrong):
+        place, value = table.where(wrong["row"][0]), shown(wrong["split"][0])
+        raise DataError(f"{place}: split is {value}, expected {', '.join(SPLITS)}")
 
 
 def choose_text(
@@ -157,8 +191,12 @@ def _parquet_names(path: Path) -> list[str]:
     return names
 
 
-def _parquet(path: Path, columns: list[str] | None) -> pl.DataFrame:
+def _parquet(path: Path, columns: list[str]) -> Iterator[pl.DataFrame]:
+    size = max(_MIN_BATCH, _BATCH_VALUES // len(columns))
     try:
-        return pl.read_parquet(path, columns=columns, glob=False)
+        scanned = pl.scan_parquet(path, glob=False)
+        empty = scanned.head(0).select(columns).collect()
+        yield from scanned.select(columns).collect_batches(chunk_size=size, maintain_order=True, engine="streaming")
+        yield empty
     except _PARQUET_ERRORS as error:
         raise DataError(f"{path}: not a readable Parquet file ({(str(error) or 'damaged').splitlines()[0]})") from error

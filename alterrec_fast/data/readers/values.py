@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import polars as pl
 
@@ -72,54 +72,106 @@ def check_ids(table: Table, frame: pl.DataFrame, *columns: str) -> None:
                 raise DataError(f"{place}: {column} is {value}, {kind}; expected one id")
 
 
-def parse_times(table: Table, frame: pl.DataFrame, column: str, formats: Sequence[str] = ()) -> pl.Series:
-    """The times of frame (rows of table, numbered by its ``row``) as Int64 or Float64, in an order-keeping unit.
+class Times:
+    """Parses a column of times batch after batch: numbers, or dates, the same throughout.
 
-    Numbers and Parquet's times stay as they are; dates and times in text, ISO or in one of the formats, become
-    microseconds, in UTC where they name no offset. Raises DataError at the first value that is none of these, or is
-    missing, or a whole number that a float among the others would round.
+    Numbers and Parquet's times stay as they are; dates and times in text, ISO or in one of formats, become
+    microseconds, in UTC where they name no offset. only: the one format that text is in.
     """
-    values = frame[column]
-    if values.dtype == pl.String:
-        times = _times_from_text(values, formats)
-    elif values.dtype in (pl.Date, pl.Datetime):
-        times = values.to_physical().cast(pl.Int64)
-    elif values.dtype.is_integer():
-        times = values.cast(pl.Int64, strict=False)
-    elif values.dtype.is_float():
-        times = values.cast(pl.Float64)
-    else:
-        raise DataError(f"{table.path}, column {column}: expected times, found {values.dtype}")
-    if times.dtype == pl.Float64:
-        times = times.to_frame().select(pl.when(pl.col(times.name).is_finite()).then(pl.col(times.name))).to_series()
-    if times.null_count():
-        bad = times.is_null().arg_true()[0]
-        expected = "Unix seconds or a date and time such as 2010-12-01 08:26:00"
-        if str(values[bad]).strip("+- ").isdecimal():
-            expected += ", or 64-bit integers alone: a float would round it"
-        raise DataError(f"{table.where(frame['row'][bad])}: {column} is {shown(values[bad])}, expected {expected}")
-    return times
 
+    def __init__(self, column: str, formats: Sequence[str] = (), only: str | None = None) -> None:
+        self._column, self._formats = column, (only,) if only else (*formats, *_ISO)
+        self._is_text: bool | None = True if only else None
+        self._unit: str | None = None  # of Parquet's times, "" for numbers
+        self._rounded: tuple[Table, int, str] | None = None  # the first whole number that a float would round
+        self._has_floats = False
+        self._largest = 0.0
 
-def _times_from_text(values: pl.Series, formats: Sequence[str]) -> pl.Series:
-    whole = values.cast(pl.Int64, strict=False)
-    if whole.null_count() == 0:
-        return whole
-    numbers = values.cast(pl.Float64, strict=False)
-    is_rounded = values.str.contains(r"^\s*[+-]?\d+\s*$") & (numbers.abs() > 1 << 53)
-    numbers = numbers.set(is_rounded, None)
-    if numbers.null_count() == 0 or numbers[0] is not None:  # the first value says which kind the column is
+    @property
+    def per_second(self) -> float:
+        """How many units of the numbers returned make a second; numbers of Unix time are told apart by their size."""
+        if self._unit:
+            return {"days": 1 / 86_400, "ms": 1e3, "us": 1e6, "ns": 1e9}[self._unit]
+        return next((unit for limit, unit in ((1e11, 1.0), (1e14, 1e3), (1e17, 1e6)) if self._largest < limit), 1e9)
+
+    def parse(self, table: Table, frame: pl.DataFrame) -> pl.Series:
+        """The times of frame (rows of table, numbered by its ``row``) as Int64 or Float64.
+
+        Raises DataError at the first value that is none, or is missing, or a whole number that a float among the
+        others would round.
+        """
+        values = frame[self._column]
+        if len(values) == 0:
+            return pl.Series(self._column, dtype=pl.Int64)
+        unit = ""
+        if values.dtype == pl.String:
+            times = self._from_text(table, frame)
+            unit = "us" if self._is_text else ""
+        elif values.dtype in (pl.Date, pl.Datetime):
+            times = values.to_physical().cast(pl.Int64)
+            unit = values.dtype.time_unit if isinstance(values.dtype, pl.Datetime) else "days"
+        elif values.dtype.is_integer():
+            times = values.cast(pl.Int64, strict=False)
+        elif values.dtype.is_float():
+            times = values.cast(pl.Float64)
+        else:
+            raise DataError(f"{table.path}, column {self._column}: expected times, found {values.dtype}")
+        if times.dtype == pl.Float64:
+            finite = pl.when(pl.col(times.name).is_finite()).then(pl.col(times.name))
+            times = times.to_frame().select(finite).to_series()
+        if times.null_count():
+            bad = times.is_null().arg_true()[0]
+            self._refuse(table, frame["row"][bad], values[bad])
+        if self._unit not in (None, unit):
+            found = f"times of another kind ({unit or 'numbers'}) than in the files before ({self._unit or 'numbers'})"
+            raise DataError(f"{table.path}, column {self._column}: {found}; expected one kind")
+        self._unit = unit
+        self._largest = max(self._largest, float(times.abs().max()))  # type: ignore[arg-type]
+        return times
+
+    def _from_text(self, table: Table, frame: pl.DataFrame) -> pl.Series:
+        values = frame[self._column]
+        if self._is_text:
+            return self._dates(values)
+        whole = values.cast(pl.Int64, strict=False)
+        numbers = whole.cast(pl.Float64) if whole.null_count() == 0 else values.cast(pl.Float64, strict=False)
+        is_rounded = (numbers.abs() > 1 << 53).fill_null(False)
+        if is_rounded.any():
+            is_rounded &= values.str.contains(r"^\s*[+-]?\d+\s*$")
+        if whole.null_count() == 0 and not self._has_floats:
+            if self._rounded is None and is_rounded.any():
+                place = is_rounded.arg_true()[0]
+                self._rounded = table, frame["row"][place], values[place]
+            self._is_text = False
+            return whole
+        numbers = numbers.set(is_rounded, None)
+        if self._is_text is None and numbers.null_count() and numbers[0] is None:  # the first value says the kind
+            self._is_text = True
+            return self._dates(values)
+        if self._rounded is not None:
+            self._refuse(*self._rounded)
+        self._is_text, self._has_floats = False, True
         return numbers
-    text = values.str.replace(r"^(\S{10}) ", "${1}T")
-    times = pl.repeat(None, len(values), dtype=pl.Int64, eager=True)
-    for form in (*formats, *_ISO):
-        source = values if form in formats else text
-        zone = "UTC" if form.endswith("z") else None
-        parsed = source.str.to_datetime(form, time_unit="us", time_zone=zone, strict=False).to_physical()
-        times = times.zip_with(times.is_not_null(), parsed)
-        if times.null_count() == 0:
-            break
-    return times.alias(values.name)
+
+    def _dates(self, values: pl.Series) -> pl.Series:
+        text = values.str.replace(r"^(\S{10}) ", "${1}T")
+        times = pl.repeat(None, len(values), dtype=pl.Int64, eager=True)
+        for form in self._formats:
+            source = text if form in _ISO else values
+            zone = "UTC" if form.endswith("z") else None
+            parsed = source.str.to_datetime(form, time_unit="us", time_zone=zone, strict=False).to_physical()
+            times = times.zip_with(times.is_not_null(), parsed)
+            if times.null_count() == 0:
+                break
+        return times.alias(values.name)
+
+    def _refuse(self, table: Table, row: int, value: object) -> NoReturn:
+        expected = "Unix seconds or a date and time such as 2010-12-01 08:26:00"
+        if self._is_text and len(self._formats) == 1:
+            expected = f"a time in the format {self._formats[0]}"
+        elif str(value).strip("+- ").isdecimal():
+            expected += ", or 64-bit integers alone: a float would round it"
+        raise DataError(f"{table.where(row)}: {self._column} is {shown(value)}, expected {expected}")
 
 
 def clean_text(frame: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:

@@ -78,13 +78,13 @@ def test_damaged_gzip(tmp_path):
     fails(tmp_path, r"interactions\.csv\.gz, line 1: the gzip data ends early or is damaged \(Not a gzipped file")
 
 
-@pytest.mark.parametrize("function", ["scan_parquet", "read_parquet"])
-def test_a_panic_of_polars_is_a_damaged_file(tmp_path, monkeypatch, function):
+@pytest.mark.parametrize(("owner", "function"), [(pl, "scan_parquet"), (pl.LazyFrame, "collect_batches")])
+def test_a_panic_of_polars_is_a_damaged_file(tmp_path, monkeypatch, owner, function):
     def panic(*given, **options):
         raise pl.exceptions.PanicException("called `Result::unwrap()` on an `Err` value")
 
     pl.DataFrame({"session_id": ["s"], "item_id": ["a"], "timestamp": [1]}).write_parquet(
         put(tmp_path / "raw") / "interactions.parquet"
     )
-    monkeypatch.setattr(pl, function, panic)
+    monkeypatch.setattr(owner, function, panic)
     fails(tmp_path, r"interactions\.parquet: not a readable Parquet file \(called")

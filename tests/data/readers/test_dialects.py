@@ -9,12 +9,13 @@ import zlib
 from pathlib import Path
 
 import pandas as pd
+import polars as pl
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from alterrec_fast.data.readers import delimited, scan
-from alterrec_fast.data.readers.delimited import ATOMIC, CSV, read_delimited
+from alterrec_fast.data.readers.delimited import ATOMIC, CSV, read_batches
 from alterrec_fast.data.readers.tables import read_table
 from alterrec_fast.data.sessions import DataError
 
@@ -26,9 +27,20 @@ ESCAPED = (
 
 
 def read(path: Path, content: str | bytes, layout=CSV) -> list[list[str | None]]:
-    """Header and rows, an empty field as ''."""
+    """Header and rows, an empty field as ''; the same in batches of a record or two, or refused the same."""
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    frame = read_delimited(path, layout)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(delimited, "BATCH", 5)
+        try:
+            parts = list(read_batches(path, layout))
+        except DataError as error:
+            message = re.escape(str(error).partition(":")[0].partition(", lines ")[0])
+            with pytest.raises(DataError, match=message):
+                patch.undo()
+                list(read_batches(path, layout))
+            raise
+    frame = pl.concat(read_batches(path, layout))
+    assert pl.concat(parts).equals(frame)
     return [frame.columns, *([value or "" for value in row] for row in frame.rows())]
 
 
@@ -229,5 +241,6 @@ def test_random_text_is_read_as_csv_and_pandas_read_it(tmp_path_factory, text):
 def test_a_parser_that_loses_a_record_is_found_out(tmp_path, monkeypatch):
     parse = delimited._parse
     monkeypatch.setattr(delimited, "_parse", lambda *given, **options: parse(*given, **options)[:-1])
+    (tmp_path / "a.csv").write_text('a,b\n1,"x\ny"\n2,z\n')
     with pytest.raises(DataError, match=r"a\.csv, lines 1 to 4: 2 records, but the parser read 1"):
-        read(tmp_path / "a.csv", 'a,b\n1,"x\ny"\n2,z\n')
+        list(read_batches(tmp_path / "a.csv"))

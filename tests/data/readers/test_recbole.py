@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,7 +98,7 @@ def windows(session: list[str], longest: int, step: int = 1) -> list[str]:
 
 def read_sessions(folder: Path, rows: list[str]) -> dict[str, list[str]]:
     (folder / "d.inter").write_text(WINDOWS + "".join(rows))
-    frame = READERS["recbole"](folder, Options()).interactions
+    frame = pl.concat(READERS["recbole"](folder, Options()).interactions)
     return {
         session: group["item_id"].to_list() for (session,), group in frame.group_by("session_id", maintain_order=True)
     }
