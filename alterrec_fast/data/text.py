@@ -69,9 +69,12 @@ class SentenceEncoder:
     @cached_property
     def _model(self) -> Any:
         from sentence_transformers import SentenceTransformer  # seconds to import, and rarely needed
+        from transformers.utils import logging as transformers_logging
 
         # A folder's or a hub model's own code is never run: sentence-transformers before 6 ran that of a folder.
         options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": self.local}
+        shown = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()  # of the weights, beside that of the texts
         try:
             return SentenceTransformer(self.source, revision=self.revision, **options).eval()
         except Exception as error:  # a foreign or damaged folder meets its parsers in many ways
@@ -80,6 +83,9 @@ class SentenceEncoder:
                 f"text model {self.source}: can't be loaded ({cause}); expected a sentence-transformers model without "
                 "code of its own"
             ) from error
+        finally:
+            if shown:
+                transformers_logging.enable_progress_bar()
 
     def encode(self, texts: list[str], batch_size: int) -> np.ndarray:
         rows = self._model.encode(texts, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
