@@ -2,24 +2,19 @@
 
 using U32 = uint32_t __attribute__((vector_size(64)));
 
-// The first `left` of 16 floats, zeros behind them.
-ALTERREC_INLINE F32 load_some(const float* p, int64_t left) {
-  if (left >= kLanes) return load(p);
-  float x[kLanes] = {};
-  for (int64_t i = 0; i < left; ++i) x[i] = p[i];
-  return load(x);
-}
-
-ALTERREC_INLINE void store_some(float* p, F32 x, int64_t left) {
-  if (left >= kLanes) return store(p, x);
-  for (int64_t i = 0; i < left; ++i) p[i] = x[i];
-}
-
-ALTERREC_INLINE F32 root(F32 x) {
-  float y[kLanes];
-  store(y, x);
-  for (int64_t i = 0; i < kLanes; ++i) y[i] = __builtin_sqrtf(y[i]);
-  return load(y);
+// The sum of f(x[i]) over n numbers; loops over elements the compiler vectorises by itself, sums it must not reorder.
+template <class Function>
+ALTERREC_INLINE float sum_of(const float* x, int64_t n, Function f) {
+  F32 sums[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    sums[0] += f(load(x + i), i);
+    sums[1] += f(load(x + i + kLanes), i + kLanes);
+  }
+  for (; i + kLanes <= n; i += kLanes) sums[0] += f(load(x + i), i);
+  float rest = 0;
+  for (; i < n; ++i) rest += f(splat(x[i]), i)[0];
+  return total(sums[0] + sums[1]) + rest;
 }
 
 struct MeanAndScale {
@@ -27,82 +22,75 @@ struct MeanAndScale {
 };
 
 ALTERREC_INLINE MeanAndScale mean_and_scale(const float* x, int64_t d, float eps) {
-  F32 sum = {};
-  for (int64_t c = 0; c < d; c += kLanes) sum += load_some(x + c, d - c);
-  const float mean = total(sum) / d;
-  F32 squares = {};
-  for (int64_t c = 0; c < d; c += kLanes) {
-    const F32 apart = kLane < (int32_t)(d - c) ? load_some(x + c, d - c) - mean : F32{};
-    squares += apart * apart;
-  }
-  return {mean, 1.0f / __builtin_sqrtf(total(squares) / d + eps)};
+  const float mean = sum_of(x, d, [](F32 value, int64_t) ALTERREC_INLINE_LAMBDA { return value; }) / d;
+  const float squares = sum_of(x, d, [mean](F32 value, int64_t) ALTERREC_INLINE_LAMBDA {
+    const F32 apart = value - mean;
+    return apart * apart;
+  });
+  return {mean, 1.0f / __builtin_sqrtf(squares / d + eps)};
 }
 
 void normalise(const float* x, int64_t d, const RowNorm& norm, float* out) {
-  const auto [mean, scale] = mean_and_scale(x, d, norm.eps);
-  for (int64_t c = 0; c < d; c += kLanes) {
-    const int64_t left = d - c;
-    const F32 y = (load_some(x + c, left) - mean) * scale;
-    store_some(out + c, y * load_some(norm.weight + c, left) + load_some(norm.bias + c, left), left);
-  }
+  const MeanAndScale of = mean_and_scale(x, d, norm.eps);
+  const float mean = of.mean, scale = of.scale;
+  const float *__restrict weight = norm.weight, *__restrict bias = norm.bias;
+  for (int64_t c = 0; c < d; ++c) out[c] = (x[c] - mean) * scale * weight[c] + bias[c];
 }
 
-void normalise_backward(const float* x, int64_t d, const RowNorm& norm, float* g, float* weight_sum, float* bias_sum) {
-  const auto [mean, scale] = mean_and_scale(x, d, norm.eps);
-  F32 along_ones = {}, along_x = {};
-  for (int64_t c = 0; c < d; c += kLanes) {
-    const int64_t left = d - c;
-    const F32 grad = load_some(g + c, left), y = (load_some(x + c, left) - mean) * scale;
-    store_some(weight_sum + c, load_some(weight_sum + c, left) + grad * y, left);
-    store_some(bias_sum + c, load_some(bias_sum + c, left) + grad, left);
-    const F32 weighted = grad * load_some(norm.weight + c, left);  // zero beyond d
-    along_ones += weighted;
-    along_x += weighted * y;
+void normalise_backward(const float* __restrict x, int64_t d, const RowNorm& norm, float* __restrict g,
+                        float* __restrict weight_sum, float* __restrict bias_sum) {
+  const MeanAndScale of = mean_and_scale(x, d, norm.eps);
+  const float mean = of.mean, scale = of.scale;
+  const float* __restrict weight = norm.weight;
+  for (int64_t c = 0; c < d; ++c) {
+    weight_sum[c] += g[c] * ((x[c] - mean) * scale);
+    bias_sum[c] += g[c];
+    g[c] *= weight[c];
   }
-  const float ones = total(along_ones) / d, own = total(along_x) / d;
-  for (int64_t c = 0; c < d; c += kLanes) {
-    const int64_t left = d - c;
-    const F32 y = (load_some(x + c, left) - mean) * scale;
-    const F32 weighted = load_some(g + c, left) * load_some(norm.weight + c, left);
-    store_some(g + c, (weighted - ones - y * own) * scale, left);
-  }
+  const float ones = sum_of(g, d, [](F32 grad, int64_t) ALTERREC_INLINE_LAMBDA { return grad; }) / d;
+  float own = 0;
+  F32 along = {};
+  int64_t c = 0;
+  for (; c + kLanes <= d; c += kLanes) along += load(g + c) * ((load(x + c) - mean) * scale);
+  for (; c < d; ++c) own += g[c] * ((x[c] - mean) * scale);
+  own = (own + total(along)) / d;
+  for (c = 0; c < d; ++c) g[c] = (g[c] - ones - (x[c] - mean) * scale * own) * scale;
 }
 
-void step(const Optimizer& o, int64_t d, const float* g, float* x, float* first, float* second) {
-  const auto gradient = [&](int64_t c, F32 row) ALTERREC_INLINE_LAMBDA {
-    F32 grad = load_some(g + c, d - c) * o.scale;
-    grad = grad > o.clip ? splat(o.clip) : grad;
-    grad = grad < -o.clip ? splat(-o.clip) : grad;
+void step(const Optimizer& optimizer, int64_t d, const float* __restrict g, float* __restrict x, float* __restrict first,
+          float* __restrict second) {
+  const Optimizer o = optimizer;
+  const auto gradient = [&o](float grad, float row) ALTERREC_INLINE_LAMBDA {
+    grad *= o.scale;
+    grad = grad > o.clip ? o.clip : grad;
+    grad = grad < -o.clip ? -o.clip : grad;
     return grad + o.weight_decay * row;
   };
-  if (o.kind == Optimizer::Kind::kRowwiseAdagrad) {
-    F32 squares = {};
-    for (int64_t c = 0; c < d; c += kLanes) {
-      const F32 grad = gradient(c, load_some(x + c, d - c));
-      squares += grad * grad;  // zero beyond d
+  if (o.kind == Optimizer::Kind::kSgd) {
+    for (int64_t c = 0; c < d; ++c) x[c] -= o.step_size * gradient(g[c], x[c]);
+  } else if (o.kind == Optimizer::Kind::kRowwiseAdagrad) {
+    float squares[kLanes] = {};
+    int64_t c = 0;
+    for (; c + kLanes <= d; c += kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const float grad = gradient(g[c + i], x[c + i]);
+        squares[i] += grad * grad;
+      }
     }
-    *first += total(squares) / d;
-  }
-  const float adagrad =
-      o.kind == Optimizer::Kind::kRowwiseAdagrad ? o.step_size / (__builtin_sqrtf(*first) + o.eps) : 0;
-  for (int64_t c = 0; c < d; c += kLanes) {
-    const int64_t left = d - c;
-    F32 row = load_some(x + c, left);
-    const F32 grad = gradient(c, row);
-    if (o.kind == Optimizer::Kind::kSgd) {
-      row -= o.step_size * grad;
-    } else if (o.kind == Optimizer::Kind::kRowwiseAdagrad) {
-      row -= adagrad * grad;
-    } else {
-      F32 m = load_some(first + c, left), v = load_some(second + c, left);
-      m += (grad - m) * o.rest1;
-      v = o.beta2 * v + o.rest2 * grad * grad;
-      store_some(first + c, m, left);
-      store_some(second + c, v, left);
-      const F32 over = o.kind == Optimizer::Kind::kAdam ? root(v) / o.root_correction + o.eps : root(v) + o.eps;
-      row -= o.step_size * m / over;
+    float sum = total(load(squares));
+    for (; c < d; ++c) sum += gradient(g[c], x[c]) * gradient(g[c], x[c]);
+    *first += sum / d;
+    const float rate = o.step_size / (__builtin_sqrtf(*first) + o.eps);
+    for (c = 0; c < d; ++c) x[c] -= rate * gradient(g[c], x[c]);
+  } else {
+    const float root_correction = o.kind == Optimizer::Kind::kAdam ? o.root_correction : 1.0f;
+    for (int64_t c = 0; c < d; ++c) {
+      const float grad = gradient(g[c], x[c]);
+      const float m = first[c] + (grad - first[c]) * o.rest1, v = o.beta2 * second[c] + o.rest2 * grad * grad;
+      first[c] = m;
+      second[c] = v;
+      x[c] -= o.step_size * m / (__builtin_sqrtf(v) / root_correction + o.eps);
     }
-    store_some(x + c, row, left);
   }
 }
 
@@ -113,7 +101,9 @@ void round_at_random(const float* x, int64_t d, uint32_t key, uint16_t* out) {
     draw = (draw ^ (draw >> 16)) * 0x7feb352du;
     draw = (draw ^ (draw >> 15)) * 0x846ca68bu;
     draw = (draw ^ (draw >> 16)) & 0xffffu;
-    const F32 value = load_some(x + c, left);
+    float some[kLanes] = {};
+    for (int64_t i = 0; i < (left < kLanes ? left : kLanes); ++i) some[i] = x[c + i];
+    const F32 value = load(some);
     const U32 bits = (U32)value;
     const I32 finite = ((I32)bits & 0x7f800000) != 0x7f800000;
     const U32 rounded = (bits + draw) >> 16;
