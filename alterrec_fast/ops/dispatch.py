@@ -108,7 +108,7 @@ def why_not_native(tensor: Tensor, op: str) -> str:
         return f"it takes float32, bfloat16 and float16 tensors on CPU or CUDA, got {tensor.dtype} on {tensor.device}"
     if tensor.device.type == "cuda" and op not in library.CUDA_OPS:
         return f"it has no CUDA kernel for {op}" + ("" if library.CUDA_OPS else ", it was built without nvcc")
-    return ""
+    return why_not_gpu(tensor)
 
 
 def why_not_triton(tensor: Tensor) -> str:
@@ -119,7 +119,15 @@ def why_not_triton(tensor: Tensor) -> str:
         return f"it takes CUDA tensors, and CPU tensors only under TRITON_INTERPRET=1, got {tensor.device}"
     if tensor.dtype == torch.float64:
         return f"it takes float32, bfloat16 and float16 tensors, got {tensor.dtype}"
-    return ""
+    return why_not_gpu(tensor)
+
+
+def why_not_gpu(tensor: Tensor) -> str:
+    """Why no kernel runs on this tensor's GPU: they need instructions that came with Ampere; empty where they do."""
+    if tensor.device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        return ""
+    gpu = torch.cuda.get_device_properties(tensor.device.index)  # torch.compile folds it; get_device_capability breaks
+    return "" if gpu.major >= 8 else f"it takes GPUs of sm_80 or later, got {gpu.name}, sm_{gpu.major}{gpu.minor}"
 
 
 def choose_precision(precision: str | None, query: Tensor, catalog: Tensor) -> str:

@@ -40,6 +40,22 @@ def test_sampled_softmax_is_the_extensions_where_it_was_built_with_nvcc(monkeypa
         dispatch.choose_backend("native", CUDA, "sampled_softmax")
 
 
+@pytest.mark.parametrize("engine", ["native", "triton"])
+def test_gpus_before_ampere_have_the_reference(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "NO_EXTENSION", "")
+    monkeypatch.setattr(library, "TRITON", True)
+    monkeypatch.setattr(library, "CUDA_OPS", {"sampled_softmax"})
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    gpu = SimpleNamespace(name="Tesla T4", major=7, minor=5)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    assert dispatch.choose_backend("auto", CUDA, "sampled_softmax") == "reference"
+    with pytest.raises(BackendError, match="takes GPUs of sm_80 or later, got Tesla T4, sm_75"):
+        dispatch.choose_backend(engine, CUDA, "sampled_softmax")
+    gpu.major = 8
+    assert dispatch.choose_backend("auto", CUDA, "sampled_softmax") == "native"
+
+
 @pytest.mark.parametrize(
     "op",
     [
