@@ -20,7 +20,7 @@ from alterrec_fast.errors import AlterRecError, ConfigError, RunError
 from alterrec_fast.extras import needs_train
 from alterrec_fast.files import check_folder, printable
 from alterrec_fast.ops import BackendError
-from alterrec_fast.training.config import METRICS, Variant, demo_settings, from_mapping, read_toml
+from alterrec_fast.training.config import METRICS, VARIANTS, demo_settings, from_mapping, read_toml
 from alterrec_fast.training.evaluate import VIEWS
 
 app = typer.Typer(
@@ -159,7 +159,7 @@ def prepare(
 def train(
     data: Annotated[Path | None, typer.Option(help="folder made by prepare")] = None,
     demo: Annotated[bool, typer.Option("--demo", help="train on a generated shop; needs no data")] = False,
-    variant: Annotated[Variant | None, typer.Option(help="default: alterrec")] = None,
+    variant: Annotated[str | None, typer.Option(help=f"default: alterrec; any of {', '.join(VARIANTS)}")] = None,
     out: Annotated[Path | None, typer.Option(help="run directory; with --demo runs/demo")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings")] = None,
     seed: Annotated[int | None, typer.Option(help="default: 0")] = None,
@@ -171,7 +171,7 @@ def train(
         bool, typer.Option("--resume", help="go on with the run in --out; its settings need not be repeated")
     ] = False,
 ) -> None:
-    """Train one variant; leaves a run directory with checkpoints, metrics.json and report.html."""
+    """Train one system; leaves a run directory with checkpoints, metrics.json and report.html."""
     with _errors("stopped; the same command with --resume goes on from the last checkpoint"):
         from alterrec_fast.run import DEMO_RUN, run_settings, seed_runs, train_seeds
         from alterrec_fast.run import train as train_one

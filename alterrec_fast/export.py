@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from alterrec_fast import files
 from alterrec_fast.errors import MissingExtraError, RunError
-from alterrec_fast.model.networks import Recommender
+from alterrec_fast.model.networks import ItemVectors, Recommender
 from alterrec_fast.model.packing import Packing
 from alterrec_fast.trained import TrainedModel
 
@@ -30,20 +30,21 @@ ITEMS, PROGRAM, ONNX, ABOUT = "items.parquet", "session.pt2", "session.onnx", "e
 class SessionQueries(nn.Module):
     """items (B, L) int64, padded at the end, lengths (B,) int64 -> by view the sessions' queries, (B, d) float32."""
 
-    def __init__(self, recommender: Recommender, catalogs: dict[str, Tensor]):
-        """catalogs: of the recommender, in which the items of a session are looked up."""
+    def __init__(self, recommender: Recommender, vectors: dict[str, ItemVectors]):
+        """vectors: of the recommender, in whose inputs the items of a session are looked up."""
         super().__init__()
         self.recommender = recommender
-        self.views = recommender.views(catalogs)
-        for name, catalog in catalogs.items():
-            self.register_buffer(f"catalog_{name}", catalog)
+        self.views = recommender.views(vectors)
+        for name, of_items in vectors.items():
+            self.register_buffer(f"rows_{name}", of_items.inputs)
 
     def forward(self, items: Tensor, lengths: Tensor) -> dict[str, Tensor]:
         b, length = items.shape
         token = torch.arange(b * length)
         packing = Packing(torch.arange(length).repeat(b), token, token, ((b, length),))
-        catalogs = {name: self.get_buffer(f"catalog_{name}") for name in self.recommender.networks}
-        queries = self.recommender.queries(catalogs, items.flatten(), packing)
+        rows = {name: self.get_buffer(f"rows_{name}") for name in self.recommender.networks}
+        vectors = {name: ItemVectors(inputs, inputs) for name, inputs in rows.items()}  # no catalog is read
+        queries = self.recommender.queries(vectors, items.flatten(), packing)
         last = torch.arange(b) * length + lengths - 1
         return {name: view.query(queries).index_select(0, last) for name, view in self.views.items()}
 
@@ -60,11 +61,11 @@ def export(model: TrainedModel, folder: Path, onnx: bool = False) -> None:
         raise RunError(f"{folder} is not an empty folder; choose another --to")
     files.check_folder(folder)
     with torch.no_grad():
-        catalogs = {name: catalog.cpu() for name, catalog in model.recommender.catalogs().items()}
+        vectors = {name: of_items.cpu() for name, of_items in model.recommender.vectors().items()}
     encoders = [network.items for network in map(model.recommender.network, model.recommender.networks)]
     without_items = copy.deepcopy(model.recommender, {id(encoder): nn.Identity() for encoder in encoders})
-    queries = SessionQueries(without_items.cpu(), catalogs).eval()
-    if onnx and (size := sum(catalog.nbytes for catalog in catalogs.values())) > ONNX_BYTES:
+    queries = SessionQueries(without_items.cpu(), vectors).eval()
+    if onnx and (size := sum(of_items.inputs.nbytes for of_items in vectors.values())) > ONNX_BYTES:
         raise RunError(f"the item vectors take {size:,} bytes, but an ONNX file holds {ONNX_BYTES:,} at most")
     program = _program(queries, model)
     for name, view in queries.views.items():

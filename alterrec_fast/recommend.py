@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from alterrec_fast import files
 from alterrec_fast.errors import DataError
-from alterrec_fast.model.networks import Recommender
+from alterrec_fast.model.networks import ItemVectors, Recommender
 from alterrec_fast.model.packing import Packing
 from alterrec_fast.ops import top_k
 from alterrec_fast.training.config import Config
@@ -39,15 +38,15 @@ class Ranker:
     def __init__(
         self,
         recommender: Recommender,
-        catalogs: dict[str, Tensor],
+        vectors: dict[str, ItemVectors],
         config: Config,
         candidates: np.ndarray | None = None,
     ):
-        """catalogs: of the recommender. candidates: (A,) int64, different rows of the catalog that may be recommended;
+        """vectors: of the recommender. candidates: (A,) int64, different rows of the catalog that may be recommended;
         None: all.
         """
-        self.recommender, self.catalogs, self.config, self.candidates = recommender, catalogs, config, candidates
-        self.view = recommender.views(catalogs)["fused"]
+        self.recommender, self.vectors, self.config, self.candidates = recommender, vectors, config, candidates
+        self.view = recommender.views(vectors)["fused"]
         self.catalog = self.view.catalog
         if candidates is not None:
             self._candidate = np.full(len(self.catalog), -1)  # of each row of the catalog
@@ -66,7 +65,7 @@ class Ranker:
         last = np.cumsum(tokens) - 1
         place = np.arange(last[-1] + 1) + np.repeat(ends - 1 - last, tokens)
         queries = self.recommender.queries(
-            self.catalogs, torch.from_numpy(items[place]).to(device), Packing.of(tokens, device)
+            self.vectors, torch.from_numpy(items[place]).to(device), Packing.of(tokens, device)
         )
         rows = torch.from_numpy(last).to(device)
         query = self.view.query({name: query.index_select(0, rows) for name, query in queries.items()})

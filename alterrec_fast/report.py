@@ -21,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 
 from alterrec_fast.files import printable, write_text
 from alterrec_fast.report_data import Results, Seed, Series, as_json, read_results
+from alterrec_fast.systems import SYSTEMS
 from alterrec_fast.training.config import METRICS, Config
 from alterrec_fast.training.evaluate import VIEWS
 
@@ -29,15 +30,6 @@ VIEW_NAMES = {"fused": "Fused", "id": "ID", "text": "Text"}
 METRIC_NAMES = {"hits": "Hits", "ndcg": "NDCG", "mrr": "MRR"}
 DASH = "\N{EN DASH}"
 MARKERS = {"fused": "o", "id": "s", "text": "^"}  # shape as well as colour tells the views apart
-VARIANTS = {
-    "alterrec": "ID and text networks trained in turn, each against hard negatives that the other one ranks",
-    "alterrec_aug": "ID and text networks trained in turn, on hard negatives and extra positives of the other one",
-    "random": "ID and text networks trained in turn, against uniform negatives",
-    "id_only": "The ID network alone",
-    "text_only": "The text network alone",
-    "nfrec_sum": "Naive fusion: one network on the sum of ID and text embeddings",
-    "nfrec_concat": "Naive fusion: one network on ID and text embeddings side by side",
-}
 
 # Colours by their role. Figures are drawn in the light ones, which then give way to CSS variables of the same names.
 LIGHT = {
@@ -99,7 +91,7 @@ def write_report(run: Path) -> Path:
         metrics=results.metrics,
         headline=results.metrics["test"][results.views[0]],
         deviation=results.metrics.get("test_std"),
-        about=VARIANTS.get(results.variant, ""),
+        about=SYSTEMS[results.variant].about,
         view_names=VIEW_NAMES,
         metric_names={metric: _metric_name(metric) for metric in METRICS},
         facts=_facts(results),
@@ -143,7 +135,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
 
 def _settings(results: Results, run: Path) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:
     """Settings that differ from the default, as (name, value, default), and the others, as (name, value)."""
-    default, values = as_json(Config()), dict(results.seeds[0].config)
+    default, values = as_json(Config(variant=results.variant)), dict(results.seeds[0].config)
     if len(results.seeds) > 1:
         values |= {"seed": [seed.config["seed"] for seed in results.seeds], "out": str(run)}
     changed = [(name, _shown(value), _shown(default[name])) for name, value in values.items() if value != default[name]]
@@ -187,7 +179,7 @@ def _metric_name(metric: str) -> str:
 
 
 def _is_hard(line: dict[str, Any]) -> bool:
-    return bool(line["negatives"] != "uniform")
+    return bool(line["negatives"].startswith("ranks"))
 
 
 # Figures
@@ -345,7 +337,9 @@ def _phases(seed: Seed) -> list[dict[str, Any]]:
     grouped_epochs = groupby(seed.epochs, lambda line: (line["student"], _is_hard(line)))
     for (student, hard), grouped in grouped_epochs:
         lines = list(grouped)
-        phases.append({"student": student, "hard": hard, "first": lines[0]["epoch"], "last": lines[-1]["epoch"]})
+        kind = "Hard" if hard else "Uniform" if lines[0]["negatives"] == "uniform" else "All items as"
+        places = {"first": lines[0]["epoch"], "last": lines[-1]["epoch"]}
+        phases.append({"student": student, "hard": hard, "negatives": kind, **places})
     return phases
 
 

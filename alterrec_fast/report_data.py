@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alterrec_fast.errors import FileError
+from alterrec_fast.systems import SYSTEMS
 from alterrec_fast.training.config import Config, from_mapping, read_toml
 from alterrec_fast.training.evaluate import VIEWS
 from alterrec_fast.training.records import HISTORY, METRICS_FILE, read_history, read_metrics
@@ -57,8 +58,9 @@ class Results:
     @property
     def views(self) -> list[str]:
         """The views to show; where there is only one network, it, and not the fused score that repeats it."""
-        if self.variant in ("id_only", "text_only"):
-            return [self.variant.removesuffix("_only")]
+        parts = SYSTEMS[self.variant].views
+        if len(parts) == 1:
+            return list(parts)
         return [view for view in VIEWS if self.metrics["test"][view] is not None]
 
     def lines(self, value: Callable[[dict[str, Any]], float | None]) -> list[Series]:

@@ -27,6 +27,7 @@ from alterrec_fast.errors import FileError
 from alterrec_fast.errors import RunError as RunError
 from alterrec_fast.model.networks import Recommender
 from alterrec_fast.report import write_report
+from alterrec_fast.systems import SYSTEMS, build
 from alterrec_fast.training import checkpoint
 from alterrec_fast.training.alternate import LAST, Progress, Trainer
 from alterrec_fast.training.config import (
@@ -49,7 +50,6 @@ from alterrec_fast.training.records import (
     write_metrics,
 )
 from alterrec_fast.training.state import State
-from alterrec_fast.training.variants import build, needs_text
 
 if TYPE_CHECKING:
     from alterrec_fast.data.text import TextEncoder
@@ -187,7 +187,7 @@ def _with_text_model(config: Config, run: Path) -> Config:
 
 def _pinned(config: Config) -> Config:
     """The config with the newest revision in the name of a hub's text model."""
-    if not needs_text(config):
+    if not SYSTEMS[config.variant].text:
         return config
     from alterrec_fast.data.text import pin_model
 
@@ -287,7 +287,7 @@ def _write_demo(config: Config) -> None:
 
 def text_encoder(config: Config) -> TextEncoder | None:
     """The text model of the config; its key tells the folder's content, or the hub's revision. None without text."""
-    if not needs_text(config):
+    if not SYSTEMS[config.variant].text:
         return None
     from alterrec_fast.data.text import find_model
 
@@ -307,7 +307,7 @@ def build_networks(config: Config, dataset: Dataset, features: Tensor | None) ->
     """The networks of a config.toml, which may be a stranger's; raises ConfigError where they cannot be built."""
     try:
         return build(config, dataset.num_items, features)
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, ValueError) as error:
         cause = str(error).splitlines()[0] if str(error) else "out of memory"
         raise ConfigError(f"{Path(config.out) / CONFIG}: the networks cannot be built ({cause})") from error
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from torch import Tensor
 
 from alterrec_fast.data.sessions import Dataset
 from alterrec_fast.errors import FileError, RunError
+from alterrec_fast.model.networks import ItemVectors
 from alterrec_fast.recommend import CHUNK, OUTPUT, Ranker, Recommendations, candidates, read_sessions
 from alterrec_fast.run import (
     CONFIG,
@@ -60,9 +60,9 @@ class TrainedModel:
         self.recommender.eval()
 
     @cached_property
-    def _catalogs(self) -> dict[str, Tensor]:
+    def _vectors(self) -> dict[str, ItemVectors]:
         with torch.no_grad():
-            return self.recommender.catalogs()
+            return self.recommender.vectors()
 
     def recommend(
         self,
@@ -139,7 +139,7 @@ class TrainedModel:
 
     def _ranker(self, allow: Iterable[str] | None, exclude: Iterable[str] | None) -> Ranker:
         rows = candidates(self.dataset.items["item_id"], allow, exclude)
-        return Ranker(self.recommender, self._catalogs, self.config, rows)
+        return Ranker(self.recommender, self._vectors, self.config, rows)
 
     def _rows(self, items: Sequence[str]) -> dict[str, int]:
         """The catalog row of each of the items that the catalog has."""

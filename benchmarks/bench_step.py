@@ -95,11 +95,11 @@ def step_error(result: Tensors, truth: Tensors) -> float:
 
 def our_alterrec(case: Case, inputs: Tensors, student: str = "id", precision: str = "fp32") -> Call:
     """`Trainer.step`; its graph is what `alterrec-fast train` does on CUDA, from the batch in host memory on."""
-    from alterrec_fast.training.variants import Epoch
+    from alterrec_fast.systems import Epoch
 
     trainer, batches = _trainer(case, inputs, precision)
     phase = Epoch(5, student, "text" if student == "id" else "id", 2)
-    catalog, network = trainer.teacher_catalog(phase), trainer.recommender.network(student)
+    catalog, network = trainer.teacher(phase), trainer.recommender.network(student)
 
     def run(i: int) -> Tensors:
         losses, _ = trainer.step(phase, batches[i % BATCHES], catalog)
@@ -142,13 +142,13 @@ class PublishedStep:
         self.bounds = bounds
         self.optimizer = torch.optim.Adam(self.student.parameters(), lr=RATE)
         with torch.no_grad():
-            self.teacher_catalog = self.teacher.catalog()
+            self.teacher_catalog = self.teacher.vectors().catalog
 
     def run(self, rows: Tensor, lengths: Tensor, target: Tensor) -> Tensor:
         """rows (T, L), lengths and target (T,) -> the loss; leaves gradients in the student's parameters."""
-        catalog = self.student.catalog()
+        catalog = self.student.vectors().catalog
         query = encode_padded(self.student.session, catalog[rows], lengths)
-        encode_padded(self.other.session, self.other.catalog()[rows], lengths)  # computed and thrown away
+        encode_padded(self.other.session, self.other.vectors().catalog[rows], lengths)  # computed and thrown away
         with torch.no_grad():
             teacher_query = encode_padded(self.teacher.session, self.teacher_catalog[rows], lengths)
         query = query / self.student.temperature

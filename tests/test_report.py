@@ -12,18 +12,18 @@ import pytest
 
 from alterrec_fast.files import write_sealed
 from alterrec_fast.report import DASH, write_report
+from alterrec_fast.systems import SYSTEMS, epochs
 from alterrec_fast.training.config import METRICS, VARIANTS, Config
 from alterrec_fast.training.evaluate import VIEWS
 
 VOID = {"meta", "br", "wbr", "link", "img"}
-PARTS = {"id_only": ("id",), "text_only": ("text",), "nfrec_sum": ()}
 LEVEL = {"fused": 0.34, "id": 0.29, "text": 0.22}
 FACTOR = {"hits@10": 0.76, "hits@20": 1.0, "ndcg@10": 0.46, "ndcg@20": 0.52, "mrr@20": 0.39}
 
 
 def metrics_at(variant: str, quality: float) -> dict[str, Any]:
     """Metrics of every view that the variant has, at a quality of 0 (untrained) to 1."""
-    shown = PARTS.get(variant, ("id", "text"))
+    shown = SYSTEMS[variant].views
     scores = {view: {name: LEVEL[view] * FACTOR[name] * quality for name in METRICS} for view in VIEWS}
     return {view: scores[view] if view == "fused" or view in shown else None for view in VIEWS} | (
         {shown[0]: scores["fused"]} if len(shown) == 1 else {}
@@ -40,13 +40,15 @@ def history_line(variant: str, epoch: int, seed: int) -> dict[str, Any]:
     }
     if epoch == 0:
         return line
-    single = {"id_only": "id", "text_only": "text", "nfrec_sum": "fused", "nfrec_concat": "fused"}
     hard = variant.startswith("alterrec") and epoch > 4
-    student = single.get(variant, "id" if (epoch - 1) % 4 < 2 else "text")
+    students = [epoch.student for epoch in epochs(Config(variant=variant))]
+    student = students[(epoch - 1) % len(students)]
     loss = 3.1 * math.exp(-epoch / 9) + (1.4 if hard else 0.6) + (0.8 if student == "text" else 0) + 0.03 * seed
     line |= {
         "student": student,
-        "negatives": f"ranks 6:1842 of {'text' if student == 'id' else 'id'}" if hard else "uniform",
+        "negatives": f"ranks 6:1842 of {'text' if student == 'id' else 'id'}"
+        if hard
+        else Config(variant=variant).negatives,
         "learning_rate": 1e-3 * 0.1 ** (epoch // 6),
         "loss": loss,
         "seconds": 6.2 + 0.1 * seed,
@@ -201,8 +203,8 @@ def test_seeds_show_mean_and_deviation(tmp_path: Path) -> None:
     for view in VIEWS:
         mean, deviation = (100 * metrics[key][view]["hits@20"] for key in ("test", "test_std"))
         assert f"{mean:.2f} ± {deviation:.2f}" in page.words()
-    for seed, epochs in enumerate((16, 14, 16)):
-        assert f"Seed {seed}: {epochs} epochs" in page.words()
+    for seed, count in enumerate((16, 14, 16)):
+        assert f"Seed {seed}: {count} epochs" in page.words()
     assert "0, 1, 2" in page.text
 
 

@@ -45,6 +45,17 @@ class IdItems(nn.Module):
         self.norm.weight.grad, self.norm.bias.grad = grads
 
 
+class TableItems(nn.Module):
+    """An embedding table as it is, which sessions look up and queries are compared with (SASRec)."""
+
+    def __init__(self, num_items: int, width: int):
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(num_items, width))
+
+    def forward(self) -> Tensor:
+        return self.table  # (V, d)
+
+
 class TextItems(nn.Module):
     """H: an MLP over frozen sentence embeddings (AlterRec, Eq. 1): Linear, ReLU, Dropout, LayerNorm."""
 
@@ -95,61 +106,39 @@ class MeanSession(nn.Module):
         return packing.mean(x)  # (T, d)
 
 
-class TransformerSession(nn.Module):
-    """A causal transformer whose output at each token encodes the prefix that ends there (AlterRec, appendix D)."""
+class GruSession(nn.Module):
+    """A GRU without biases over each session, and a Linear back to the width (GRU4Rec as RecBole builds it)."""
 
-    def __init__(self, width: int, layers: int, heads: int, inner: int, max_length: int, dropout: float):
+    needs_groups = "a GRU goes through groups of sessions"  # the reason why it takes no MaskedPacking
+
+    def __init__(self, width: int, hidden: int, dropout: float):
         super().__init__()
-        self.position = nn.Parameter(torch.empty(max_length, width))
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(width, heads, inner, dropout) for _ in range(layers))
+        self.gru = nn.GRU(width, hidden, bias=False, batch_first=True)
+        self.out = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor, packing: Packing | MaskedPacking) -> Tensor:
-        # A look-up by F.embedding: unlike an index's, its gradient is one kernel on CUDA, with one order of summation.
-        x = self.dropout(x + F.embedding(packing.position, self.position))  # (T, d)
-        for block in self.blocks:
-            x = block(x, packing)
-        return x
-
-
-class Block(nn.Module):
-    """Causal self-attention and a feed-forward layer, each followed by a LayerNorm over the sum with its input."""
-
-    def __init__(self, width: int, heads: int, inner: int, dropout: float):
-        super().__init__()
-        if width % heads:
-            raise ValueError(f"width must be a multiple of heads, got {width} and {heads}")
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.norm_attention = nn.LayerNorm(width)
-        self.up = nn.Linear(width, inner)
-        self.down = nn.Linear(inner, width)
-        self.norm_forward = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, packing: Packing | MaskedPacking) -> Tensor:
-        t, d = x.shape
-        qkv = self.qkv(x).view(t, 3, self.heads, d // self.heads)  # (T, 3, h, d / h)
-        attention = self.out(packing.attend(qkv))
-        x = self.norm_attention(x + self.dropout(attention))
-        vectors: Tensor = self.norm_forward(x + self.dropout(self.down(F.relu(self.up(x)))))
-        return vectors
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        states = [self.gru(part)[0] for part in packing.spread(self.dropout(x))]  # padding follows each session
+        vectors: Tensor = self.out(packing.gather(states))
+        return vectors  # (T, d)
 
 
 def initialise(module: nn.Module, scheme: str, width: int) -> None:
     """ "uniform": every parameter from U(-1/sqrt(d), 1/sqrt(d)), LayerNorms included, as the published code ends up.
-    "xavier": Xavier-normal matrices, zero biases, LayerNorms at the identity.
+    "xavier": Xavier-normal matrices, zero biases, LayerNorms at the identity. "normal": the same with matrices from
+    N(0, 0.02 squared), as BERT has it.
     """
     bound = 1.0 / math.sqrt(width)
     if scheme == "uniform":
         for parameter in module.parameters():
             nn.init.uniform_(parameter, -bound, bound)
-    elif scheme == "xavier":
+    elif scheme in ("xavier", "normal"):
         for name, parameter in module.named_parameters():
-            if parameter.ndim > 1:
+            if parameter.ndim > 1 and scheme == "xavier":
                 nn.init.xavier_normal_(parameter)
+            elif parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.02)
             elif "norm" not in name:
                 nn.init.zeros_(parameter)
     else:
-        raise ValueError(f"init must be 'uniform' or 'xavier', got {scheme!r}")
+        raise ValueError(f"init must be 'uniform', 'xavier' or 'normal', got {scheme!r}")

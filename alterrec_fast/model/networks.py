@@ -4,29 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alterrec_fast.model.packing import MaskedPacking, Packing
 
 
-class Network(nn.Module):
-    """Scores are ``queries @ catalog.T / temperature``; baselines are other item encoders in the same frame."""
+class ItemVectors(NamedTuple):
+    """What an item encoder gives; `inputs` and `catalog` are one tensor where sessions look up what is ranked."""
 
-    def __init__(self, items: nn.Module, session: nn.Module, temperature: float):
+    inputs: Tensor  # (V or more, k), the rows that sessions look up
+    catalog: Tensor  # (V, d), what queries are compared with
+    bias: Tensor | None = None  # (V,), added to each item's score before the temperature
+
+    @property
+    def ranked(self) -> Tensor:
+        """(V, d), or with a bias (V, d + 1): its product with `Network.queries` is the score times the temperature."""
+        return self.catalog if self.bias is None else torch.cat([self.catalog, self.bias.unsqueeze(1)], 1)
+
+    def cpu(self) -> ItemVectors:
+        return ItemVectors(self.inputs.cpu(), self.catalog.cpu(), None if self.bias is None else self.bias.cpu())
+
+
+class Network(nn.Module):
+    """An item encoder, a session encoder and a temperature; scores are ``(query @ catalog.T + bias) / temperature``."""
+
+    def __init__(self, items: nn.Module, session: nn.Module, temperature: float, biased_items: int = 0):
+        """items: gives (V, d) or `ItemVectors`. biased_items: V for a bias of each item, 0 for none."""
         super().__init__()
         self.items, self.session, self.temperature = items, session, temperature
+        self.bias = nn.Parameter(torch.empty(biased_items)) if biased_items else None
 
-    def catalog(self) -> Tensor:
-        """(V, d), a vector for each item."""
-        vectors: Tensor = self.items()
-        return vectors
+    def vectors(self) -> ItemVectors:
+        encoded = self.items()
+        inputs, catalog, _ = encoded if isinstance(encoded, ItemVectors) else (encoded, encoded, None)
+        return ItemVectors(inputs, catalog, self.bias)
 
-    def queries(self, catalog: Tensor, items: Tensor, packing: Packing | MaskedPacking) -> Tensor:
-        """catalog (V, d), items (T,) int64 -> (T, d): for each token the embedding of the prefix that ends there."""
-        encoded: Tensor = self.session(catalog.index_select(0, items), packing)
-        return encoded
+    def queries(self, vectors: ItemVectors, items: Tensor, packing: Packing | MaskedPacking) -> Tensor:
+        """items (T,) int64 -> (T, d), as wide as `vectors.ranked`: for each token the embedding of the prefix that ends
+        there."""
+        encoded: Tensor = self.session(vectors.inputs.index_select(0, items), packing)
+        return encoded if self.bias is None else F.pad(encoded, (0, 1), value=1.0)
 
 
 @dataclass(frozen=True)
@@ -57,35 +78,53 @@ class Recommender(nn.Module):
         assert isinstance(network, Network)
         return network
 
-    def catalogs(self) -> dict[str, Tensor]:
-        return {name: self.network(name).catalog() for name in self.networks}
+    @property
+    def needs_groups(self) -> str:
+        """Why a session encoder takes `Packing` alone; empty where all take `MaskedPacking` as well."""
+        reasons = (getattr(self.network(name).session, "needs_groups", "") for name in self.networks)
+        return next(filter(None, reasons), "")
+
+    def fuse(self, alpha: float) -> None:
+        """Weighs the scores of the ID network with alpha, those of the text network with 1 - alpha."""
+        self.weights = {"id": alpha, "text": 1.0 - alpha}
+
+    def vectors(self) -> dict[str, ItemVectors]:
+        return {name: self.network(name).vectors() for name in self.networks}
 
     def queries(
-        self, catalogs: Mapping[str, Tensor], items: Tensor, packing: Packing | MaskedPacking
+        self, vectors: Mapping[str, ItemVectors], items: Tensor, packing: Packing | MaskedPacking
     ) -> dict[str, Tensor]:
         """Queries (T, d) of each network; see `Network.queries`."""
-        return {name: self.network(name).queries(catalogs[name], items, packing) for name in self.networks}
+        return {name: self.network(name).queries(vectors[name], items, packing) for name in self.networks}
 
-    def views(self, catalogs: Mapping[str, Tensor]) -> dict[str, View]:
+    def views(self, vectors: Mapping[str, ItemVectors]) -> dict[str, View]:
         """ "fused", and where several networks take part or one can be taken apart, each part by its name."""
+        ranked = {name: vectors[name].ranked for name in self.networks}
         parts = tuple((name, self.weights[name] / self.network(name).temperature) for name in self.networks)
-        views = {"fused": View(parts, torch.cat([catalogs[name] for name, _ in parts], 1))}
+        views = {"fused": View(parts, torch.cat(list(ranked.values()), 1))}
         if len(parts) > 1:
-            views |= {part[0]: View((part,), catalogs[part[0]]) for part in parts}
+            views |= {part[0]: View((part,), ranked[part[0]]) for part in parts}
         return views
+
+    def parts(self, query: Tensor, catalog: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """The queries (T, d) and catalogs (V, d) that one network's score is the sum of, by name; none by default."""
+        return {}
 
 
 class NaiveConcat(Recommender):
     """Naive fusion by concatenation: one network whose score is the sum of an ID and a text part (appendix B)."""
 
     def queries(
-        self, catalogs: Mapping[str, Tensor], items: Tensor, packing: Packing | MaskedPacking
+        self, vectors: Mapping[str, ItemVectors], items: Tensor, packing: Packing | MaskedPacking
     ) -> dict[str, Tensor]:
-        whole = super().queries(catalogs, items, packing)
+        whole = super().queries(vectors, items, packing)
         q_id, q_text = whole["fused"].chunk(2, 1)
         return {**whole, "id": q_id, "text": q_text}
 
-    def views(self, catalogs: Mapping[str, Tensor]) -> dict[str, View]:
-        x, h = catalogs["fused"].chunk(2, 1)
+    def views(self, vectors: Mapping[str, ItemVectors]) -> dict[str, View]:
+        x, h = vectors["fused"].catalog.chunk(2, 1)
         weight = 1.0 / self.network("fused").temperature
-        return super().views(catalogs) | {"id": View((("id", weight),), x), "text": View((("text", weight),), h)}
+        return super().views(vectors) | {"id": View((("id", weight),), x), "text": View((("text", weight),), h)}
+
+    def parts(self, query: Tensor, catalog: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        return dict(zip(("id", "text"), zip(query.chunk(2, 1), catalog.chunk(2, 1), strict=True), strict=True))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,15 +48,30 @@ class Packing:
         """P, the slots that are computed, padding included."""
         return self.token.numel()
 
-    def attend(self, qkv: Tensor) -> Tensor:
-        """Causal attention within each session: queries, keys and values (T, 3, h, w) -> (T, h w)."""
+    def attend(self, qkv: Tensor, dropout: float = 0.0) -> Tensor:
+        """Causal attention within each session: queries, keys and values (T, 3, h, w) -> (T, h w).
+
+        dropout: of the probabilities.
+        """
         t, _, heads, width = qkv.shape
         padded = pad_heads(qkv) if qkv.is_cuda else qkv
         mixed = []
         for part in self.spread(padded):
             q, k, v = part.permute(2, 0, 3, 1, 4)  # each (b, h, L, w); padding follows what it could disturb
-            mixed.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=width**-0.5).transpose(1, 2))
+            options: Any = {"is_causal": True, "scale": width**-0.5, "dropout_p": dropout}
+            mixed.append(F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2))
         return self.gather(mixed)[..., :width].reshape(t, heads * width)
+
+    def weigh(self, logits: Tensor, x: Tensor) -> Tensor:
+        """logits (T,), x (T, d) -> (T, d): at each token the sum of its session's tokens up to there, weighed by the
+        softmax of their logits."""
+        sums = []
+        for logit, part in zip(self.spread(logits), self.spread(x), strict=True):
+            length = part.shape[1]
+            past = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+            scores = logit.unsqueeze(1).masked_fill(~past, -torch.inf)  # (b, L, L)
+            sums.append(scores.softmax(2) @ part)
+        return self.gather(sums)
 
     def mean(self, x: Tensor) -> Tensor:
         """x (T, d) -> (T, d): at each token the mean of its session's tokens up to there."""
@@ -116,13 +132,24 @@ class MaskedPacking:
         """T, padding included."""
         return self.position.numel()
 
-    def attend(self, qkv: Tensor) -> Tensor:
-        """Causal attention within each session: queries, keys and values (T, 3, h, w) -> (T, h w)."""
+    def attend(self, qkv: Tensor, dropout: float = 0.0) -> Tensor:
+        """Causal attention within each session: queries, keys and values (T, 3, h, w) -> (T, h w).
+
+        dropout: of the probabilities.
+        """
         t, _, heads, width = qkv.shape
         padded = pad_heads(qkv) if qkv.is_cuda else qkv  # aligned products: a tenth of the encoder's time on an H100
         q, k, v = padded.permute(1, 2, 0, 3)  # each (h, T, w)
         scores = torch.baddbmm(self.bias.expand(heads, t, t), q, k.transpose(1, 2), alpha=width**-0.5)
-        return torch.bmm(scores.softmax(2), v).transpose(0, 1)[..., :width].reshape(t, heads * width)
+        shares = scores.softmax(2)
+        if dropout:
+            shares = F.dropout(shares, dropout)
+        return torch.bmm(shares, v).transpose(0, 1)[..., :width].reshape(t, heads * width)
+
+    def weigh(self, logits: Tensor, x: Tensor) -> Tensor:
+        """logits (T,), x (T, d) -> (T, d): at each token the sum of its session's tokens up to there, weighed by the
+        softmax of their logits."""
+        return (self.bias + logits).softmax(1) @ x
 
     def mean(self, x: Tensor) -> Tensor:
         """x (T, d) -> (T, d): at each token the mean of its session's tokens up to there."""

@@ -27,18 +27,19 @@ from alterrec_fast.data.sessions import SPLITS, DataError, Dataset
 from alterrec_fast.errors import AlterRecError
 from alterrec_fast.errors import DivergedError as DivergedError
 from alterrec_fast.model.encoders import IdItems
-from alterrec_fast.model.networks import Recommender
+from alterrec_fast.model.networks import ItemVectors, Recommender
 from alterrec_fast.model.packing import MaskedPacking, Packing
 from alterrec_fast.ops import RankSlice, rank_slice, slice_cross_entropy
 from alterrec_fast.ops.slices import uses_bits
+from alterrec_fast.systems import SYSTEMS, Epoch, build, epochs
 from alterrec_fast.training import checkpoint, records
-from alterrec_fast.training.config import Config
+from alterrec_fast.training.config import Config, ConfigError
 from alterrec_fast.training.device import Precision, peak_memory, pick_device
 from alterrec_fast.training.evaluate import evaluate, training_counts
+from alterrec_fast.training.optimiser import adam, add_rows, learning_rate, set_rate
 from alterrec_fast.training.records import HISTORY
 from alterrec_fast.training.state import State, check_same_data
 from alterrec_fast.training.steps import GraphedStep, Inputs, StaticBatch, Step, is_padded, side_stream
-from alterrec_fast.training.variants import Epoch, build, epochs
 
 LAST, BEST = "checkpoints/last.safetensors", "checkpoints/best.safetensors"
 
@@ -56,7 +57,9 @@ class Trainer:
                 raise DataError(f"{dataset.path}: the {name} split is empty; a run needs all of {', '.join(SPLITS)}")
         self.config, self.dataset, self.run = config, dataset, run
         self.device = pick_device(config.device)
-        self.precision = Precision(config, self.device)
+        self.precision, self.system = Precision(config, self.device), SYSTEMS[config.variant]
+        if "bf16" in (self.precision.ops, self.precision.encoders):
+            self._refuse("bf16")
         self.bounds = config.slice_bounds(dataset.num_items)
         if config.k2 is not None and config.k2 > dataset.num_items:
             _log.warning("k2 = %d lies beyond the catalog: hard negatives are ranks [%d, %d)", config.k2, *self.bounds)
@@ -67,10 +70,11 @@ class Trainer:
             self.recommender = build(config, dataset.num_items, features).to(self.device)
         # On a GPU batches are padded to one shape, so that a step can be a CUDA graph; elsewhere that gains nothing.
         tokens = most_tokens(dataset.train, config.max_length, config.batch_targets)
-        self.static = StaticBatch(tokens, self.device) if is_padded(tokens, self.device) else None
+        padded = is_padded(tokens, self.device) and not self.recommender.needs_groups
+        self.static = StaticBatch(tokens, self.device) if padded else None
         rates = {"id": config.lr_id, "text": config.lr_text, "fused": config.lr_id}
         self.optimizers = {
-            name: _adam(network, rates[name], config.weight_decay, self.device)
+            name: adam(network, rates[name], config.weight_decay, self.device)
             for name, network in self.recommender.networks.items()
         }
         self._said: set[str] = set()  # warnings, each of which is given once
@@ -99,6 +103,7 @@ class Trainer:
         """Takes up the run's last checkpoint; False where there is none. Raises DataError where data or text model are
         others, FileError where the checkpoint is damaged or was written with other settings.
         """
+        self._refuse("resume")
         file = self.run / LAST
         if not file.exists():
             return False
@@ -118,6 +123,11 @@ class Trainer:
         self.state = replace(state, settings=self.state.settings)
         return True
 
+    def _refuse(self, what: str) -> None:
+        """Raises ConfigError where the system cannot do `what`."""
+        if what in self.system.refuses:
+            raise ConfigError(f"{self.config.variant} does not take {what}: {self.system.refuses[what]}")
+
     def _expected(self, state: State) -> dict[str, Tensor]:
         """Tensors of the names, shapes and dtypes that a checkpoint of this state holds."""
         under_way = state.epoch + (state.step > 0)
@@ -135,8 +145,8 @@ class Trainer:
 
         config, state, (k1, k2) = self.config, self.state, self.bounds
         student = self.recommender.network(epoch.student).train()
-        run_step = self.stepper(epoch, self.teacher_catalog(epoch))
-        rate = self._set_rate(epoch)
+        run_step = self.stepper(epoch, self.teacher(epoch))
+        rate = set_rate(self.optimizers[epoch.student], learning_rate(config, epoch))
         order = np.random.default_rng([config.seed, epoch.number])
         sums = state.sums = state.sums or dict.fromkeys(("loss", "targets", "slots", "seconds"), 0.0)
         # Losses add up on the device and are read only for a checkpoint, so that no step waits for the one before.
@@ -181,7 +191,7 @@ class Trainer:
         return {
             "epoch": epoch.number,
             "student": epoch.student,
-            "negatives": "uniform" if epoch.teacher is None else f"ranks {k1}:{k2} of {epoch.teacher}",
+            "negatives": f"ranks {k1}:{k2} of {epoch.teacher}" if epoch.teacher else config.negatives,
             "learning_rate": rate,
             **{name: sums[name] / total for name in totals},
             "seconds": sums["seconds"],
@@ -189,26 +199,27 @@ class Trainer:
             "padding": sums["slots"] / total,
         }
 
-    def stepper(self, epoch: Epoch, teacher_catalog: Tensor | None) -> Callable[[Batch], tuple[dict[str, Tensor], int]]:
+    def stepper(self, epoch: Epoch, teacher: ItemVectors | None) -> Callable[[Batch], tuple[dict[str, Tensor], int]]:
         """What does a step of this epoch for each batch it is called with, as fast as the device can: on CUDA a graph.
 
-        teacher_catalog: (V, d), what `teacher_catalog` gave for this epoch. It takes a batch and returns the losses by
+        teacher: what `teacher` gave for this epoch. It takes a batch and returns the losses by
         name, valid until its next call, and the token slots that were computed. Calls must come in one stream, which on
         CUDA is not the default one (see `side_stream`).
         """
         if self.static is None:
             if self.device.type == "cuda":
-                self._say_no_graph("batches are too large to be padded; their sums have no fixed order")
+                large = "batches are too large to be padded; their sums have no fixed order"
+                self._say_no_graph(self.recommender.needs_groups or large)
 
             def whole(batch: Batch) -> tuple[dict[str, Tensor], int]:
-                losses, packing = self.step(epoch, batch, teacher_catalog)
+                losses, packing = self.step(epoch, batch, teacher)
                 return losses, packing.slots
 
             return whole
-        static, ranked = self.static, self._ranked(teacher_catalog)
+        static, ranked = self.static, self._ranked(teacher)
 
         def on_static_tensors() -> dict[str, Tensor]:
-            losses = self._gradients(epoch, static.inputs(), teacher_catalog, ranked, steps_table=True)
+            losses = self._gradients(epoch, static.inputs(), teacher, ranked, steps_table=True)
             self.optimizers[epoch.student].step()
             return losses
 
@@ -227,19 +238,19 @@ class Trainer:
         return padded
 
     def step(
-        self, epoch: Epoch, batch: Batch, teacher_catalog: Tensor | None
+        self, epoch: Epoch, batch: Batch, teacher: ItemVectors | None
     ) -> tuple[dict[str, Tensor], Packing | MaskedPacking]:
         """One step of the student's optimiser; takes and returns what `gradients` does."""
-        losses = self.gradients(epoch, batch, teacher_catalog)
+        losses = self.gradients(epoch, batch, teacher)
         self.optimizers[epoch.student].step()
         return losses
 
     def gradients(
-        self, epoch: Epoch, batch: Batch, teacher_catalog: Tensor | None
+        self, epoch: Epoch, batch: Batch, teacher: ItemVectors | None
     ) -> tuple[dict[str, Tensor], Packing | MaskedPacking]:
         """Forward and backward of one batch: gradients are left in the student's parameters.
 
-        teacher_catalog: (V, d), what `teacher_catalog` gave for this epoch. Returns the losses by name, and how the
+        teacher: what `teacher` gave for this epoch. Returns the losses by name, and how the
         batch's tokens were packed.
         """
         if self.static is None:
@@ -247,13 +258,13 @@ class Trainer:
         else:
             self.static.load(batch)
             inputs = self.static.inputs()
-        return self._gradients(epoch, inputs, teacher_catalog, self._ranked(teacher_catalog)), inputs.packing
+        return self._gradients(epoch, inputs, teacher, self._ranked(teacher)), inputs.packing
 
     def _gradients(
         self,
         epoch: Epoch,
         inputs: Inputs,
-        teacher_catalog: Tensor | None,
+        teacher: ItemVectors | None,
         ranked: Tensor | None,
         steps_table: bool = False,
     ) -> dict[str, Tensor]:
@@ -266,17 +277,18 @@ class Trainer:
         if table is not None and not table.can_step():
             table = None
         items, target, packing = inputs.items, inputs.target, inputs.packing
-        neg, positives = self._negatives(epoch, items, packing, teacher_catalog, ranked)
+        neg, positives = self._negatives(epoch, items, packing, teacher, ranked)
         self.optimizers[epoch.student].zero_grad(set_to_none=True)
         with self.precision.of_encoders():
             with torch.set_grad_enabled(table is None):
-                encoded = student.catalog()  # (V, d)
+                encoded = student.vectors()
             # The loss meets leaves, so that the gradient of the rows looked up is added to the catalog's where it lies:
             # autograd would make a second (V, d), of zeros but for these rows, and sum the two.
-            catalog = encoded.detach().requires_grad_()
-            rows = encoded.detach().index_select(0, items).requires_grad_()  # (T, d)
+            catalog = encoded.catalog.detach().requires_grad_()  # (V, d)
+            rows = encoded.inputs.detach().index_select(0, items).requires_grad_()  # (T, k)
             sessions = student.session(rows, packing)  # (T, d)
         query = sessions.detach().requires_grad_()
+        options = {"temperature": student.temperature, **self.precision.op_options()}
         with self.precision.of_ops():
             loss = slice_cross_entropy(
                 query,
@@ -285,25 +297,24 @@ class Trainer:
                 neg,
                 positives=positives,
                 positive_weight=config.positive_weight,
-                temperature=student.temperature,
-                **self.precision.op_options(),
+                bias=student.bias,
+                **options,
             )
             loss.backward()
         losses = {"loss": loss.detach()}
-        if config.variant == "nfrec_concat":
-            with torch.no_grad(), self.precision.of_ops():
-                for part, q, e in zip(("id", "text"), query.chunk(2, 1), catalog.chunk(2, 1), strict=True):
-                    losses[f"loss_{part}"] = slice_cross_entropy(
-                        q, e, target, neg, temperature=student.temperature, **self.precision.op_options()
-                    )
+        with torch.no_grad(), self.precision.of_ops():
+            for part, (q, e) in self.recommender.parts(query, catalog).items():
+                losses[f"loss_{part}"] = slice_cross_entropy(q, e, target, neg, **options)
         with self.precision.of_encoders():
             sessions.backward(query.grad)
             assert catalog.grad is not None and rows.grad is not None
-            grad = add_rows(catalog.grad, items, rows.grad)
-            if table is None:
-                encoded.backward(grad)
+            if encoded.inputs is not encoded.catalog:
+                grad = add_rows(torch.zeros_like(encoded.inputs), items, rows.grad)
+                torch.autograd.backward([encoded.catalog, encoded.inputs], [catalog.grad, grad])
+            elif table is None:
+                encoded.catalog.backward(add_rows(catalog.grad, items, rows.grad))
             else:
-                table.step(grad, self.optimizers[epoch.student])
+                table.step(add_rows(catalog.grad, items, rows.grad), self.optimizers[epoch.student])
         return losses
 
     def _negatives(
@@ -311,34 +322,40 @@ class Trainer:
         epoch: Epoch,
         items: Tensor,
         packing: Packing | MaskedPacking,
-        teacher_catalog: Tensor | None,
+        teacher: ItemVectors | None,
         ranked: Tensor | None = None,
-    ) -> tuple[RankSlice, Tensor | None]:
-        """The batch's negatives, and in alterrec_aug its extra positives (T, p)."""
+    ) -> tuple[RankSlice | None, Tensor | None]:
+        """The batch's negatives, None for all items; and its extra positives (T, p), where the system has them."""
         config, (k1, k2) = self.config, self.bounds
-        if epoch.teacher is None or teacher_catalog is None:
+        if epoch.teacher is None or teacher is None:
+            if config.negatives == "full":
+                return None, None
             return RankSlice.uniform(len(items), self.dataset.num_items, k2 - k1, device=self.device), None
         with torch.no_grad(), self.precision.of_encoders():
-            query = self.recommender.network(epoch.teacher).queries(teacher_catalog, items, packing)
-        ranked = teacher_catalog if ranked is None else ranked
-        if ranked is not teacher_catalog:
-            query = F.pad(query.to(ranked.dtype), (0, ranked.shape[1] - query.shape[1]))
-        top = min(config.positives, self.dataset.num_items) if config.variant == "alterrec_aug" else 0
+            query = self.recommender.network(epoch.teacher).queries(teacher, items, packing)
+        ranked = teacher.ranked if ranked is None else ranked
+        query = query.to(ranked.dtype)
+        if ranked.shape[1] > query.shape[1]:
+            query = F.pad(query, (0, ranked.shape[1] - query.shape[1]))
+        top = min(config.positives, self.dataset.num_items) if self.system.positives else 0
         with self.precision.of_ops():
             neg = rank_slice(query, ranked, start=k1, stop=k2, top=top, **self.precision.op_options())
         return neg.mix(config.hard_fraction), (neg.top if top else None)
 
-    def _ranked(self, teacher_catalog: Tensor | None) -> Tensor | None:
+    def _ranked(self, teacher: ItemVectors | None) -> Tensor | None:
         """The teacher's catalog as it is ranked: where products are of bf16 on CUDA, rounded once, not at each step,
         and with zeros up to a width of whole 16 bytes."""
-        if teacher_catalog is None or self.precision.ops != "bf16" or teacher_catalog.device.type != "cuda":
-            return teacher_catalog
-        return F.pad(teacher_catalog.bfloat16(), (0, -teacher_catalog.shape[1] % 8))
+        if teacher is None:
+            return None
+        if self.precision.ops != "bf16" or teacher.catalog.device.type != "cuda":
+            return teacher.ranked
+        return F.pad(teacher.ranked.bfloat16(), (0, -teacher.ranked.shape[1] % 8))
 
     def _why_no_graph(self, epoch: Epoch) -> str:
         """Why steps of this epoch cannot be captured as a CUDA graph; empty where they can."""
         k1, k2 = self.bounds
-        draws = epoch.teacher is None or self.config.hard_fraction < 1.0
+        uniform = epoch.teacher is None and self.config.negatives == "uniform"
+        draws = uniform or (epoch.teacher is not None and self.config.hard_fraction < 1.0)
         if draws and not uses_bits(self.dataset.num_items, k2 - k1):
             return "random negatives that are kept as ids are as many as chance has it"
         if self.config.backend == "reference":
@@ -350,29 +367,13 @@ class Trainer:
             self._said.add(reason)
             _log.warning("steps run one kernel at a time instead of as a CUDA graph: %s", reason)
 
-    def teacher_catalog(self, epoch: Epoch) -> Tensor | None:
-        """(V, d) of the epoch's teacher in eval mode, None without one."""
+    def teacher(self, epoch: Epoch) -> ItemVectors | None:
+        """The item vectors of the epoch's teacher in eval mode, None without one."""
         if epoch.teacher is None:
             return None
-        teacher = self.recommender.network(epoch.teacher).eval()
+        network = self.recommender.network(epoch.teacher).eval()
         with torch.no_grad(), self.precision.of_encoders():
-            return teacher.catalog()
-
-    def _set_rate(self, epoch: Epoch) -> float:
-        """The learning rate of this epoch: stepped by the epochs that the student has had of its own."""
-        config = self.config
-        start, period = {
-            "id": (config.lr_id, config.lr_step_id),
-            "text": (config.lr_text, config.lr_step_text),
-            "fused": (config.lr_id, config.lr_step_id),
-        }[epoch.student]
-        rate: float = start * config.lr_gamma ** (epoch.own // period)
-        for group in self.optimizers[epoch.student].param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
-        return rate
+            return network.vectors()
 
     def _finish_epoch(self, number: int, line: dict[str, Any], progress: Progress) -> None:
         """Validates, keeps the best, writes history and checkpoint, in an order that a kill at any point forgives."""
@@ -401,22 +402,6 @@ class Trainer:
                     tensors[f"adam.{name}.{key}.{moment}"] = tensor
         state = {**asdict(self.state), "history": records.without_times(self.state.history)}
         checkpoint.save(self.run / LAST, tensors, state)
-
-
-def add_rows(matrix: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
-    """matrix (V, d) with rows (T, d) added in place at ids (T,) int64, which may repeat; every sum has one order."""
-    if matrix.device.type == "cpu":
-        return matrix.index_add_(0, ids, rows)
-    # By a sort of the ids; index_add_ adds by atomics there, in whatever order they come. The public index_put_ is the
-    # same but reads the ids' range first.
-    return torch._index_put_impl_(matrix, [ids], rows, accumulate=True, unsafe=True)
-
-
-def _adam(network: torch.nn.Module, rate: float, weight_decay: float, device: torch.device) -> torch.optim.Adam:
-    """The optimiser of a network; on CUDA its learning rate is a tensor, which graphs read."""
-    cuda = device.type == "cuda"
-    lr = torch.tensor(rate, device=device) if cuda else rate
-    return torch.optim.Adam(network.parameters(), lr, weight_decay=weight_decay, fused=True, capturable=cuda)
 
 
 _CALMER = "training diverged: try lower learning rates or higher temperatures"

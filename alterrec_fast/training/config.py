@@ -9,19 +9,18 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from alterrec_fast import files
 from alterrec_fast.data import DEFAULT_MODEL
 from alterrec_fast.errors import ConfigError as ConfigError
 from alterrec_fast.errors import FileError
+from alterrec_fast.systems import DEFAULTS, SYSTEMS
 
 if TYPE_CHECKING:  # pydantic and tomli_w are of the extra "train"; a Config can be made without them
     from pydantic import ConfigDict
 
-Variant = Literal["alterrec", "alterrec_aug", "random", "id_only", "text_only", "nfrec_sum", "nfrec_concat"]
-VARIANTS: tuple[str, ...] = get_args(Variant)
-
+VARIANTS = tuple(SYSTEMS)
 
 MACHINE = ("backend", "device", "graph", "checkpoint_minutes", "out")  # settings that a resumed run may change
 EXTENDABLE = ("m_max", "patience")  # settings that a resumed run may raise
@@ -30,6 +29,7 @@ MOST = {
     "width": 1 << 16, "layers": 1 << 10, "inner": 1 << 20, "max_length": 1 << 20, "m_max": 1 << 20,
     "batch_targets": 1 << 30, "eval_targets": 1 << 30, "patience": 1 << 30,
 }  # fmt: skip
+OF_SYSTEM: Any = None  # what is left at it is the system's own default: `System.defaults`
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Config:
     data: str = ""  # folder made by `prepare`; empty with demo
     demo: bool = False  # train on the generated shop
     out: str = ""  # run directory; "runs/demo" with demo
-    variant: Variant = "alterrec"
+    variant: str = "alterrec"  # one of VARIANTS
     seed: int = 0
 
     # Text.
@@ -52,20 +52,23 @@ class Config:
     width: int = 300  # d
     layers: int = 2
     heads: int = 2
-    inner: int = 0  # feed-forward width of a transformer block; 0: 4 * width
+    block: Literal["post", "pre", "ligr"] = OF_SYSTEM  # of transformers: where LayerNorms stand; LiGR has gates
+    inner: int = OF_SYSTEM  # feed-forward width of a block, of a GRU its hidden width; 0: 4 * width, of a GRU 2 * width
     max_length: int = 50  # sessions are cut to their last items
-    dropout: float = 0.1
-    init: Literal["uniform", "xavier"] = "uniform"
-    id_session: Literal["transformer", "mean"] = "transformer"
-    text_session: Literal["transformer", "mean"] = "transformer"
-    temperature_id: float = 1.0
+    dropout: float = OF_SYSTEM
+    init: Literal["uniform", "xavier", "normal"] = OF_SYSTEM
+    id_session: Literal["transformer", "gru", "mean"] = "transformer"
+    text_session: Literal["transformer", "gru", "mean"] = "transformer"
+    item_bias: bool = False  # a trained bias of each item in the scores of the network that has the ID table
+    temperature_id: float = OF_SYSTEM
     temperature_text: float = 0.07
-    temperature_fusion: float = 1.0  # of nfrec_sum and nfrec_concat
+    temperature_fusion: float = 1.0  # of a single network of IDs and text
 
     # Alternate training (Algorithm 1). Epochs are passes over all training targets by one network.
     m_random: int = 2
     m_gap: int = 2
     m_max: int = 30
+    negatives: Literal["full", "uniform"] = OF_SYSTEM  # of epochs without a teacher: all items, or k2 - k1 drawn
     k1: int | None = None  # hard negatives are ranks [k1, k2); None: by the size of the catalog, see slice_bounds
     k2: int | None = None
     positives: int = 5  # ranks [0, p) join as positives in alterrec_aug (p)
@@ -77,7 +80,7 @@ class Config:
     batch_targets: int = 512
     lr_id: float = 1e-3
     lr_text: float = 1e-3
-    lr_gamma: float = 0.1
+    lr_gamma: float = OF_SYSTEM  # 1: a constant learning rate
     lr_step_id: int = 2
     lr_step_text: int = 5
     weight_decay: float = 0.0
@@ -97,6 +100,12 @@ class Config:
     checkpoint_minutes: float = 10.0  # a checkpoint is written at every epoch's end, and within long epochs this often
 
     def __post_init__(self) -> None:
+        if self.variant not in SYSTEMS:
+            raise ConfigError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
+        system = SYSTEMS[self.variant]
+        for name, value in (DEFAULTS | dict(system.defaults)).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         positive = ("width", "layers", "heads", "m_gap", "batch_targets", "eval_targets", "temperature_id",
                     "temperature_text", "temperature_fusion", "lr_id", "lr_text", "lr_step_id", "lr_step_text",
                     "patience", "checkpoint_minutes")  # fmt: skip
@@ -121,8 +130,9 @@ class Config:
             raise ConfigError(f"max_length must be at least 2 (an item and its target), got {self.max_length}")
         if self.width % self.heads:
             raise ConfigError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
-        if self.m_max < max(1, 2 * self.m_random):
-            least = f"2 * m_random = {2 * self.m_random} (m_random may be lowered)" if self.m_random else "1"
+        warm = 2 * self.m_random if system.alternates else 0
+        if self.m_max < max(1, warm):
+            least = f"2 * m_random = {warm} (m_random may be lowered)" if warm else "1"
             raise ConfigError(f"m_max must be at least {least}, got {self.m_max}")
         if (self.k1 is None) != (self.k2 is None):
             raise ConfigError(f"k1 and k2 go together, got {self.k1} and {self.k2}")
@@ -168,7 +178,12 @@ class Config:
                 )
 
     def replace(self, **changes: Any) -> Config:
-        return from_mapping({**dataclasses.asdict(self), **changes}, "settings")
+        """The config with these settings changed; with another variant, defaults of the old one give way to its own."""
+        values = dataclasses.asdict(self)
+        if changes.get("variant", self.variant) != self.variant:
+            former = DEFAULTS | dict(SYSTEMS[self.variant].defaults)
+            values = {name: value for name, value in values.items() if name not in former or value != former[name]}
+        return from_mapping({**values, **changes}, "settings")
 
     def to_toml(self) -> str:
         """TOML of every field; None, which TOML lacks, is left out and is the default of the fields that hold it."""

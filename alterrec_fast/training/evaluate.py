@@ -15,6 +15,7 @@ from alterrec_fast.data.sessions import Sessions
 from alterrec_fast.model.networks import Recommender
 from alterrec_fast.model.packing import Packing
 from alterrec_fast.ops import top_k
+from alterrec_fast.systems import SYSTEMS
 from alterrec_fast.training.config import Config
 
 DEPTH = 20  # the deepest rank that a metric looks at
@@ -102,13 +103,13 @@ def evaluate(recommender: Recommender, sessions: Sessions, counts: np.ndarray, c
     """Every view of the recommender on one split; the recommender is left in eval mode."""
     recommender.eval()
     with torch.no_grad():
-        catalogs = recommender.catalogs()
-        views = recommender.views(catalogs)
+        vectors = recommender.vectors()
+        views = recommender.views(vectors)
         device = views["fused"].catalog.device
 
         def rank(batch: Batch) -> dict[str, Tensor]:
             packing = Packing.of(batch.lengths, device)
-            queries = recommender.queries(catalogs, torch.from_numpy(batch.items).to(device), packing)
+            queries = recommender.queries(vectors, torch.from_numpy(batch.items).to(device), packing)
             out = {}
             for name, view in views.items():
                 depth = min(DEPTH, view.catalog.shape[0])
@@ -116,6 +117,6 @@ def evaluate(recommender: Recommender, sessions: Sessions, counts: np.ndarray, c
             return out
 
         result = measure(rank, sessions, counts, config.group_edges, config.max_length, config.eval_targets)
-    if config.variant in ("id_only", "text_only"):  # the only part repeats the fused numbers
-        result.hits[config.variant.removesuffix("_only")] = result.hits["fused"]
+    for view in SYSTEMS[config.variant].views:  # of a single network, which repeats the fused numbers
+        result.hits.setdefault(view, result.hits["fused"])
     return result

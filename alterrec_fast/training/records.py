@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from alterrec_fast import files
 from alterrec_fast.errors import FileError
+from alterrec_fast.systems import SYSTEMS
 
 if TYPE_CHECKING:  # schemas.py needs pydantic, of the extra "train"; writing a history does not
     from pydantic import BaseModel
@@ -73,8 +74,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
     metrics = files.read_sealed(path)
     _check(OfSeveral if "seeds" in metrics else OfOne, metrics, str(path))
     variant, test = metrics["variant"], metrics["test"]
-    need = {"id_only": ("id",), "text_only": ("text",), "nfrec_sum": ()}.get(variant, ("id", "text"))
-    if any((test[view] is not None) != (view in need) for view in ("id", "text")):
+    if any((test[view] is not None) != (view in SYSTEMS[variant].views) for view in ("id", "text")):
         raise FileError(f"{path}: the test metrics are not those of {variant}")
     if "seeds" in metrics and metrics["groups"].keys() != metrics["groups_std"].keys():
         raise FileError(f"{path}: groups and groups_std differ in their names")

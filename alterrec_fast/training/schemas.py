@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from alterrec_fast.training.config import METRICS, Variant
+from alterrec_fast.training.config import METRICS, VARIANTS
 
 Measure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -50,7 +50,7 @@ class Untrained(Strict):
 
 class Trained(Untrained):
     student: Literal["id", "text", "fused"]
-    negatives: Annotated[str, Field(pattern=r"^(uniform|ranks \d+:\d+ of (id|text))$")]
+    negatives: Annotated[str, Field(pattern=r"^(full|uniform|ranks \d+:\d+ of (id|text))$")]
     learning_rate: Measure
     loss: Annotated[float, Field(allow_inf_nan=False)]
     loss_id: Annotated[float, Field(allow_inf_nan=False)] | None = None
@@ -61,7 +61,7 @@ class Trained(Untrained):
 
 
 class Metrics(Strict):
-    variant: Variant
+    variant: Annotated[str, Field(pattern=f"^({'|'.join(VARIANTS)})$")]
     items: Annotated[int, Field(ge=1)]
     slice: Bounds
     best_epoch: Measure

@@ -116,9 +116,9 @@ def true_share(model: TrainedModel, shop: Shop) -> float:
     first = np.repeat(batch.items[np.cumsum(batch.lengths) - batch.lengths], batch.lengths)
     time = shop.time(shop.first_test_session + np.repeat(which, batch.lengths))
     with torch.no_grad():
-        catalogs = model.recommender.catalogs()
-        queries = model.recommender.queries(catalogs, torch.from_numpy(batch.items), Packing.of(batch.lengths))
-        items = top_k(queries["text"], catalogs["text"], k=5).indices.numpy()
+        vectors = model.recommender.vectors()
+        queries = model.recommender.queries(vectors, torch.from_numpy(batch.items), Packing.of(batch.lengths))
+        items = top_k(queries["text"], vectors["text"].catalog, k=5).indices.numpy()
     share = np.take_along_axis(shop.next_item_probabilities(batch.items, first, time), items, 1).sum(1)
     return float(share.mean())
 

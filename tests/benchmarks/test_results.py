@@ -15,7 +15,7 @@ from alterrec_fast.benchmarks.harness.report import END, between_marks
 
 from alterrec_fast.data.batches import pack
 from alterrec_fast.data.sessions import Dataset
-from alterrec_fast.training.config import METRICS, VARIANTS
+from alterrec_fast.training.config import METRICS
 from tests.model.test_networks import make_sessions
 
 V = 30
@@ -64,7 +64,6 @@ def test_the_table_names_every_variant_and_says_where_it_falls_short(shop: Datas
     runs = {row.name: [metrics(levels.get(row.name, 0.3)), metrics(levels.get(row.name, 0.3) + 0.02)] for row in ROWS}
     options = argparse.Namespace(width=16, epochs=3, seeds=2, threads=1, jobs=2)
     page = online_retail.results_page(runs, {"markov": dict.fromkeys(METRICS, 0.1)}, shop, options, 5.0)
-    assert {row.variant for row in ROWS} == set(VARIANTS)
     assert all(f"| {row.name} |" in page for row in ROWS)
     assert "| alterrec | 41.00 ± 1.41 |" in page
     assert "alterrec, hits@20 41.00" in page

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from alterrec_fast.data.batches import Batch, pack, plan
 from alterrec_fast.data.sessions import Dataset, Sessions
+from alterrec_fast.systems import Epoch, epochs
 from alterrec_fast.training import checkpoint
 from alterrec_fast.training.alternate import LAST, Trainer
 from alterrec_fast.training.config import VARIANTS, Config
 from alterrec_fast.training.steps import side_stream
-from alterrec_fast.training.variants import Epoch, epochs
 
 CUDA = torch.device("cuda")
 STEPS, WATCHED = 12, 3  # steps that are compared, and the last of them, in which nothing may wait
@@ -64,7 +64,7 @@ def trained(made: Trainer, epoch: Epoch, waits: bool = True) -> list[Tensor]:
     losses = []
     try:
         with side_stream(CUDA):
-            run = made.stepper(epoch, made.teacher_catalog(epoch))
+            run = made.stepper(epoch, made.teacher(epoch))
             for number, batch in enumerate(batches(made, STEPS)):
                 if not waits and number == STEPS - WATCHED:
                     torch.cuda.set_sync_debug_mode("error")
@@ -86,7 +86,7 @@ def test_a_graph_computes_the_same_bits_and_nothing_waits(
         assert all(torch.equal(a, b) for a, b in zip(graphed, eager, strict=True))
     assert "CUDA graph" not in caplog.text  # no capture failed
     made = trainer(shape, data, **settings)
-    catalog, losses = made.teacher_catalog(epoch), []
+    catalog, losses = made.teacher(epoch), []
     made.recommender.network(epoch.student).train()
     for number, batch in enumerate(batches(made, STEPS)):
         torch.manual_seed(number)
@@ -105,13 +105,17 @@ def test_losses_and_gradients_are_those_of_the_cpu(variant: Any) -> None:
         for device in ("cpu", "cuda"):
             same: dict[str, Any] = {"precision": "fp32", "dropout": 0.0, "init": "xavier", "variant": variant}
             made = trainer(shape, data, device=device, **same, **bounds)
-            losses, _ = made.gradients(epoch, batches(made, 1)[0], made.teacher_catalog(epoch))
+            for module in made.recommender.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0  # CORE's own too, which no setting turns off
+            losses, _ = made.gradients(epoch, batches(made, 1)[0], made.teacher(epoch))
             grads = {name: p.grad for name, p in made.recommender.named_parameters() if p.grad is not None}
             results.append({name: x.double().cpu() for name, x in (losses | grads).items()})
         on_cpu, on_gpu = results
         assert on_cpu.keys() == on_gpu.keys()
         for name, exact in on_cpu.items():
-            assert (on_gpu[name] - exact).norm() <= 2e-5 * exact.norm(), (student, teacher, name)
+            limit = 2e-5 * exact.norm() + 1e-7  # CORE has gradients that are zero
+            assert (on_gpu[name] - exact).norm() <= limit, (student, teacher, name)
 
 
 def test_a_run_broken_off_and_resumed_ends_in_the_same_checkpoint(

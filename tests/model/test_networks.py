@@ -13,16 +13,17 @@ from alterrec_fast.data.batches import IGNORED, most_tokens, pack, pad, plan
 from alterrec_fast.data.sessions import Sessions
 from alterrec_fast.model.encoders import (
     ConcatItems,
+    GruSession,
     IdItems,
     MeanSession,
     SumItems,
     TextItems,
-    TransformerSession,
     initialise,
 )
 from alterrec_fast.model.packing import MAX_PADDING, MaskedPacking, Packing, pad_heads
+from alterrec_fast.model.transformer import Style, TransformerSession
+from alterrec_fast.systems import build
 from alterrec_fast.training.config import Config
-from alterrec_fast.training.variants import build
 
 lengths_lists = st.lists(st.integers(1, 12), min_size=1, max_size=30)
 
@@ -64,12 +65,20 @@ def masked(lengths: list[int], padding: int = 0) -> MaskedPacking:
     return MaskedPacking.of(torch.tensor(position), torch.from_numpy(session))
 
 
-@pytest.mark.parametrize("kind", ["mean", "transformer"])
+STYLES = {
+    "transformer": Style(),
+    "gelu": Style(activation="gelu", eps=1e-12, norm_input=True),
+    "pre": Style("pre"),
+    "ligr": Style("ligr"),
+}
+
+
+@pytest.mark.parametrize("kind", ["mean", "transformer", "ligr"])
 @given(lengths=lengths_lists, padding=st.integers(0, 5))
 def test_one_mask_gives_what_groups_give(kind: str, lengths: list[int], padding: int) -> None:
     """Forward and backward, with heads of odd width; padding changes nothing and gets nothing."""
     torch.manual_seed(0)
-    encoder = MeanSession() if kind == "mean" else TransformerSession(10, 2, 2, 16, 12, 0.0)
+    encoder = MeanSession() if kind == "mean" else TransformerSession(10, 2, 2, 16, 12, 0.0, STYLES[kind])
     initialise(encoder, "xavier", 10)
     t, found = sum(lengths), []
     x, weight = torch.randn(t + padding, 10), torch.randn(t, 10)
@@ -85,6 +94,20 @@ def test_one_mask_gives_what_groups_give(kind: str, lengths: list[int], padding:
         )
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["groups", "mask"])
+def test_attention_drops_out_its_probabilities(kind: str) -> None:
+    """With a value of ones in every token, what comes out is the sum of the probabilities that stay, scaled up."""
+    torch.manual_seed(0)
+    lengths = [40] * 20
+    qkv = torch.ones(sum(lengths), 3, 1, 8)
+    packing = Packing.of(np.array(lengths)) if kind == "groups" else masked(lengths)
+    torch.testing.assert_close(packing.attend(qkv), torch.ones(sum(lengths), 8))
+    kept = packing.attend(qkv, 0.5)[:, 0]
+    assert float(kept.mean()) == pytest.approx(1.0, abs=0.1)
+    assert float(kept[:20].std()) > 0.05
+    assert torch.isin(kept[::40], torch.tensor([0.0, 2.0])).all()  # first tokens have one probability alone
 
 
 @pytest.mark.parametrize("width", [1, 7, 8, 150])
@@ -150,10 +173,12 @@ def test_packed_prefixes_equal_padded_ones(kind: str, lengths: list[int], seed: 
             begin += n
 
 
-@pytest.mark.parametrize("kind", ["mean", "transformer"])
+@pytest.mark.parametrize("kind", ["mean", "gru", *STYLES])
 def test_gradients_do_not_leak_through_padding(kind: str) -> None:
     torch.manual_seed(0)
-    encoder = MeanSession() if kind == "mean" else TransformerSession(8, 2, 2, 16, 12, 0.0)
+    encoder: torch.nn.Module = MeanSession() if kind == "mean" else GruSession(8, 12, 0.0)
+    if kind in STYLES:
+        encoder = TransformerSession(8, 2, 2, 16, 12, 0.0, STYLES[kind])
     initialise(encoder, "xavier", 8)
     lengths, x = np.array([11, 12, 10]), torch.randn(33, 8)
     together, alone = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -215,14 +240,14 @@ def test_fused_score_is_the_weighted_sum() -> None:
         config = Config(variant=variant, width=8, alpha=0.3, temperature_text=0.07)
         recommender = build(config, 10, torch.randn(10, 6)).eval()
         with torch.no_grad():
-            catalogs = recommender.catalogs()
-            queries = recommender.queries(catalogs, items, packing)
-            views = recommender.views(catalogs)
+            vectors = recommender.vectors()
+            queries = recommender.queries(vectors, items, packing)
+            views = recommender.views(vectors)
             scores = {name: view.query(queries) @ view.catalog.T for name, view in views.items()}
             assert set(scores) == {"fused", "id", "text"}
             if variant == "alterrec":
-                x = queries["id"] @ catalogs["id"].T
-                h = queries["text"] @ catalogs["text"].T / 0.07
+                x = queries["id"] @ vectors["id"].catalog.T
+                h = queries["text"] @ vectors["text"].catalog.T / 0.07
                 torch.testing.assert_close(scores["fused"], 0.3 * x + 0.7 * h)
             else:
                 torch.testing.assert_close(scores["fused"], scores["id"] + scores["text"])
@@ -270,5 +295,5 @@ def test_uniform_initialisation_covers_every_parameter() -> None:
     for name, parameter in recommender.named_parameters():
         assert parameter.abs().max() <= 1 / 8, name
         assert parameter.std() > 0.01, name
-    with pytest.raises(ValueError, match="'normal'"):
-        initialise(recommender, "normal", 64)
+    with pytest.raises(ValueError, match="'zero'"):
+        initialise(recommender, "zero", 64)

@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from alterrec_fast.data.batches import pack
 from alterrec_fast.data.sessions import Dataset
 from alterrec_fast.ops import dispatch
+from alterrec_fast.systems import Epoch
 from alterrec_fast.training.alternate import Trainer
 from alterrec_fast.training.config import Config
 from alterrec_fast.training.steps import StaticBatch
-from alterrec_fast.training.variants import Epoch
 
 pytest.importorskip("triton")
 META = torch.device("meta")
@@ -98,7 +98,7 @@ def test_a_step_reads_nothing_and_launches_little(
     made = without_memory(shop, tmp_path, variant=variant, hard_fraction=0.5 if variant == "alterrec_aug" else 1.0)
     assert made.static is not None
     epoch = Epoch(5, student, teacher, 0)
-    catalog = made.teacher_catalog(epoch)
+    catalog = made.teacher(epoch)
     made.static.load(pack(shop.train, np.arange(30), 50))
     with recorder:
         losses = made._gradients(epoch, made.static.inputs(), catalog, made._ranked(catalog))

@@ -11,9 +11,9 @@ import torch
 
 from alterrec_fast.data.batches import Batch, pack, plan
 from alterrec_fast.model.packing import Packing
+from alterrec_fast.systems import build
 from alterrec_fast.training.config import Config
 from alterrec_fast.training.evaluate import evaluate, group_names, measure, summarise, training_counts
-from alterrec_fast.training.variants import build
 from tests.model.test_networks import make_sessions
 
 
@@ -74,12 +74,12 @@ def test_evaluate_ranks_each_prefix_as_if_it_were_alone() -> None:
     expected = {view: np.zeros(21, np.int64) for view in ("fused", "id", "text")}
     recommender.eval()
     with torch.no_grad():
-        catalogs = recommender.catalogs()
+        vectors = recommender.vectors()
         for session in (sessions[i][-6:].astype(np.int64) for i in range(len(sessions))):
             for end in range(1, len(session)):
                 prefix, alone = torch.from_numpy(session[:end]), Packing.of(np.array([end]))
-                queries = {name: q[-1] for name, q in recommender.queries(catalogs, prefix, alone).items()}
-                scores = {name: catalogs[name] @ queries[name] for name in ("id", "text")}
+                queries = {name: q[-1] for name, q in recommender.queries(vectors, prefix, alone).items()}
+                scores = {name: vectors[name].catalog @ queries[name] for name in ("id", "text")}
                 scores["fused"] = 0.3 * scores["id"] + 0.7 * scores["text"] / config.temperature_text
                 for view, y in scores.items():
                     expected[view][min(20, int((y > y[session[end]]).sum()))] += 1

@@ -15,10 +15,10 @@ import alterrec_fast as af
 from alterrec_fast.data.batches import Batch, most_tokens, pack
 from alterrec_fast.data.sessions import Dataset
 from alterrec_fast.model.packing import Packing
+from alterrec_fast.systems import Epoch, epochs
 from alterrec_fast.training.alternate import Trainer
 from alterrec_fast.training.config import VARIANTS, Config
 from alterrec_fast.training.steps import MOST_PADDED, GraphedStep, StaticBatch, is_padded
-from alterrec_fast.training.variants import Epoch, epochs
 from tests.training.test_training import history, small
 
 K1, K2, P, BETA, TAU = 3, 90, 2, 0.25, 0.5
@@ -34,7 +34,7 @@ def trainer(shop: Dataset, run: Path, **changes: Any) -> Trainer:
 def step(made: Trainer, epoch: Epoch) -> tuple[Batch, float]:
     """A step on the first 20 sessions, the gradients left in place."""
     batch = pack(made.dataset.train, np.arange(20), 50)
-    losses, _ = made.gradients(epoch, batch, made.teacher_catalog(epoch))
+    losses, _ = made.gradients(epoch, batch, made.teacher(epoch))
     return batch, float(losses["loss"])
 
 
@@ -52,8 +52,8 @@ def test_a_step_is_the_loss_of_the_paper(variant: str, student: str, shop: Datas
     scores = {}
     for name in ("id", "text"):
         network = made.recommender.network(name)
-        catalog = network.catalog()
-        scores[name] = network.queries(catalog, items, Packing.of(batch.lengths)) @ catalog.T
+        vectors = network.vectors()
+        scores[name] = network.queries(vectors, items, Packing.of(batch.lengths)) @ vectors.catalog.T
     ranking = scores["text" if student == "id" else "id"].argsort(descending=True, stable=True)
     y = scores[student] / (TAU if student == "text" else 1.0)
     negative = torch.zeros_like(y, dtype=torch.bool).scatter(1, ranking[:, K1:K2], True)
@@ -77,11 +77,11 @@ def test_hard_fraction_is_the_share_of_the_slice(fraction: float, shop: Dataset,
     epoch = next(epoch for epoch in epochs(made.config) if epoch.teacher)
     batch = pack(shop.train, np.arange(100), 50)
     items, packing = torch.from_numpy(batch.items), Packing.of(batch.lengths)
-    catalog = made.teacher_catalog(epoch)
+    teacher = made.teacher(epoch)
     torch.manual_seed(0)
-    neg, positives = made._negatives(epoch, items, packing, catalog)
+    neg, positives = made._negatives(epoch, items, packing, teacher)
     network = made.recommender.network(epoch.teacher)
-    hard = af.rank_slice(network.queries(catalog, items, packing), catalog, start=K1, stop=K2).mask()
+    hard = af.rank_slice(network.queries(teacher, items, packing), teacher.catalog, start=K1, stop=K2).mask()
     size, rest = K2 - K1, shop.num_items - (K2 - K1)
     assert positives is None
     assert float((neg.mask() & hard).sum(1).double().mean()) == pytest.approx(fraction * size, rel=0.04)
@@ -108,10 +108,10 @@ def test_the_loss_of_naive_concatenation_has_its_parts(shop: Dataset, tmp_path: 
     losses, _ = made.gradients(next(epochs(made.config)), batch, None)
     recommender, target = made.recommender, torch.from_numpy(batch.targets)
     with torch.no_grad():
-        catalogs = recommender.catalogs()
-        queries = recommender.queries(catalogs, torch.from_numpy(batch.items), Packing.of(batch.lengths))
+        vectors = recommender.vectors()
+        queries = recommender.queries(vectors, torch.from_numpy(batch.items), Packing.of(batch.lengths))
         for name, key in (("fused", "loss"), ("id", "loss_id"), ("text", "loss_text")):
-            view = recommender.views(catalogs)[name]
+            view = recommender.views(vectors)[name]
             expected = F.cross_entropy(view.query(queries) @ view.catalog.T, target)  # the slice is the whole catalog
             assert float(losses[key]) == pytest.approx(expected.item(), rel=1e-4)
 
@@ -124,7 +124,7 @@ def on_static_tensors(made: Trainer) -> Trainer:
 
 def plans(variant: str) -> list[tuple[str, str | None]]:
     """(student, teacher) of the kinds of epochs that a variant has."""
-    config = Config(variant=variant)  # type: ignore[arg-type]
+    config = Config(variant=variant)
     return sorted({(epoch.student, epoch.teacher) for epoch in epochs(config)}, key=str)
 
 
@@ -137,17 +137,22 @@ def test_padded_steps_equal_steps(
     """Losses and gradients; without a teacher all items are negatives, since what is drawn depends on the shape."""
     bounds = {"k1": 0, "k2": shop.num_items} if teacher is None else {}
     made = trainer(shop, tmp_path, variant=variant, **bounds)
+    if made.recommender.needs_groups:
+        pytest.skip(made.recommender.needs_groups)
+    for module in made.recommender.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # CORE's own too, which no setting turns off
     epoch, found = Epoch(5, student, teacher, 0), []
     for _ in range(2):
         batch = pack(shop.train, np.arange(30), 50)
-        losses, packing = made.gradients(epoch, batch, made.teacher_catalog(epoch))
+        losses, packing = made.gradients(epoch, batch, made.teacher(epoch))
         grads = {name: p.grad.clone() for name, p in made.recommender.named_parameters() if p.grad is not None}
         found.append(losses | grads)
         made = on_static_tensors(made)
     assert packing.slots > len(batch.items)
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():
-        assert (found[1][name] - value).norm() <= 1e-6 * value.norm(), name
+        assert (found[1][name] - value).norm() <= 1e-6 * value.norm() + 1e-7, name  # CORE has gradients that are zero
 
 
 @pytest.mark.parametrize("variant", ["alterrec_aug", "nfrec_concat"])
