@@ -61,7 +61,7 @@ def export(model: TrainedModel, folder: Path, onnx: bool = False) -> None:
         raise RunError(f"{folder} is not an empty folder; choose another --to")
     files.check_folder(folder)
     with torch.no_grad():
-        vectors = {name: of_items.cpu() for name, of_items in model.recommender.vectors().items()}
+        vectors = {name: of_items.detached() for name, of_items in model.recommender.vectors().items()}
     encoders = [network.items for network in map(model.recommender.network, model.recommender.networks)]
     without_items = copy.deepcopy(model.recommender, {id(encoder): nn.Identity() for encoder in encoders})
     queries = SessionQueries(without_items.cpu(), vectors).eval()

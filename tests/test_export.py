@@ -103,7 +103,7 @@ def test_onnx_gives_the_same_queries(exported: Path, shop: Dataset) -> None:
         np.testing.assert_allclose(queries, expected[name].detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", ["nfrec_concat", "id_only", "core", "fdsa"])
+@pytest.mark.parametrize("variant", ["nfrec_concat", "id_only", "core", "fdsa", "sasrec"])
 def test_other_systems_are_exported_too(variant: str, shop: Dataset, tmp_path: Path) -> None:
     model = trained(shop, tmp_path / "run", variant=variant, m_random=0, m_max=1, id_session="mean")
     assert CliRunner().invoke(app, ["export", str(model.path), "--to", str(tmp_path / "out")]).exit_code == 0

@@ -25,8 +25,11 @@ class ItemVectors(NamedTuple):
         """(V, d), or with a bias (V, d + 1): its product with `Network.queries` is the score times the temperature."""
         return self.catalog if self.bias is None else torch.cat([self.catalog, self.bias.unsqueeze(1)], 1)
 
-    def cpu(self) -> ItemVectors:
-        return ItemVectors(self.inputs.cpu(), self.catalog.cpu(), None if self.bias is None else self.bias.cpu())
+    def detached(self) -> ItemVectors:
+        """On the CPU, without gradients."""
+        inputs, catalog, bias = (None if tensor is None else tensor.detach().cpu() for tensor in self)
+        assert inputs is not None and catalog is not None
+        return ItemVectors(inputs, catalog, bias)
 
 
 class Network(nn.Module):
