@@ -20,6 +20,7 @@ from .scratch import Scratch, scratch
 from .sessions import LAST_ONLY, SPLITS, DataError, Dataset, Sessions, check_place
 
 _EVERYWHERE = ("text_columns", "locale", "test", "leave_one_out")  # options that other sources than generic have
+_NOT_STORED = ("out", "num_items", "text_columns")  # of the summary: Dataset.write knows them
 _SPELLINGS: dict[str, Callable[[pl.Expr], pl.Expr]] = {  # in which two files may write the same ids differently
     "leading zeros": lambda ids: ids.str.replace(r"^0+(.)", "$1"),
     "a decimal point, as in 3.0": lambda ids: ids.str.replace(r"\.0*$", ""),
@@ -122,22 +123,7 @@ def prepare(
     column, for fractions that leave nothing to train on, where out exists without overwrite, and where it holds what
     prepare did not make; ValueError for another catalog.
     """
-    raw, out = Path(raw), Path(out)
-    if source not in READERS:
-        raise DataError(f"no source {source!r}; choose from {', '.join(READERS)}")
-    if source != "amazon-m2" and (locale is not None or test is not None):
-        raise DataError(f"locale and test file are for amazon-m2 alone, source is {source}")
-    if catalog not in ("sessions", "all"):
-        raise ValueError(f"catalog must be 'sessions' or 'all', got {catalog!r}")
-    if session_per not in (None, "day", "user"):
-        raise ValueError(f"session_per must be 'day' or 'user', got {session_per!r}")
-    splitting = Splitting(validation_fraction, test_fraction, test_days, validation_days, leave_one_out)
-    if out.resolve() in (raw.resolve(), *raw.resolve().parents):
-        raise DataError(f"{out}: holds the raw files {raw}, which writing would replace; choose another folder")
-    if session_gap is not None and session_per is not None:
-        raise DataError("sessions end at a gap (--session-gap) or by --session-per, got both")
-    if (session_gap is None and session_per is None) != (user_column is None):
-        raise DataError("sessions of users need --user-column with --session-gap or --session-per")
+    raw, out, filters = Path(raw), Path(out), filters or Filters()
     options = Options(
         text_columns=text_columns,
         locale=locale,
@@ -151,8 +137,13 @@ def prepare(
         time_format=time_format,
         leave_one_out=leave_one_out,
     )
-    if source != "generic" and options != replace(Options(), **{name: getattr(options, name) for name in _EVERYWHERE}):
-        raise DataError(f"columns, formats and users are for generic alone, source is {source}")
+    _check_source(source, options)
+    if catalog not in ("sessions", "all"):
+        raise ValueError(f"catalog must be 'sessions' or 'all', got {catalog!r}")
+    splitting = Splitting(validation_fraction, test_fraction, test_days, validation_days, leave_one_out)
+    if out.resolve() in (raw.resolve(), *raw.resolve().parents):
+        raise DataError(f"{out}: holds the raw files {raw}, which writing would replace; choose another folder")
+    _check_users(user_column, session_gap, session_per)
     check_place(out, overwrite)  # Dataset.write checks too, but only after all the reading
 
     read = READERS[source](raw, options)
@@ -164,7 +155,6 @@ def prepare(
         warnings = _check_match(read, table["item_id"], seen)
         names = pl.concat([table["item_id"], seen]).unique(maintain_order=True)
         coded = code(read, rows, names, Grouping(session_gap, session_per == "day", keep_repeats), space, left_out)
-        filters = filters or Filters()
         if not filters.train_only:
             coded = apply(filters, coded, len(names), space, left_out)
         if len(coded) == 0:
@@ -174,41 +164,46 @@ def prepare(
             coded = apply(filters, coded, len(names), space, left_out)
         if not leave_one_out and not (coded.split == TRAIN).any():
             raise DataError(f"{raw}: no sessions are left for training; {len(coded)} sessions, split {how}")
-        used = np.zeros(len(names), bool)
-        for _, block in coded.blocks():
-            used[block] = True
-        if catalog == "all":
-            used[: len(table)] = True
+        used = _used(coded, len(names), len(table) if catalog == "all" else 0)
         kept = names.to_frame().filter(pl.Series(used)).join(table, on="item_id", how="left", maintain_order="left")
         by_split = _by_split(coded, used, leave_one_out, space)
         if len(by_split["train"]) == 0:
             raise DataError(f"{raw}: no sessions are left for training; {len(coded)} sessions, split {how}")
-        notes = {
-            "items that the item table lacks": int(used[len(table) :].sum()),
-            "items with no text": len(kept)
-            - len(kept.filter(pl.any_horizontal(pl.col(read.text_columns).is_not_null()))),
-            "items in no training session": _num_untrained(by_split["train"], len(kept)),
-        }
         summary = Summary(
             source=source,
             out=str(out),
             split=how,
             read=read.read,
             left_out=left_out,
-            notes=notes,
+            notes=_notes(read, by_split["train"], kept, int(used[len(table) :].sum())),
             sessions={name: len(part) for name, part in by_split.items()},
             interactions={name: len(part.items) for name, part in by_split.items()},
             num_items=len(kept),
             text_columns=read.text_columns,
             warnings=warnings,
         )
-        facts = {
-            key: value for key, value in asdict(summary).items() if key not in ("out", "num_items", "text_columns")
-        }
-        if leave_one_out:
-            facts[LAST_ONLY] = True
+        facts = {key: value for key, value in asdict(summary).items() if key not in _NOT_STORED}
+        facts |= {LAST_ONLY: True} if leave_one_out else {}
         Dataset.write(out, by_split, kept, read.text_columns, {**facts, "raw": str(raw)}, overwrite)
     return summary
+
+
+def _check_source(source: str, options: Options) -> None:
+    if source not in READERS:
+        raise DataError(f"no source {source!r}; choose from {', '.join(READERS)}")
+    if source != "amazon-m2" and (options.locale is not None or options.test is not None):
+        raise DataError(f"locale and test file are for amazon-m2 alone, source is {source}")
+    if source != "generic" and options != replace(Options(), **{name: getattr(options, name) for name in _EVERYWHERE}):
+        raise DataError(f"columns, formats and users are for generic alone, source is {source}")
+
+
+def _check_users(user_column: str | None, session_gap: float | None, session_per: str | None) -> None:
+    if session_per not in (None, "day", "user"):
+        raise ValueError(f"session_per must be 'day' or 'user', got {session_per!r}")
+    if session_gap is not None and session_per is not None:
+        raise DataError("sessions end at a gap (--session-gap) or by --session-per, got both")
+    if (session_gap is None and session_per is None) != (user_column is None):
+        raise DataError("sessions of users need --user-column with --session-gap or --session-per")
 
 
 @contextmanager
@@ -282,6 +277,23 @@ def _gather(rows: np.ndarray, coded: Coded, starts: np.ndarray, offsets: np.ndar
         shift = np.repeat(starts[begin:stop] - offsets[begin:stop], np.diff(offsets[begin : stop + 1]))
         yield rows[coded.items[shift + np.arange(offsets[begin], offsets[stop])]]
         begin = stop
+
+
+def _used(coded: Coded, num_items: int, num_all: int) -> np.ndarray:
+    """(num_items,) whether an item is among the first num_all or in a session."""
+    used = np.arange(num_items) < num_all
+    for _, block in coded.blocks():
+        used[block] = True
+    return used
+
+
+def _notes(read: Raw, train: Sessions, kept: pl.DataFrame, num_lacking: int) -> dict[str, int]:
+    has_text = pl.any_horizontal(pl.col(read.text_columns).is_not_null())
+    return {
+        "items that the item table lacks": num_lacking,
+        "items with no text": len(kept) - len(kept.filter(has_text)),
+        "items in no training session": _num_untrained(train, len(kept)),
+    }
 
 
 def _num_untrained(train: Sessions, num_items: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -73,8 +74,14 @@ def _name(options: Options, role: str) -> str:
 
 
 def _layout(options: Options) -> Layout:
+    try:
+        "".encode(options.encoding)
+    except LookupError as error:
+        raise DataError(f"encoding is {options.encoding!r}, expected one that Python knows, such as latin1") from error
+    if not options.separator or '"' in options.separator or not options.separator.isascii():
+        raise DataError(f"separator is {options.separator!r}, expected one ASCII character or several, no quote")
     quoted = len(options.separator) == 1  # MovieLens separates by :: and quotes nothing
-    return Layout(options.separator, quoted, options.encoding, options.has_header)
+    return Layout(options.separator, quoted, codecs.lookup(options.encoding).name, options.has_header)
 
 
 def _batches(

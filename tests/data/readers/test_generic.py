@@ -76,3 +76,17 @@ def test_paths_are_no_patterns(tmp_path, kind):
     getattr(frame, f"write_{kind}")(put(tmp_path / "raw [1]*") / f"interactions.{kind}")
     _, data = run(tmp_path, raw=tmp_path / "raw [1]*", **NO_HOLDOUT)
     assert ids(data, "train") == [["a", "b"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"encoding": "latin99"}, "encoding is 'latin99', expected one that Python knows"),
+        ({"encoding": "base64"}, "encoding is 'base64'"),
+        ({"separator": ""}, "separator is '', expected one ASCII character or several"),
+        ({"separator": '"'}, "expected one ASCII character or several, no quote"),
+    ],
+)
+def test_encodings_and_separators_that_cannot_be(tmp_path, options, message):
+    put(tmp_path / "raw", interactions__csv=SIX)
+    fails(tmp_path, message, **options)
