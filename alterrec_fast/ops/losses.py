@@ -88,7 +88,7 @@ def finish_loss(
         total: Tensor = (p.target != p.ignore_index).sum().clamp(min=1)
     else:
         total = weights.sum()
-        total = total.masked_fill(total == 0.0, 1.0)
+        total = total.masked_fill(total == 0.0, torch.inf)  # smoothing gives rows without weight a loss
     return rows.sum() / total
 
 

@@ -61,7 +61,11 @@ def sampled_softmax(
     shape = query.shape[:-1]
     if query.ndim == 3:
         query, target, positives = flat_rows(query, target, positives)
-        if isinstance(neg, Tensor) and neg.ndim == 3:
+        if isinstance(neg, Tensor) and neg.ndim > 1:
+            if neg.ndim != 3 or neg.shape[:2] != shape:
+                raise ValueError(
+                    f"neg must be ({shape[0]}, {shape[1]}, n), as the query is, or (n,), got {tuple(neg.shape)}"
+                )
             neg = neg.flatten(0, 1)
     engine = dispatch.choose_backend(backend, query, "sampled_softmax")
     checks.check_matrices(query, catalog, bias, 0, engine)

@@ -204,6 +204,15 @@ def test_weights_count_rows_and_their_mean(form: str) -> None:
     assert call(form, query, catalog, target, weight=torch.zeros(V)) == 0.0
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_mean_over_no_weight_is_0_with_smoothing_too(engine: str) -> None:
+    query, catalog, target = sequences()
+    weight = torch.ones(V).index_fill(0, target[target != -100], 0.0)
+    leaves = [query.requires_grad_(), catalog.requires_grad_()]
+    loss = af.slice_cross_entropy(*leaves, target, weight=weight, label_smoothing=0.1, backend=engine)
+    assert loss == 0.0 and not any(g.any() for g in torch.autograd.grad(loss, leaves))
+
+
 def test_one_graph_under_compile() -> None:
     query, catalog, target = sequences()
     temperature, weight = torch.tensor(0.5, requires_grad=True), draw(7, V).abs()
@@ -241,6 +250,10 @@ def test_errors() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             af.slice_cross_entropy(**{"query": query, "catalog": catalog, "target": target, **options})
+    for shape in ((L, B, 2), (B * L, 2)):  # in the order of no rows, and of rows that are cut otherwise
+        neg_ids = torch.ones(shape, dtype=torch.int64)
+        with pytest.raises(ValueError, match=r"neg must be \(3, 4, n\), as the query is, or \(n,\), got \(\d+, "):
+            af.sampled_softmax(query, catalog, target, neg_ids)
     with pytest.raises(TypeError, match="label_smoothing must be a number, got str 'much'"):
         af.slice_cross_entropy(query, catalog, target, label_smoothing="much")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"query must be 2-D, got shape \(1, 3, 4, 12\)"):
