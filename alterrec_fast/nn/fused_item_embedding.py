@@ -228,13 +228,14 @@ class FusedItemEmbedding(KeepsDtype):
         log_q: Tensor | None = None,
         positives: Tensor | None = None,
         bias: Tensor | None = None,
+        weight: Tensor | None = None,
         ignore_index: int = -100,
         **options: Any,
     ) -> Tensor:
         """`sampled_softmax` over the rows that it touches, which are looked up: memory and update follow their number.
 
         Args:
-            query (B, d), target (B,), neg (B, N) or (N,), log_q, bias (V,), positives (B, P): as in `sampled_softmax`.
+            query, target, neg, positives, log_q (V,), bias (V,), weight (V,): as in `sampled_softmax`.
             options: further ones of `sampled_softmax`, but sparse_grad.
 
         Raises TypeError, ValueError and BackendError as `sampled_softmax` does.
@@ -242,9 +243,9 @@ class FusedItemEmbedding(KeepsDtype):
         for name, ids in (("target", target), ("neg", neg), ("positives", positives)):
             if ids is not None or name != "positives":
                 checks.check_tensor(name, ids)
+        vectors: dict[str, Any] = {"log_q": log_q, "bias": bias, "weight": weight}
         given = [target.masked_fill(target == ignore_index, -1), neg] + ([] if positives is None else [positives])
-        flat = torch.cat([ids.long().flatten() for ids in given])
-        touched, place = flat.unique(return_inverse=True)
+        touched, place = torch.cat([ids.long().flatten() for ids in given]).unique(return_inverse=True)
         none = int((touched < 0).sum())
         places = [p.view_as(ids) - none for p, ids in zip(place.split([x.numel() for x in given]), given, strict=True)]
         places = [p.masked_fill(p < 0, -1) for p in places]
@@ -254,10 +255,9 @@ class FusedItemEmbedding(KeepsDtype):
             self(touched),
             places[0].masked_fill(places[0] < 0, ignore_index),
             places[1],
-            log_q=None if log_q is None else log_q[touched],
             positives=places[2] if positives is not None else None,
-            bias=None if bias is None else bias[touched],
             ignore_index=ignore_index,
+            **{name: x if x is None else x[touched] for name, x in vectors.items()},
             **({"backend": self.backend} | options),
         )
 

@@ -184,6 +184,20 @@ def test_after_sparse_losses_alone_adam_is_sparse_adam(backend: str) -> None:
 
 
 @both_engines
+def test_sampled_softmax_takes_the_ops_options(backend: str) -> None:
+    """Vectors over all items, and sequences, as the op over the whole table has them."""
+    items, g = FusedItemEmbedding(V, D, backend=backend), torch.Generator().manual_seed(0)
+    query, target = torch.randn(3, 4, D, generator=g), torch.randint(V, (3, 4), generator=g)
+    target[1, 2:] = -100
+    neg = torch.randint(-1, V, (3, 4, 5), generator=g)
+    names = ("log_q", "bias", "weight")
+    options: dict[str, Any] = {name: torch.rand(V, generator=g) for name in names} | {"temperature": 0.5}
+    ours = items.sampled_softmax(query, target, neg, **options)
+    expected = af.sampled_softmax(query, items.table, target, neg, **options, backend="reference")
+    torch.testing.assert_close(ours, expected)
+
+
+@both_engines
 def test_bfloat16_rounds_up_in_proportion_and_the_same_way_again(backend: str) -> None:
     def run(seed: int) -> Tensor:
         items = FusedItemEmbedding(
