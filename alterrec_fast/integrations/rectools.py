@@ -80,8 +80,11 @@ class FastLightningModule(TransformerLightningModule):
         _check_options(start, stop, hard_fraction)
         checks.check_smoothing(label_smoothing, sliced=self.loss == "slice", has_positives=False)
         checks.check_flag("learn_temperature", learn_temperature)
+        if self.loss not in LOSSES and (label_smoothing or learn_temperature or weight is not None):
+            raise ValueError(f"label_smoothing, learn_temperature and weight need loss full or slice, got {self.loss}")
         self.label_smoothing = label_smoothing
-        self.register_buffer("class_weight", None if weight is None else torch.tensor(weight), persistent=False)
+        class_weight = None if weight is None else torch.tensor(weight, dtype=torch.float32)
+        self.register_buffer("class_weight", class_weight, persistent=False)
         self.temperature = (
             torch.nn.Parameter(torch.tensor(float(self.logits_t))) if learn_temperature else self.logits_t
         )
