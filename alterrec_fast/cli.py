@@ -295,6 +295,9 @@ def export(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="run directory")],
     split: Annotated[Split, typer.Option(help="which sessions")] = "test",
+    alpha: Annotated[
+        float | None, typer.Option(help="weight of the ID scores in the fused score, 0 to 1; default: the run's")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON with the long-tail groups")] = False,
 ) -> None:
     """Measure the best epoch of a run on one split; of a run over several seeds mean and standard deviation."""
@@ -303,7 +306,7 @@ def evaluate(
         from alterrec_fast.runs import status
         from alterrec_fast.trained import evaluate_run
 
-        results = evaluate_run(run, split)
+        results = evaluate_run(run, split, alpha=alpha)
         for part in seed_runs(run):
             if not (stands := status(part)).finished:
                 typer.echo(f"{part} is {stands}: the figures are those of its best epoch so far", err=True)

@@ -192,6 +192,7 @@ def _charts(results: Results) -> dict[str, Any]:
         "loss": _loss_chart(results),
         "share": _share_chart(results),
         "groups": {metric: _group_chart(results, metric) for metric in FIGURE_METRICS},
+        "sweep": {metric: _sweep_chart(results, metric) for metric in FIGURE_METRICS} if results.sweep else {},
     }
 
 
@@ -289,6 +290,23 @@ def _group_chart(results: Results, metric: str) -> Markup:
 
     label = f"Test {_metric_name(metric)} in percent by the target's count in training"
     return _svg(f"groups-{metric}", label, 2.8, draw)
+
+
+def _sweep_chart(results: Results, metric: str) -> Markup:
+    """The fused score's metric over alpha on both splits, with the run's alpha."""
+    own = results.seeds[0].config["alpha"]
+    lines = {split: [100 * scores[metric] for scores in by.values()] for split, by in results.sweep.items()}
+    alphas = [float(alpha) for alpha in results.sweep["test"]]
+
+    def draw(axes: Axes) -> None:
+        axes.axvline(own, color=LIGHT["ink"], linewidth=1.1, linestyle=(0, (1, 2)))
+        axes.plot(alphas, lines["validation"], color=LIGHT["muted"], marker="s", markersize=4.5)
+        axes.plot(alphas, lines["test"], color=LIGHT["fused"], marker=MARKERS["fused"], markersize=4.5)
+        axes.grid(True, axis="y")
+        axes.set_xlabel("alpha, the weight of the ID scores")
+        axes.margins(y=0.12)
+
+    return _svg(f"sweep-{metric}", f"{_metric_name(metric)} of the fused score in percent by alpha", 2.8, draw)
 
 
 def _validation(view: str, metric: str, line: dict[str, Any]) -> float | None:

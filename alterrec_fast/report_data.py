@@ -63,6 +63,16 @@ class Results:
             return list(parts)
         return [view for view in VIEWS if self.metrics["test"][view] is not None]
 
+    @property
+    def sweep(self) -> dict[str, Any]:
+        """The fused score's metrics by split and alpha; empty for a single network, and where a run did not keep it."""
+        return dict(self.metrics.get("sweep") or {})
+
+    def best_alpha(self, metric: str) -> str:
+        """The alpha of the sweep that is best by validation, of equal ones the lowest."""
+        by_alpha: dict[str, dict[str, float]] = self.sweep["validation"]
+        return max(by_alpha, key=lambda alpha: by_alpha[alpha][metric])
+
     def lines(self, value: Callable[[dict[str, Any]], float | None]) -> list[Series]:
         """For each seed the value of each line of its history, lines without one left out."""
         return [

@@ -39,7 +39,7 @@ from alterrec_fast.training.config import (
     read_toml,
     same_or_more,
 )
-from alterrec_fast.training.evaluate import evaluate
+from alterrec_fast.training.evaluate import evaluate, sweep
 from alterrec_fast.training.records import (
     HISTORY,
     METRICS_FILE,
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 
 CONFIG, DEMO_DATA, LOCK = "config.toml", "data", ".lock"
 DEMO_RUN = "runs/demo"
+MEASURED = ("validation", "test", "groups", "sweep")  # what of metrics.json has a mean over seeds
 
 
 @dataclass(frozen=True)
@@ -107,16 +108,21 @@ def train(config: Config, resume: bool = False, progress: Progress | None = None
         recommender = trainer.fit(progress or (lambda line: None))
         tested = evaluate(recommender, dataset.test, trainer.counts, config)
         best = trainer.state.history[trainer.state.best_epoch]
+        measured = {"validation": best["validation"], "test": tested.metrics()}
         metrics = {
             "variant": config.variant,
             "seed": config.seed,
             "items": dataset.num_items,
             "slice": list(trainer.bounds),
             "best_epoch": trainer.state.best_epoch,
-            "validation": best["validation"],
-            "test": tested.metrics(),
+            **measured,
             "groups": tested.groups(),
         }
+        if trainer.system.alternates:
+            metrics["sweep"] = {
+                name: sweep(recommender, dataset.split(name), trainer.counts, config, known)
+                for name, known in measured.items()
+            }
         return _finish(run, metrics)
 
 
@@ -146,7 +152,9 @@ def train_seeds(config: Config, seeds: Sequence[int], resume: bool = False, prog
             "items": each[0]["items"],
             "slice": each[0]["slice"],
             "best_epoch": _over(statistics.fmean, [one["best_epoch"] for one in each]),
-            **mean_and_deviation({key: [one[key] for one in each] for key in ("validation", "test", "groups")}),
+            **mean_and_deviation(
+                {key: [one[key] for one in each] for key in MEASURED if all(key in one for one in each)}
+            ),
         }
         return _finish(run, metrics)
 

@@ -27,6 +27,7 @@ from alterrec_fast.run import (
     sentence_features,
     text_encoder,
 )
+from alterrec_fast.systems import SYSTEMS
 from alterrec_fast.training import checkpoint
 from alterrec_fast.training.alternate import BEST
 from alterrec_fast.training.device import on_this_machine, pick_device
@@ -147,11 +148,20 @@ class TrainedModel:
         rows = ids.is_in([str(item) for item in items]).arg_true()
         return dict(zip(ids.gather(rows), rows, strict=True))
 
-    def evaluate(self, split: str = "test") -> Evaluation:
-        """Metrics over every prefix of the split's sessions; see `Evaluation`. Raises FileError for changed data."""
+    def evaluate(self, split: str = "test", *, alpha: float | None = None) -> Evaluation:
+        """Metrics over every prefix of the split's sessions; see `Evaluation`.
+
+        alpha: the weight of the ID scores in the fused score, in place of the run's own. Raises FileError for changed
+        data, RunError for an alpha beyond [0, 1] or of a system that is not of an ID and a text network.
+        """
+        if alpha is not None and not 0.0 <= alpha <= 1.0:
+            raise RunError(f"alpha must lie in [0, 1], got {alpha}")
+        if alpha is not None and not SYSTEMS[self.config.variant].alternates:
+            fit = ", ".join(name for name, system in SYSTEMS.items() if system.alternates)
+            raise RunError(f"alpha weighs an ID and a text network ({fit}); {self.path} is of {self.config.variant}")
         self.dataset.verify()
         counts = training_counts(self.dataset.train, self.dataset.num_items)
-        return evaluate(self.recommender, self.dataset.split(split), counts, self.config)
+        return evaluate(self.recommender, self.dataset.split(split), counts, self.config, alpha)
 
 
 @dataclass(frozen=True)
@@ -171,10 +181,10 @@ def load(run: str | Path) -> TrainedModel:
     return TrainedModel(run)
 
 
-def evaluate_run(run: str | Path, split: str = "test") -> dict[str, Any]:
+def evaluate_run(run: str | Path, split: str = "test", *, alpha: float | None = None) -> dict[str, Any]:
     """{split: metrics, "groups": ...} of the best epoch, as in metrics.json; of a run over several seeds their means,
-    with the standard deviations beside them under the same names and "_std".
+    with the standard deviations beside them under the same names and "_std". alpha: as in `TrainedModel.evaluate`.
     """
-    each = [TrainedModel(path).evaluate(split) for path in seed_runs(run)]
+    each = [TrainedModel(path).evaluate(split, alpha=alpha) for path in seed_runs(run)]
     results: dict[str, list[Any]] = {split: [one.metrics() for one in each], "groups": [one.groups() for one in each]}
     return mean_and_deviation(results) if len(each) > 1 else {key: values[0] for key, values in results.items()}

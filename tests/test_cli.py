@@ -79,7 +79,9 @@ def test_config_file_and_flags(shop: Dataset, tmp_path: Path) -> None:
     done = run("train", "--data", shop.path, "--config", tmp_path / "c.toml", "--out", out, "--seed", "3")
     assert done.exit_code == 0, done.output
     metrics = json.loads((out / "metrics.json").read_text())
-    assert (metrics["variant"], metrics["seed"]) == ("id_only", 3)
+    assert (metrics["variant"], metrics["seed"]) == ("id_only", 3) and "sweep" not in metrics
+    refused = run("evaluate", out, "--alpha", "0.5")
+    assert refused.exit_code == 1 and "alpha weighs an ID and a text network (alterrec, " in refused.output
 
 
 def test_evaluate(trained: Path) -> None:
@@ -87,6 +89,17 @@ def test_evaluate(trained: Path) -> None:
     assert done.exit_code == 0, done.output
     assert json.loads(done.output)["test"] == json.loads((trained / "metrics.json").read_text())["test"]
     assert "hits@20" in run("evaluate", trained).output
+
+
+def test_evaluate_at_another_alpha_gives_the_sweeps_figures(trained: Path) -> None:
+    sweep = json.loads((trained / "metrics.json").read_text())["sweep"]
+    for split in ("validation", "test"):
+        for alpha in ("0", "0.3", "1"):
+            done = run("evaluate", trained, "--split", split, "--alpha", alpha, "--json")
+            assert done.exit_code == 0, done.output
+            assert json.loads(done.output)[split]["fused"] == sweep[split][alpha]
+    beyond = run("evaluate", trained, "--alpha", "1.5")
+    assert beyond.exit_code == 1 and "alpha must lie in [0, 1], got 1.5" in beyond.output
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from alterrec_fast.errors import FileError
 from alterrec_fast.files import write_sealed
 from alterrec_fast.report import DASH, write_report
 from alterrec_fast.systems import SYSTEMS, epochs
@@ -82,8 +83,17 @@ def make_run(run: Path, variant: str = "alterrec", seed: int = 0, epochs: int = 
         "test": metrics_at(variant, 0.95 + 0.01 * seed),
         "groups": groups,
     }
+    if SYSTEMS[variant].alternates:
+        metrics["sweep"] = {
+            split: {f"{n / 10:.15g}": summarised(level + n * (14 - n) / 1000) for n in range(11)}
+            for split, level in (("validation", 0.28), ("test", 0.25 + 0.01 * seed))
+        }
     write_sealed(run / "metrics.json", metrics)
     return metrics
+
+
+def summarised(hits: float) -> dict[str, float]:
+    return {name: hits * factor for name, factor in FACTOR.items()}
 
 
 def over(how: Any, values: list[Any]) -> Any:
@@ -98,7 +108,8 @@ def make_seeds(run: Path, variant: str = "alterrec", lengths: tuple[int, ...] = 
     metrics: dict[str, Any] = {"seeds": list(range(len(lengths))), "variant": variant, "items": 3684}
     metrics |= {"slice": [6, 1842], "best_epoch": statistics.fmean(one["best_epoch"] for one in runs)}
     for suffix, how in (("", statistics.fmean), ("_std", statistics.stdev)):
-        metrics |= {key + suffix: over(how, [one[key] for one in runs]) for key in ("validation", "test", "groups")}
+        keys = [key for key in ("validation", "test", "groups", "sweep") if key in runs[0]]
+        metrics |= {key + suffix: over(how, [one[key] for one in runs]) for key in keys}
     write_sealed(run / "metrics.json", metrics)
     return metrics
 
@@ -160,7 +171,7 @@ def test_every_variant_makes_a_whole_page(tmp_path: Path, variant: str) -> None:
     metrics = make_run(tmp_path, variant)
     text, page = read(tmp_path)
     check_whole(text, page)
-    assert text.count("<svg") == 8
+    assert text.count("<svg") == (10 if SYSTEMS[variant].alternates else 8)
     for figure in metrics["test"]["fused"].values():
         assert f"{100 * figure:.2f}" in page.words()
 
@@ -206,6 +217,22 @@ def test_seeds_show_mean_and_deviation(tmp_path: Path) -> None:
     for seed, count in enumerate((16, 14, 16)):
         assert f"Seed {seed}: {count} epochs" in page.words()
     assert "0, 1, 2" in page.text
+
+
+def test_the_sweep_names_the_best_alpha_by_validation(tmp_path: Path) -> None:
+    metrics = make_seeds(tmp_path)
+    _, page = read(tmp_path)
+    best = 100 * metrics["sweep"]["test"]["0.7"]["ndcg@20"]
+    assert (
+        f"By validation NDCG@20 alpha 0.7 is best; this run's is 0.5, the dotted line. Test NDCG@20 at 0.7: {best:.2f}"
+        in page.words()
+    )
+    mean, deviation = (100 * metrics[key]["test"]["0.3"]["hits@20"] for key in ("sweep", "sweep_std"))
+    assert f"{mean:.2f} ± {deviation:.2f}" in page.words()
+    metrics["sweep_std"]["test"].pop("0.3")
+    write_sealed(tmp_path / "metrics.json", metrics)
+    with pytest.raises(FileError, match="the alphas of sweep and sweep_std differ"):
+        write_report(tmp_path)
 
 
 def test_a_group_without_targets_is_left_empty(tmp_path: Path) -> None:

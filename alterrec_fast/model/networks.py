@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -89,7 +89,7 @@ class Recommender(nn.Module):
 
     def fuse(self, alpha: float) -> None:
         """Weighs the scores of the ID network with alpha, those of the text network with 1 - alpha."""
-        self.weights = {"id": alpha, "text": 1.0 - alpha}
+        self.weights = _weights(alpha)
 
     def vectors(self) -> dict[str, ItemVectors]:
         return {name: self.network(name).vectors() for name in self.networks}
@@ -103,15 +103,26 @@ class Recommender(nn.Module):
     def views(self, vectors: Mapping[str, ItemVectors]) -> dict[str, View]:
         """ "fused", and where several networks take part or one can be taken apart, each part by its name."""
         ranked = {name: vectors[name].ranked for name in self.networks}
-        parts = tuple((name, self.weights[name] / self.network(name).temperature) for name in self.networks)
+        parts = self._weighed(self.weights)
         views = {"fused": View(parts, torch.cat(list(ranked.values()), 1))}
         if len(parts) > 1:
             views |= {part[0]: View((part,), ranked[part[0]]) for part in parts}
         return views
 
+    def at(self, fused: View, alpha: float) -> View:
+        """The fused view, as `fuse(alpha)` would make it, over the same catalog."""
+        return replace(fused, parts=self._weighed(_weights(alpha)))
+
+    def _weighed(self, weights: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+        return tuple((name, weights[name] / self.network(name).temperature) for name in self.networks)
+
     def parts(self, query: Tensor, catalog: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """The queries (T, d) and catalogs (V, d) that one network's score is the sum of, by name; none by default."""
         return {}
+
+
+def _weights(alpha: float) -> dict[str, float]:
+    return {"id": alpha, "text": 1.0 - alpha}
 
 
 class NaiveConcat(Recommender):

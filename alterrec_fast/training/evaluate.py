@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from alterrec_fast.data.batches import Batch, pack, plan
 from alterrec_fast.data.sessions import Sessions
-from alterrec_fast.model.networks import Recommender
+from alterrec_fast.model.networks import Recommender, View
 from alterrec_fast.model.packing import Packing
 from alterrec_fast.ops import top_k
 from alterrec_fast.systems import SYSTEMS
@@ -20,6 +20,7 @@ from alterrec_fast.training.config import Config
 
 DEPTH = 20  # the deepest rank that a metric looks at
 VIEWS = ("fused", "id", "text")
+ALPHAS = tuple(n / 10 for n in range(11))  # of a sweep
 CHUNK = 1 << 24  # interactions counted at a time
 
 Ranker = Callable[[Batch], dict[str, Tensor]]  # a batch -> for each view the items of ranks 0..19, (T, 20), best first
@@ -99,13 +100,57 @@ def measure(
     return Evaluation(hits or {"fused": np.zeros(shape, np.int64)}, group_edges)
 
 
-def evaluate(recommender: Recommender, sessions: Sessions, counts: np.ndarray, config: Config) -> Evaluation:
-    """Every view of the recommender on one split; the recommender is left in eval mode."""
+def evaluate(
+    recommender: Recommender, sessions: Sessions, counts: np.ndarray, config: Config, alpha: float | None = None
+) -> Evaluation:
+    """Every view of the recommender on one split; the recommender is left in eval mode.
+
+    alpha: the weight of the ID scores, of two networks; None: as the recommender fuses them.
+    """
+
+    def views(made: dict[str, View]) -> dict[str, View]:
+        return made if alpha is None else made | {"fused": recommender.at(made["fused"], alpha)}
+
+    result = _evaluate(recommender, sessions, counts, config, views)
+    for view in SYSTEMS[config.variant].views:  # of a single network, which repeats the fused numbers
+        result.hits.setdefault(view, result.hits["fused"])
+    return result
+
+
+def sweep(
+    recommender: Recommender,
+    sessions: Sessions,
+    counts: np.ndarray,
+    config: Config,
+    measured: Mapping[str, Any],
+) -> dict[str, dict[str, float]]:
+    """The fused score's metrics at each of ALPHAS and at config.alpha, of two networks, by alpha in rising order.
+
+    measured: the metrics of every view, of which those at alpha 0 (text), 1 (ID) and config.alpha (fused) are taken.
+    """
+    known = {0.0: measured["text"], 1.0: measured["id"], config.alpha: measured["fused"]}
+    names = {alpha: f"{alpha:.15g}" for alpha in sorted({*ALPHAS, config.alpha})}
+
+    def views(made: dict[str, View]) -> dict[str, View]:
+        return {name: recommender.at(made["fused"], alpha) for alpha, name in names.items() if alpha not in known}
+
+    hits = _evaluate(recommender, sessions, counts, config, views).hits
+    return {name: known[alpha] if alpha in known else summarise(hits[name].sum(0)) for alpha, name in names.items()}
+
+
+def _evaluate(
+    recommender: Recommender,
+    sessions: Sessions,
+    counts: np.ndarray,
+    config: Config,
+    choose: Callable[[dict[str, View]], dict[str, View]],
+) -> Evaluation:
+    """What `choose` makes of the recommender's views, on one split."""
     recommender.eval()
     with torch.no_grad():
         vectors = recommender.vectors()
-        views = recommender.views(vectors)
-        device = views["fused"].catalog.device
+        views = choose(recommender.views(vectors))
+        device = next(iter(vectors.values())).catalog.device
 
         def rank(batch: Batch) -> dict[str, Tensor]:
             packing = Packing.of(batch.lengths, device)
@@ -116,7 +161,4 @@ def evaluate(recommender: Recommender, sessions: Sessions, counts: np.ndarray, c
                 out[name] = top_k(view.query(queries), view.catalog, k=depth, backend=config.backend)[1]
             return out
 
-        result = measure(rank, sessions, counts, config.group_edges, config.max_length, config.eval_targets)
-    for view in SYSTEMS[config.variant].views:  # of a single network, which repeats the fused numbers
-        result.hits.setdefault(view, result.hits["fused"])
-    return result
+        return measure(rank, sessions, counts, config.group_edges, config.max_length, config.eval_targets)

@@ -78,6 +78,9 @@ def read_metrics(path: Path) -> dict[str, Any]:
         raise FileError(f"{path}: the test metrics are not those of {variant}")
     if "seeds" in metrics and metrics["groups"].keys() != metrics["groups_std"].keys():
         raise FileError(f"{path}: groups and groups_std differ in their names")
+    sweeps = [metrics[name] for name in ("sweep", "sweep_std") if metrics.get(name) is not None]
+    if len({tuple(by_alpha) for sweep in sweeps for by_alpha in sweep.values()}) > 1:
+        raise FileError(f"{path}: the alphas of sweep and sweep_std differ between splits")
     return metrics
 
 

@@ -15,6 +15,7 @@ Scores = Annotated[
     dict[Annotated[str, Field(pattern=f"^({'|'.join(METRICS)})$")], Share],
     Field(min_length=len(METRICS), max_length=len(METRICS)),
 ]
+Alpha = Annotated[str, Field(pattern=r"^(0|1|0\.\d+|\d(\.\d+)?e-\d+)$")]
 Bounds = Annotated[list[Count], Field(min_length=2, max_length=2)]
 
 
@@ -34,6 +35,13 @@ class Group(Strict):
     fused: Scores | None
     id: Scores | None
     text: Scores | None
+
+
+class Sweep(Strict):
+    """The fused score's metrics by alpha."""
+
+    validation: dict[Alpha, Scores]
+    test: dict[Alpha, Scores]
 
 
 Groups = Annotated[dict[Annotated[str, Field(pattern=r"^\d+(-\d+|\+)$")], Group], Field(min_length=1)]
@@ -68,6 +76,7 @@ class Metrics(Strict):
     validation: Views
     test: Views
     groups: Groups
+    sweep: Sweep | None = None
 
 
 class OfOne(Metrics):
@@ -80,3 +89,4 @@ class OfSeveral(Metrics):
     validation_std: Views
     test_std: Views
     groups_std: Groups
+    sweep_std: Sweep | None = None

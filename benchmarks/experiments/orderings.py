@@ -101,8 +101,11 @@ def run(job: tuple[Row, int, Path]) -> Measured:
     model = TrainedModel(folder)
 
     def evaluate(alpha: float, split: str) -> dict[str, dict[str, float]]:
-        model.recommender.weights = {"id": alpha, "text": 1.0 - alpha}
-        return {view: metrics for view, metrics in model.evaluate(split).metrics().items() if metrics is not None}
+        return {
+            view: metrics
+            for view, metrics in model.evaluate(split, alpha=alpha).metrics().items()
+            if metrics is not None
+        }
 
     alpha = max(ALPHAS, key=lambda alpha: evaluate(alpha, "validation")["fused"]["ndcg@20"])
     half = evaluate(0.5, "test")["fused"]

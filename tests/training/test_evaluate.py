@@ -13,7 +13,7 @@ from alterrec_fast.data.batches import Batch, pack, plan
 from alterrec_fast.model.packing import Packing
 from alterrec_fast.systems import build
 from alterrec_fast.training.config import Config
-from alterrec_fast.training.evaluate import evaluate, group_names, measure, summarise, training_counts
+from alterrec_fast.training.evaluate import ALPHAS, evaluate, group_names, measure, summarise, sweep, training_counts
 from tests.model.test_networks import make_sessions
 
 
@@ -85,6 +85,28 @@ def test_evaluate_ranks_each_prefix_as_if_it_were_alone() -> None:
                     expected[view][min(20, int((y > y[session[end]]).sum()))] += 1
     for view, hits in expected.items():
         assert np.array_equal(found.hits[view].sum(0), hits), view
+
+
+def test_a_sweep_measures_the_fused_score_at_each_alpha() -> None:
+    """As a recommender that is fused so; the views at 0, 1 and the run's alpha are taken as they are given."""
+    torch.manual_seed(0)
+    config = Config(width=8, alpha=0.25, init="xavier", text_session="mean", eval_targets=32)
+    recommender = build(config, 90, torch.randn(90, 6))
+    sessions = make_sessions(np.random.default_rng(0).integers(2, 15, 40).tolist(), num_items=90)
+    counts = training_counts(sessions, 90)
+    marked = {"text": {"hits@20": 0.1}, "id": {"hits@20": 0.2}, "fused": {"hits@20": 0.3}}
+    swept = sweep(recommender, sessions, counts, config, marked)
+    assert list(map(float, swept)) == sorted([*ALPHAS, 0.25])
+    assert [swept[alpha] for alpha in ("0", "1", "0.25")] == list(marked.values())
+    found = set()
+    for alpha in ALPHAS[1:-1]:
+        recommender.fuse(alpha)
+        expected = evaluate(recommender, sessions, counts, config).metrics()["fused"]
+        assert swept[f"{alpha:g}"] == expected
+        found.add(str(expected))
+        recommender.fuse(0.25)
+        assert evaluate(recommender, sessions, counts, config, alpha).metrics()["fused"] == expected
+    assert len(found) > 3
 
 
 def test_training_counts_cover_items_never_seen() -> None:
