@@ -175,8 +175,10 @@ def read_sessions(file: Path) -> Iterator[pl.DataFrame]:
     with files.naming(file, "a table that can be read"):
         # Ids are text as it stands: 007 is no 7.
         table = pl.scan_parquet(file) if file.suffix == ".parquet" else pl.scan_csv(file, infer_schema=False)
-        columns = [name for name in table.collect_schema().names() if name in (SESSION, ITEM)]
-        yield from table.select(columns).collect_batches(chunk_size=CHUNK, maintain_order=True)
+        names = table.collect_schema().names()
+    _need_columns(str(file), names)
+    with files.naming(file, "a table that can be read"):
+        yield from table.select(SESSION, ITEM).collect_batches(chunk_size=CHUNK, maintain_order=True)
 
 
 def write_table(pieces: Iterable[pl.DataFrame], file: Path) -> int:
@@ -234,10 +236,15 @@ def candidates(ids: pl.Series, allow: Iterable[str] | None, exclude: Iterable[st
     return np.flatnonzero(chosen)
 
 
+def _need_columns(where: str, names: list[str]) -> None:
+    if missing := [name for name in (SESSION, ITEM) if name not in names]:
+        found = f"found {', '.join(map(repr, names)) or 'none'}"
+        raise DataError(f"{where}: column {' and '.join(missing)} missing; expected {SESSION} and {ITEM}, {found}")
+
+
 def _long(table: pl.DataFrame) -> pl.DataFrame:
     """session_id and item_id as text, in a row for each item."""
-    if missing := {SESSION, ITEM} - set(table.columns):
-        raise DataError(f"sessions: column {' and '.join(sorted(missing))} missing; expected {SESSION} and {ITEM}")
+    _need_columns("sessions", table.columns)
     table = table.select(SESSION, ITEM)
     if isinstance(table.schema[ITEM], pl.List):
         table = table.explode(ITEM)

@@ -170,6 +170,9 @@ def test_files_that_cannot_be(model: TrainedModel, tmp_path: Path) -> None:
         model.recommend_many(tmp_path / "bad.parquet")
     with pytest.raises(DataError, match=r"s\.txt: sessions are read from"):
         model.recommend_many(tmp_path / "s.txt")
+    (tmp_path / "semicolons.csv").write_text("session_id;item_id\ns;a\n")
+    with pytest.raises(DataError, match=r"semicolons\.csv: column session_id and item_id missing.*session_id;item_id"):
+        model.recommend_many(tmp_path / "semicolons.csv")
     for out, message in (("x.json", ".parquet or .csv"), ("bad.parquet/x.csv", "nothing can be written there")):
         args = ["recommend", str(model.path), "--sessions", "s.csv", "--out", str(tmp_path / out)]
         done = CliRunner().invoke(app, args)
