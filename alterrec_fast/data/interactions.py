@@ -118,12 +118,12 @@ class Interactions:
             size += int(batch.estimated_size())
             if size > HELD:
                 file = space.folder / f"rows-{len(parts)}.parquet"
-                pl.concat(held, how="vertical_relaxed").write_parquet(file, compression="lz4", statistics=False)
+                pl.concat(held, how="diagonal_relaxed").write_parquet(file, compression="lz4", statistics=False)
                 parts.append(pl.scan_parquet(file))
                 held, size = [], 0
         if held:
-            parts.append(pl.concat(held, how="vertical_relaxed").lazy())
-        self._rows = pl.concat(parts, how="vertical_relaxed")
+            parts.append(pl.concat(held, how="diagonal_relaxed").lazy())
+        self._rows = pl.concat(parts, how="diagonal_relaxed")
         self.columns = self._rows.collect_schema().names()
 
     def items(self) -> pl.Series:

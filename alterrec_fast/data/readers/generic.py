@@ -26,6 +26,8 @@ from .tables import (
 from .values import Times, check_ids, clean_text
 
 ROLES = ("session_id", "item_id", "timestamp", "order", "split")
+TABLE_ID = "items.item_id"  # the role of the item table's column of ids
+_TAKEN = ("session_id", "item_id", "row", OTHERS)  # names of columns that are made while a file is read
 
 
 def read(path: Path, options: Options) -> Raw:
@@ -33,15 +35,12 @@ def read(path: Path, options: Options) -> Raw:
 
     path: the folder, the interactions file, a folder of Parquet files, or a pattern such as `clicks-*.csv`; `items` is
     looked for in the same folder unless options name it. options.columns gives the files' names of the columns, in JSON
-    lines `events.aid` for the ``aid`` of each of a line's ``events``. With options.user_column a user stands in place
+    lines `events.aid` for the ``aid`` of each of a line's ``events``, and as `items.item_id` that of the ids in the item
+    table. With options.user_column a user stands in place
     of the session, for `prepare` to divide. Text columns: all of `items` by default, but for an index without a name.
     Raises DataError naming file and line.
     """
-    unknown = [role for role in options.columns if role not in ROLES]
-    if unknown:
-        raise DataError(f"--columns: no column {', '.join(unknown)} is read; choose from {', '.join(ROLES)}")
-    if options.user_column is not None and "session_id" in options.columns:
-        raise DataError("--columns names session_id, and sessions are to be made of users; choose one of the two")
+    _check_columns(options)
     files = _find(path)
     item_file = find_table(files[0].parent, "items") if options.items is None else need_regular(options.items)
     if item_file is None:
@@ -51,6 +50,23 @@ def read(path: Path, options: Options) -> Raw:
     read, rows, times = {"interaction rows": 0}, Rows(), Times(_name(options, "timestamp"), only=options.time_format)
     batches = _batches(files, options, rows, times, read, left_out)
     return Raw(batches, items, read, left_out, item_file, where=rows.where, per_second=lambda: times.per_second)
+
+
+def _check_columns(options: Options) -> None:
+    unknown = [role for role in options.columns if role not in (*ROLES, TABLE_ID)]
+    if unknown:
+        choices = ", ".join((*ROLES, TABLE_ID))
+        raise DataError(f"--columns: no column {', '.join(unknown)} is read; choose from {choices}")
+    if options.user_column is not None and "session_id" in options.columns:
+        raise DataError("--columns names session_id, and sessions are to be made of users; choose one of the two")
+    roles: dict[str, str] = {}
+    for role in ROLES:
+        name = _name(options, role)
+        if name in roles:
+            raise DataError(f"--columns: {roles[name]} and {role} are both column {name}; expected two columns")
+        roles[name] = role
+        if name in _TAKEN and not (name == role or (role in _TAKEN[:2] and name in _TAKEN[:2])):
+            raise DataError(f"--columns: {role} is column {name}, a name with a meaning of its own; rename the column")
 
 
 def _find(path: Path) -> list[Path]:
@@ -90,8 +106,9 @@ def _batches(
     required = [_name(options, role) for role in ("session_id", "item_id", "timestamp")]
     extra = {role: _name(options, role) for role in ("order", "split")}
     optional = [extra["split"]]
-    required += [extra["order"]] if "order" in options.columns else []
+    required += [extra[role] for role in extra if role in options.columns]
     numbers = Times(extra["order"])
+    have_split = set()
     for file in files:
         for table in table_batches(file, required, optional, _layout(options), whole=True, rows_of=required):
             read["interaction rows"] += len(table.frame)
@@ -101,6 +118,9 @@ def _batches(
                 columns.append(numbers.parse(table, frame).cast(pl.Float64).alias("order"))
             if OTHERS in frame.columns:
                 columns.append(OTHERS)
+            have_split.add(extra["split"] in frame.columns)
+            if len(have_split) > 1:
+                raise DataError(f"{file}: column {extra['split']} is in some of the files; expected it in all or none")
             if extra["split"] in frame.columns:
                 splits = frame.select("row", pl.col(extra["split"]).cast(pl.String).alias("split"))
                 check_splits(table, splits)
@@ -113,6 +133,7 @@ def _read_items(file: Path, options: Options) -> pl.DataFrame:
     layout = _layout(options)
     names = column_names(file, layout)
     item = "item_id" if "item_id" in names else _name(options, "item_id")
+    item = options.columns.get(TABLE_ID, item)
     available = [name for name in text_columns(file, layout) if name != item]
     need_columns(file, names, [item], layout)
     chosen = choose_text(file, available, options.text_columns, available)

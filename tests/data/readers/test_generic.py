@@ -5,7 +5,7 @@ from datetime import datetime
 import polars as pl
 import pytest
 
-from .common import NO_HOLDOUT, SIX, fails, ids, put, run
+from .common import HEADER, NO_HOLDOUT, SIX, fails, ids, put, run
 
 
 @pytest.mark.parametrize(
@@ -90,3 +90,39 @@ def test_paths_are_no_patterns(tmp_path, kind):
 def test_encodings_and_separators_that_cannot_be(tmp_path, options, message):
     put(tmp_path / "raw", interactions__csv=SIX)
     fails(tmp_path, message, **options)
+
+
+def test_files_of_a_pattern_with_different_columns(tmp_path):
+    other = "session_id,item_id,timestamp,device\nt,b,7,phone\nt,a,8,phone\nt,a,8,tv\n"
+    put(tmp_path / "raw", a__csv=HEADER + "s,a,1\ns,b,2\ns,b,2\n", b__csv=other)
+    summary, data = run(tmp_path, raw=tmp_path / "raw" / "*.csv", **NO_HOLDOUT)
+    assert ids(data, "train") == [["a", "b"], ["b", "a", "a"]]
+    assert summary.left_out["rows equal to an earlier one in all columns"] == 1
+    put(tmp_path / "raw", b__csv="session_id,item_id,timestamp,split\nt,b,7,train\nt,a,8,train\n")
+    fails(tmp_path, r"b\.csv: column split is in some of the files", raw=tmp_path / "raw" / "*.csv")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"split": "fold"}, "column fold is missing"),
+        ({"item_id": "session_id"}, "session_id and item_id are both column session_id"),
+        ({"order": "row"}, "order is column row, a name with a meaning of its own"),
+        ({"timestamp": "others"}, "timestamp is column others"),
+    ],
+)
+def test_columns_that_are_named_wrongly(tmp_path, columns, message):
+    rows = "s,a,1,1,1\ns,b,2,2,2\n"
+    put(tmp_path / "raw", interactions__csv="session_id,item_id,timestamp,row,others\n" + rows)
+    fails(tmp_path, message, columns=columns)
+
+
+def test_an_item_table_whose_ids_are_in_another_column(tmp_path):
+    ratings = "".join(f"{user}::00{item}::5::{item}\n" for user in "uv" for item in range(1, 4))
+    put(tmp_path / "raw", **{"ratings.dat": ratings, "movies.dat": "003::Heat (1995)::Crime\n001::Caf\u00e9::Drama\n"})
+    names = {"item_id": "2", "timestamp": "4", "items.item_id": "1"}
+    _, data = run(
+        tmp_path, raw=tmp_path / "raw" / "ratings.dat", items=tmp_path / "raw" / "movies.dat", has_header=False,
+        separator="::", columns=names, user_column="1", session_per="user", text_columns=["2"], **NO_HOLDOUT,
+    )  # fmt: skip
+    assert data.items.rows() == [("003", "Heat (1995)"), ("001", "Caf\u00e9"), ("002", None)]
