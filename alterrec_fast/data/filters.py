@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from .scratch import Scratch
 from .sessions import SPLITS, DataError
 
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
+LEAVE_ONE_OUT = "leave-one-out"  # how a split was found, in words
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Filters:
     def __post_init__(self) -> None:
         for name, least in (("last_sessions", 0), ("min_item_count", 1), ("min_session_length", 2), ("k_core", 2)):
             value = getattr(self, name)
-            if value is not None and (value < least or value <= 0):
+            if value is not None and not (value >= least and value > 0):  # nor NaN
                 raise DataError(f"{name} is {value}, expected {f'at least {least}' if least else 'a number above 0'}")
         if self.last_sessions is not None and self.last_sessions > 1 and self.last_sessions % 1:
             raise DataError(f"last_sessions is {self.last_sessions}, expected a whole number or a share below 1")
@@ -121,12 +123,19 @@ def _without_rare(
     return coded.select(chosen, counts >= least, space), chosen, rare
 
 
-def split(coded: Coded, how: Splitting, per_second: float) -> tuple[Coded, str]:
-    """The sessions with a split for each, and in words how it was found."""
+def split(coded: Coded, how: Splitting, per_second: Callable[[], float]) -> tuple[Coded, str]:
+    """The sessions with a split for each, and in words how it was found. per_second: as in Raw.
+
+    Raises DataError where another split is asked for than the files give.
+    """
+    given = {SPLITS[code] for code in np.unique(coded.split) if code != FREE}
+    if given and (how.leave_one_out or how.test_days is not None):
+        wanted = "leave-one-out" if how.leave_one_out else "test_days"
+        raise DataError(f"{wanted} is asked for, but the files give a split ({', '.join(sorted(given))}); expected one")
     code = coded.split.copy()
     free = coded.order[coded.split[coded.order] == FREE]
     if how.leave_one_out:
-        return coded, "leave-one-out"
+        return coded, LEAVE_ONE_OUT
     if len(free) == 0:
         return coded, "as given"
     words = "by file order" if coded.times is None else "by time"
@@ -135,7 +144,7 @@ def split(coded: Coded, how: Splitting, per_second: float) -> tuple[Coded, str]:
     if how.test_days is not None:
         if coded.times is None:
             raise DataError("test_days needs timestamps, which the files do not have")
-        words, day = f"by time, the last {how.test_days:g} days test", 86_400 * per_second
+        words, day = f"by time, the last {how.test_days:g} days test", 86_400 * per_second()
         ages = coded.times[free[-1]] - coded.times[free]
         num_test = int((ages < how.test_days * day).sum())
         if how.validation_days is not None:

@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 from tqdm import tqdm
 
-from .filters import TRAIN, Filters, Splitting, apply, split
+from .filters import LEAVE_ONE_OUT, TRAIN, Filters, Splitting, apply, split
 from .interactions import BLOCK, Coded, Grouping, Interactions, code
 from .readers import READERS, Options, Raw
 from .readers.values import is_present, shown
@@ -54,8 +54,8 @@ class Summary:
         lines = [f"{count:>12,} {what} read" for what, count in self.read.items()]
         lines += [f"{count:>12,} {what}: left out" for what, count in self.left_out.items() if count]
         lines += [
-            f"{sum(self.sessions.values()):>12,} sessions kept",
-            f"{sum(self.interactions.values()):>12,} interactions",
+            f"{self._total(self.sessions):>12,} sessions kept",
+            f"{self._total(self.interactions):>12,} interactions",
             f"{self.num_items:>12,} items, text: {', '.join(self.text_columns) or 'none'}",
         ]
         lines += [f"{count:>12,} {what}" for what, count in self.notes.items() if count]
@@ -64,6 +64,10 @@ class Summary:
         ]
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join([f"{self.source} -> {self.out} (split {self.split})", *lines])
+
+    def _total(self, by_split: dict[str, int]) -> int:
+        """Of all splits; those of leave-one-out hold the same sessions, the test split whole."""
+        return by_split["test"] if self.split == LEAVE_ONE_OUT else sum(by_split.values())
 
 
 def prepare(
@@ -143,6 +147,8 @@ def prepare(
     splitting = Splitting(validation_fraction, test_fraction, test_days, validation_days, leave_one_out)
     if out.resolve() in (raw.resolve(), *raw.resolve().parents):
         raise DataError(f"{out}: holds the raw files {raw}, which writing would replace; choose another folder")
+    if filters.train_only and leave_one_out:
+        raise DataError("filter_train_only goes with splits by session; leave-one-out has each session in all splits")
     _check_users(user_column, session_gap, session_per)
     check_place(out, overwrite)  # Dataset.write checks too, but only after all the reading
 
@@ -155,15 +161,7 @@ def prepare(
         warnings = _check_match(read, table["item_id"], seen)
         names = pl.concat([table["item_id"], seen]).unique(maintain_order=True)
         coded = code(read, rows, names, Grouping(session_gap, session_per == "day", keep_repeats), space, left_out)
-        if not filters.train_only:
-            coded = apply(filters, coded, len(names), space, left_out)
-        if len(coded) == 0:
-            raise DataError(f"{raw}: no session of two or more items; {_counted(read.read, left_out)}")
-        coded, how = split(coded, splitting, read.per_second())
-        if filters.train_only:
-            coded = apply(filters, coded, len(names), space, left_out)
-        if not leave_one_out and not (coded.split == TRAIN).any():
-            raise DataError(f"{raw}: no sessions are left for training; {len(coded)} sessions, split {how}")
+        coded, how = _filter_and_split(read, coded, filters, splitting, len(names), space, left_out, raw)
         used = _used(coded, len(names), len(table) if catalog == "all" else 0)
         kept = names.to_frame().filter(pl.Series(used)).join(table, on="item_id", how="left", maintain_order="left")
         by_split = _by_split(coded, used, leave_one_out, space)
@@ -175,7 +173,7 @@ def prepare(
             split=how,
             read=read.read,
             left_out=left_out,
-            notes=_notes(read, by_split["train"], kept, int(used[len(table) :].sum())),
+            notes=_notes(read, by_split, kept, int(used[len(table) :].sum()), leave_one_out),
             sessions={name: len(part) for name, part in by_split.items()},
             interactions={name: len(part.items) for name, part in by_split.items()},
             num_items=len(kept),
@@ -204,6 +202,8 @@ def _check_users(user_column: str | None, session_gap: float | None, session_per
         raise DataError("sessions end at a gap (--session-gap) or by --session-per, got both")
     if (session_gap is None and session_per is None) != (user_column is None):
         raise DataError("sessions of users need --user-column with --session-gap or --session-per")
+    if session_gap is not None and not session_gap > 0:
+        raise DataError(f"session_gap is {session_gap}, expected seconds above 0")
 
 
 @contextmanager
@@ -253,6 +253,29 @@ def _check_match(read: Raw, table: pl.Series, seen: pl.Series) -> list[str]:
     return [f"{read.item_file}: {message}"]
 
 
+def _filter_and_split(
+    read: Raw,
+    coded: Coded,
+    filters: Filters,
+    splitting: Splitting,
+    num_items: int,
+    space: Scratch,
+    left_out: dict[str, int],
+    raw: Path,
+) -> tuple[Coded, str]:
+    """What passes the filters, with a split for each session, and in words how that was found."""
+    if not filters.train_only:
+        coded = apply(filters, coded, num_items, space, left_out)
+    if len(coded) == 0:
+        raise DataError(f"{raw}: no session of two or more items; {_counted(read.read, left_out)}")
+    coded, how = split(coded, splitting, read.per_second)
+    if filters.train_only:
+        coded = apply(filters, coded, num_items, space, left_out)
+    if not splitting.leave_one_out and not (coded.split == TRAIN).any():
+        raise DataError(f"{raw}: no sessions are left for training; {len(coded)} sessions, split {how}")
+    return coded, how
+
+
 def _by_split(coded: Coded, used: np.ndarray, leave_one_out: bool, space: Scratch) -> dict[str, Sessions]:
     """The sessions of each split in order of time, with catalog rows for the numbers of the used (V,) items."""
     rows = np.cumsum(used) - 1
@@ -287,13 +310,19 @@ def _used(coded: Coded, num_items: int, num_all: int) -> np.ndarray:
     return used
 
 
-def _notes(read: Raw, train: Sessions, kept: pl.DataFrame, num_lacking: int) -> dict[str, int]:
+def _notes(
+    read: Raw, by_split: dict[str, Sessions], kept: pl.DataFrame, num_lacking: int, leave_one_out: bool
+) -> dict[str, int]:
     has_text = pl.any_horizontal(pl.col(read.text_columns).is_not_null())
-    return {
+    train = by_split["train"]
+    notes = {
         "items that the item table lacks": num_lacking,
         "items with no text": len(kept) - len(kept.filter(has_text)),
         "items in no training session": _num_untrained(train, len(kept)),
     }
+    if leave_one_out:
+        notes["sessions too short to train on, of two or three items"] = len(by_split["test"]) - len(train)
+    return notes
 
 
 def _num_untrained(train: Sessions, num_items: int) -> int:

@@ -71,7 +71,10 @@ def test_filters_in_their_order_with_counts(tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"k_core": 1}, {"min_item_count": 0}, {"min_session_length": 1}, {"last_sessions": 0}, {"last_sessions": 1.5}],
+    [
+        *({"k_core": 1}, {"min_item_count": 0}, {"min_session_length": 1}),
+        *({"last_sessions": number} for number in (0, 1.5, float("nan"))),
+    ],
 )
 def test_filters_that_cannot_be(wrong):
     with pytest.raises(DataError, match=next(iter(wrong))):
@@ -93,6 +96,23 @@ def test_sessions_of_users(tmp_path):
     assert ids(data, "train") == [["a", "b"], ["c", "d"], ["b", "c"]]
     fails(tmp_path, "need --user-column with --session-gap or --session-per", user_column="user")
     fails(tmp_path, "got both", user_column="user", session_gap=1, session_per="day")
+    for gap in (-1, float("nan")):
+        fails(tmp_path, f"session_gap is {gap}, expected seconds above 0", user_column="user", session_gap=gap)
+
+
+def test_files_in_seconds_and_in_milliseconds_are_told_apart(tmp_path):
+    names = "user,item_id,timestamp\n"
+    seconds, millis = names + "u,a,1600000000\nu,b,1600000060\n", names + "u,c,1600000120000\nu,d,1600000130000\n"
+    put(tmp_path / "raw", a__csv=seconds, b__csv=millis)
+    raw, options = tmp_path / "raw" / "*.csv", {"user_column": "user", "session_gap": 1800}
+    fails(
+        tmp_path,
+        "column timestamp: times from 1600000000 to 1600000130000, Unix times of two units",
+        raw=raw,
+        **options,
+    )
+    put(tmp_path / "raw", b__csv=names + "u,c,0\nu,d,1600000120\n")
+    assert run(tmp_path, raw=raw, **options, **NO_HOLDOUT)[1].num_items == 3  # 0 is no time of this century
 
 
 def test_splits_by_days(tmp_path):
@@ -112,11 +132,24 @@ def test_leave_one_out(tmp_path):
         [list("abcd"), list("ab"), list("xyz")],
     ]
     assert [data.split(name).last_only for name in SPLITS] == [False, True, True]
+    printed = str(summary)
+    assert "9 interaction rows read" in printed and " 3 sessions kept" in printed and " 9 interactions\n" in printed
+    assert summary.notes["sessions too short to train on, of two or three items"] == 2
     inter = "user_id:token\titem_id:token\ttimestamp:float\n"
     files = {"d.train.inter": "u\ta\t1\nu\tb\t2\n", "d.valid.inter": "u\tc\t3\n", "d.test.inter": "u\td\t4\n"}
     put(tmp_path / "recbole", **{name: inter + rows for name, rows in files.items()})
     _, data = run(tmp_path, "recbole", raw=tmp_path / "recbole", leave_one_out=True, overwrite=True)
     assert [ids(data, name) for name in SPLITS] == [[["a", "b"]], [["a", "b", "c"]], [["a", "b", "c", "d"]]]
+
+
+def test_options_that_another_split_excludes(tmp_path):
+    rows = "".join(f"s,{item},{time},train\n" for time, item in enumerate("abcd"))
+    put(tmp_path / "raw", interactions__csv="session_id,item_id,timestamp,split\n" + rows)
+    given = r"but the files give a split \(train\)"
+    fails(tmp_path, f"leave-one-out is asked for, {given}", leave_one_out=True)
+    fails(tmp_path, f"test_days is asked for, {given}", test_days=1)
+    filters = Filters(min_item_count=2, train_only=True)
+    fails(tmp_path, "filter_train_only goes with splits by session", leave_one_out=True, filters=filters)
 
 
 def test_repeats_at_one_time_are_kept_where_asked(tmp_path):
@@ -174,6 +207,8 @@ def test_formats(tmp_path):
         raw=tmp_path / "raw" / "*.txt",
         **options,
     )
+    put(tmp_path / "raw", **{"b.txt": b"1;c;01/01/2020\n1;\x81;01/01/2020\n1;d;01/01/2020\n"})
+    fails(tmp_path, r"b\.txt, line 2: byte 0x81", raw=tmp_path / "raw" / "*.txt", **{**options, "encoding": "cp1252"})
     put(tmp_path / "raw", **{"b.txt": "1;c;01/01/2020\n"})
     _, data = run(tmp_path, raw=tmp_path / "raw" / "*.txt", overwrite=True, **options)
     assert ids(data, "train") == [["c", "b", "caf\xe9"]]

@@ -103,6 +103,7 @@ def blocks(path: Path, encoding: str = "utf-8", size: int = STEP) -> Iterator[by
                 unpacked += len(piece)
                 if compressed:
                     check_unpacked(path, packed, unpacked)
+                if compressed or decoder is not None:
                     num_lines += piece.count(b"\n")
                 pieces.append(piece if decoder is None else decoder.decode(piece).encode())
                 held += len(piece)
@@ -112,7 +113,8 @@ def blocks(path: Path, encoding: str = "utf-8", size: int = STEP) -> Iterator[by
             pieces.append(b"" if decoder is None else decoder.decode(b"", final=True).encode())
         yield b"".join(pieces)
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte 0x{error.object[error.start]:02x} is not {encoding} ({error.reason})") from error
+        line, byte = num_lines - error.object.count(b"\n", error.start), f"byte 0x{error.object[error.start]:02x}"
+        raise DataError(f"{path}, line {line}: {byte} is not {encoding} ({error.reason})") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         place = f"{path}, line {num_lines}"
         raise DataError(f"{place}: the gzip data ends early or is damaged ({error})") from error

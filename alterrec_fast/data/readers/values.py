@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
@@ -28,6 +29,7 @@ _PRINTED = (  # [1 2], ['a'], {'a': 1}, (1, 2), array(['a']), <Item object at 0x
 # 1.23457E+12 of spreadsheets; 1.2345678901234568e+16, an integer beyond 2^53 that pandas held as a float
 _ROUNDED = r"^\s*(\d[.,]\d+E\+\d\d+|\d\.\d+e\+(1[6-9]|[2-9]\d|\d\d\d))\s*$"
 _DOUBTFUL = f"{_MISSING}|{_PRINTED}|{_ROUNDED}"
+_LEAST_UNIX = 1e8  # seconds, in 1973; what is smaller counts from a start of its own
 _ISO = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f%#z", "%Y-%m-%dT%H:%M", "%Y-%m-%d")
 
 
@@ -72,6 +74,11 @@ def check_ids(table: Table, frame: pl.DataFrame, *columns: str) -> None:
                 raise DataError(f"{place}: {column} is {value}, {kind}; expected one id")
 
 
+def _unix_unit(time: float) -> float:
+    """How many units make a second, if time is one of this century: seconds, milli-, micro- or nanoseconds."""
+    return next((unit for limit, unit in ((1e11, 1.0), (1e14, 1e3), (1e17, 1e6)) if time < limit), 1e9)
+
+
 class Times:
     """Parses a column of times batch after batch: numbers, or dates, the same throughout.
 
@@ -85,14 +92,20 @@ class Times:
         self._unit: str | None = None  # of Parquet's times, "" for numbers
         self._rounded: tuple[Table, int, str] | None = None  # the first whole number that a float would round
         self._has_floats = False
-        self._largest = 0.0
+        self._smallest, self._largest = math.inf, 0.0
 
     @property
     def per_second(self) -> float:
-        """How many units of the numbers returned make a second; numbers of Unix time are told apart by their size."""
+        """How many units of the numbers returned make a second; numbers of Unix time are told apart by their size.
+
+        Raises DataError where the smallest and the largest are of two units."""
         if self._unit:
             return {"days": 1 / 86_400, "ms": 1e3, "us": 1e6, "ns": 1e9}[self._unit]
-        return next((unit for limit, unit in ((1e11, 1.0), (1e14, 1e3), (1e17, 1e6)) if self._largest < limit), 1e9)
+        smallest, largest = _unix_unit(self._smallest), _unix_unit(self._largest)
+        if smallest != largest and self._smallest > _LEAST_UNIX:
+            span = f"{self._smallest:.0f} to {self._largest:.0f}"
+            raise DataError(f"column {self._column}: times from {span}, Unix times of two units; expected one unit")
+        return largest
 
     def parse(self, table: Table, frame: pl.DataFrame) -> pl.Series:
         """The times of frame (rows of table, numbered by its ``row``) as Int64 or Float64.
@@ -126,7 +139,9 @@ class Times:
             found = f"times of another kind ({unit or 'numbers'}) than in the files before ({self._unit or 'numbers'})"
             raise DataError(f"{table.path}, column {self._column}: {found}; expected one kind")
         self._unit = unit
-        self._largest = max(self._largest, float(times.abs().max()))  # type: ignore[arg-type]
+        sizes = times.abs()
+        self._smallest = min(self._smallest, float(sizes.min()))  # type: ignore[arg-type]
+        self._largest = max(self._largest, float(sizes.max()))  # type: ignore[arg-type]
         return times
 
     def _from_text(self, table: Table, frame: pl.DataFrame) -> pl.Series:
