@@ -12,6 +12,7 @@ from .scratch import Scratch
 from .sessions import SPLITS, DataError
 
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
+_OF_ITEMS = "interactions of items"  # how a reason begins that counts interactions
 LEAVE_ONE_OUT = "leave-one-out"  # how a split was found, in words
 
 
@@ -70,6 +71,7 @@ class Splitting:
 
 def apply(filters: Filters, coded: Coded, num_items: int, space: Scratch, left_out: dict[str, int]) -> Coded:
     """The sessions and interactions that pass; what does not is counted in left_out."""
+    total, known = len(coded.items), set(left_out)
     chosen = coded.split == TRAIN if filters.train_only else np.ones(len(coded), bool)
     if filters.last_sessions is not None:
         order = coded.order[chosen[coded.order]]
@@ -78,14 +80,14 @@ def apply(filters: Filters, coded: Coded, num_items: int, space: Scratch, left_o
         left_out["sessions before the last ones asked for"] = len(dropped)
         coded, chosen = _without_sessions(coded, chosen, dropped, space)
     if filters.min_item_count > 1:
-        reason = f"interactions of items that occur less than {filters.min_item_count} times"
+        reason = f"{_OF_ITEMS} that occur less than {filters.min_item_count} times"
         coded, chosen, left_out[reason] = _without_rare(coded, chosen, num_items, filters.min_item_count, space)
     if filters.min_item_count > 1 or filters.min_session_length > 2:
         short = np.flatnonzero(chosen & (coded.lengths < filters.min_session_length))
         left_out[f"sessions of fewer than {filters.min_session_length} items"] = len(short)
         coded, chosen = _without_sessions(coded, chosen, short, space)
     if filters.k_core is not None:
-        reasons = [f"{what} outside the {filters.k_core}-core" for what in ("interactions of items", "sessions")]
+        reasons = [f"{what} outside the {filters.k_core}-core" for what in (_OF_ITEMS, "sessions")]
         left_out |= dict.fromkeys(reasons, 0)
         while True:
             coded, chosen, rare = _without_rare(coded, chosen, num_items, filters.k_core, space)
@@ -95,6 +97,9 @@ def apply(filters: Filters, coded: Coded, num_items: int, space: Scratch, left_o
             if rare == 0 and len(short) == 0:
                 break
             coded, chosen = _without_sessions(coded, chosen, short, space)
+    of_items = sum(count for reason, count in left_out.items() if reason not in known and reason.startswith(_OF_ITEMS))
+    if lost := total - len(coded.items) - of_items:
+        left_out["interactions in the sessions that filters left out"] = lost
     return coded
 
 

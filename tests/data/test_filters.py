@@ -49,7 +49,9 @@ def test_k_core(tmp_path_factory, sessions, k):
     assert ids(data, "train") == expected
     left_out = sum(count for what, count in summary.left_out.items() if "core" in what and what.startswith("interact"))
     lost = sum(map(len, sessions)) - sum(map(len, expected))
-    assert left_out <= lost and summary.left_out[f"sessions outside the {k}-core"] == len(sessions) - len(expected)
+    in_sessions = summary.left_out.get("interactions in the sessions that filters left out", 0)
+    assert left_out + in_sessions == lost
+    assert summary.left_out[f"sessions outside the {k}-core"] == len(sessions) - len(expected)
 
 
 def test_filters_in_their_order_with_counts(tmp_path):
@@ -59,6 +61,7 @@ def test_filters_in_their_order_with_counts(tmp_path):
     assert summary.left_out["sessions before the last ones asked for"] == 1
     assert summary.left_out["interactions of items that occur less than 2 times"] == 3
     assert summary.left_out["sessions of fewer than 2 items"] == 1
+    assert summary.left_out["interactions in the sessions that filters left out"] == 2  # 12 read, 7 kept
     _, data = run(tmp_path, filters=Filters(min_session_length=3), overwrite=True, **NO_HOLDOUT)
     assert ids(data, "train") == [["a", "b", "c"], ["x", "a", "b"]]
     options = {"validation_fraction": 0, "test_fraction": 0.2, "overwrite": True}

@@ -35,9 +35,9 @@ def read(path: Path, options: Options) -> Raw:
 
     path: the folder, the interactions file, a folder of Parquet files, or a pattern such as `clicks-*.csv`; `items` is
     looked for in the same folder unless options name it. options.columns gives the files' names of the columns, in JSON
-    lines `events.aid` for the ``aid`` of each of a line's ``events``; `items.item_id` is the item table's column of ids.
-    With options.user_column a user stands in place of the session, for `prepare` to divide. Text columns: all of `items` by default, but for an index without a name.
-    Raises DataError naming file and line.
+    lines `events.aid` for the ``aid`` of each of a line's ``events``; `items.item_id` is that of ids in the item table.
+    With options.user_column a user stands in place of the session, for `prepare` to divide. Text columns: all of
+    `items` by default, but for an index without a name. Raises DataError naming file and line.
     """
     _check_columns(options)
     files = _find(path)
