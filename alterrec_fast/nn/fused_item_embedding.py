@@ -243,13 +243,14 @@ class FusedItemEmbedding(KeepsDtype):
         for name, ids in (("target", target), ("neg", neg), ("positives", positives)):
             if ids is not None or name != "positives":
                 checks.check_tensor(name, ids)
-        vectors: dict[str, Any] = {"log_q": log_q, "bias": bias, "weight": weight}
+        vectors = {"log_q": log_q, "bias": bias, "weight": weight}
         given = [target.masked_fill(target == ignore_index, -1), neg] + ([] if positives is None else [positives])
         touched, place = torch.cat([ids.long().flatten() for ids in given]).unique(return_inverse=True)
         none = int((touched < 0).sum())
         places = [p.view_as(ids) - none for p, ids in zip(place.split([x.numel() for x in given]), given, strict=True)]
         places = [p.masked_fill(p < 0, -1) for p in places]
         touched = touched[none:]
+        options |= {name: x[touched] for name, x in vectors.items() if x is not None}
         return sampled_softmax(
             query,
             self(touched),
@@ -257,7 +258,6 @@ class FusedItemEmbedding(KeepsDtype):
             places[1],
             positives=places[2] if positives is not None else None,
             ignore_index=ignore_index,
-            **{name: x if x is None else x[touched] for name, x in vectors.items()},
             **({"backend": self.backend} | options),
         )
 
