@@ -95,6 +95,7 @@ def write_report(run: Path) -> Path:
         view_names=VIEW_NAMES,
         metric_names={metric: _metric_name(metric) for metric in METRICS},
         facts=_facts(results),
+        checks=_checks(results),
         phases=_phases(results.seeds[0]),
         charts=_charts(results),
         changed=changed,
@@ -131,6 +132,21 @@ def _facts(results: Results) -> list[tuple[str, str]]:
         ("Peak memory", _size(memory) if memory else ""),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def _checks(results: Results) -> list[str]:
+    """Sentences on networks that are under-trained, and on those that beat the fused score."""
+    lines = [
+        f"{VIEW_NAMES[view]} network, seed {seed.metrics['seed']}: under-trained. Its loss fell by "
+        f"{_percent(fall, 1)} % in epoch {line['epoch']}, its last before the learning rate was gone."
+        for seed in results.seeds
+        for view, (line, fall) in seed.under_trained().items()
+    ]
+    for view, metrics in results.above_fused().items():
+        test = results.metrics["test"]
+        pairs = [f"{_metric_name(m)} {_percent(test[view][m])} against {_percent(test['fused'][m])} %" for m in metrics]
+        lines.append(f"{VIEW_NAMES[view]} alone is above the fused score on the test set: {_listed(pairs)}.")
+    return lines
 
 
 def _settings(results: Results, run: Path) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:

@@ -11,11 +11,12 @@ from typing import Any
 
 from alterrec_fast.errors import FileError
 from alterrec_fast.systems import SYSTEMS
-from alterrec_fast.training.config import Config, from_mapping, read_toml
+from alterrec_fast.training.config import METRICS, Config, from_mapping, read_toml
 from alterrec_fast.training.evaluate import VIEWS
 from alterrec_fast.training.records import HISTORY, METRICS_FILE, read_history, read_metrics
 
 Series = dict[int, float]  # epoch -> value
+GONE, FALLING = 0.01, 0.01  # see `Seed.under_trained`
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,25 @@ class Seed:
     def epochs(self) -> list[dict[str, Any]]:
         """The lines of the history in which something was trained."""
         return [line for line in self.history if line["epoch"] > 0]
+
+    def under_trained(self) -> dict[str, tuple[dict[str, Any], float]]:
+        """For each network whose loss still fell when its learning rate was gone: that epoch's line, and the fall.
+
+        The rate is gone from the first epoch at GONE of the network's first rate or less. The loss still fell if in the
+        last epoch before it lies by more than the share FALLING below that of the network's epoch before, of the same
+        negatives.
+        """
+        found = {}
+        for name in dict.fromkeys(line["student"] for line in self.epochs):
+            own = [line for line in self.epochs if line["student"] == name]
+            kept = [line for line in own if line["learning_rate"] > GONE * own[0]["learning_rate"] * (1 + 1e-9)]
+            if len(kept) == len(own) or len(kept) < 2:
+                continue
+            before, last = kept[-2:]
+            fall = 1 - last["loss"] / before["loss"] if before["loss"] > 0 else 0.0
+            if before["negatives"] == last["negatives"] and fall > FALLING:
+                found[name] = last, fall
+        return found
 
     @property
     def seconds(self) -> float:
@@ -62,6 +82,18 @@ class Results:
         if len(parts) == 1:
             return list(parts)
         return [view for view in VIEWS if self.metrics["test"][view] is not None]
+
+    @property
+    def two_networks(self) -> bool:
+        return SYSTEMS[self.variant].alternates
+
+    def above_fused(self) -> dict[str, list[str]]:
+        """Of two networks, each whose test metrics lie above those of the fused score, and in which."""
+        if not self.two_networks:
+            return {}
+        test = self.metrics["test"]
+        above = {view: [m for m in METRICS if test[view][m] > test["fused"][m]] for view in ("id", "text")}
+        return {view: metrics for view, metrics in above.items() if metrics}
 
     @property
     def sweep(self) -> dict[str, Any]:

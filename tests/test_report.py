@@ -13,6 +13,7 @@ import pytest
 from alterrec_fast.errors import FileError
 from alterrec_fast.files import write_sealed
 from alterrec_fast.report import DASH, write_report
+from alterrec_fast.report_data import read_results
 from alterrec_fast.systems import SYSTEMS, epochs
 from alterrec_fast.training.config import METRICS, VARIANTS, Config
 from alterrec_fast.training.evaluate import VIEWS
@@ -233,6 +234,49 @@ def test_the_sweep_names_the_best_alpha_by_validation(tmp_path: Path) -> None:
     write_sealed(tmp_path / "metrics.json", metrics)
     with pytest.raises(FileError, match="the alphas of sweep and sweep_std differ"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rates", "losses", "negatives", "fall"),
+    [
+        ([1e-3, 1e-3, 1e-4, 1e-4, 1e-5], [6.0, 4.0, 3.0, 2.94, 2.0], "uuuuu", 0.02),
+        ([1e-3, 1e-3, 1e-4, 1e-4, 1e-5], [6.0, 4.0, 3.0, 2.98, 2.0], "uuuuu", None),  # falls by less than 1 %
+        ([1e-3, 1e-3, 1e-4, 1e-4, 1e-4], [6.0, 4.0, 3.0, 2.0, 1.0], "uuuuu", None),  # the rate is not gone
+        ([1e-3, 1e-3, 1e-4, 1e-4, 1e-5], [6.0, 4.0, 3.0, 2.0, 1.0], "uuurr", None),  # losses do not compare
+        ([1e-3, 1e-5, 1e-5, 1e-5, 1e-5], [6.0, 4.0, 3.0, 2.0, 1.0], "uuuuu", None),  # one epoch has none before
+    ],
+)
+def test_a_network_is_under_trained_where_its_loss_falls_until_the_rate_is_gone(
+    tmp_path: Path, rates: list[float], losses: list[float], negatives: str, fall: float | None
+) -> None:
+    make_run(tmp_path, "id_only", epochs=5)
+    history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    kind = {"u": "uniform", "r": "ranks 6:1842 of text"}
+    for line, rate, loss, which in zip(history[1:], rates, losses, negatives, strict=True):
+        line |= {"learning_rate": rate, "loss": loss, "negatives": kind[which]}
+    (tmp_path / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
+    found = read_results(tmp_path).seeds[0].under_trained()
+    assert list(found) == ([] if fall is None else ["id"])
+    if fall is not None:
+        line, fell = found["id"]
+        assert line["epoch"] == 4 and fell == pytest.approx(fall)
+
+
+def test_checks_name_under_trained_networks_and_those_above_the_fused_score(tmp_path: Path) -> None:
+    metrics = make_run(tmp_path)
+    _, page = read(tmp_path)
+    assert re.search(
+        r"ID network, seed 0: under-trained. Its loss fell by \d\.\d % in epoch 10, its last", page.words()
+    )
+    assert "above the fused score" not in page.words()
+    metrics["test"]["text"]["mrr@20"] = 0.5
+    write_sealed(tmp_path / "metrics.json", metrics)
+    fused = 100 * metrics["test"]["fused"]["mrr@20"]
+    _, page = read(tmp_path)
+    assert f"Text alone is above the fused score on the test set: MRR@20 50.00 against {fused:.2f} %." in page.words()
+    make_run(tmp_path / "calm", epochs=4)
+    _, page = read(tmp_path / "calm")
+    assert "None is, and no single network is above the fused score on the test set." in page.words()
 
 
 def test_a_group_without_targets_is_left_empty(tmp_path: Path) -> None:
