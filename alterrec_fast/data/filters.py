@@ -99,7 +99,7 @@ def apply(filters: Filters, coded: Coded, num_items: int, space: Scratch, left_o
             coded, chosen = _without_sessions(coded, chosen, short, space)
     of_items = sum(count for reason, count in left_out.items() if reason not in known and reason.startswith(_OF_ITEMS))
     if lost := total - len(coded.items) - of_items:
-        left_out["interactions in the sessions that filters left out"] = lost
+        left_out["interactions of sessions that filters drop"] = lost
     return coded
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from .sessions import DataError
 _BUDGET, _FOLDER = "POLARS_OOC_MEMORY_BUDGET_MB", "POLARS_OOC_SPILL_DIR"
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _SHARE = 0.4  # of the limit that polars may hold before it spills; the rest is for batches, ids and what it can't spill
+_IN_USE = "in-use"  # a file in the folder that its process holds locked
 _LEAST = 512 << 20  # bytes, what a limit must leave
 
 
@@ -63,7 +66,8 @@ class Scratch:
 
 @contextmanager
 def scratch(out: Path, memory_limit: int | None = None) -> Iterator[Scratch]:
-    """A Scratch beside out. memory_limit: bytes, by default half of what is free.
+    """A Scratch beside out, where those of killed processes are removed. memory_limit: bytes, by default half of what
+    is free.
 
     Raises DataError for a limit that is too low to work with.
     """
@@ -72,7 +76,11 @@ def scratch(out: Path, memory_limit: int | None = None) -> Iterator[Scratch]:
         raise DataError(f"memory limit of {limit:,} bytes, expected {_LEAST:,} or more")
     parent = next(parent for parent in out.absolute().parents if parent.is_dir())
     folder = files.new_draft(parent / out.name)
+    _remove_abandoned(parent, out.name)
     folder.mkdir()
+    lock = (folder / "new").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    (folder / "new").rename(folder / _IN_USE)  # in one step: nobody sees it without its lock
     before = {name: os.environ.get(name) for name in (_BUDGET, _FOLDER)}
     _set({_BUDGET: str(max(limit, _LEAST) * _SHARE / (1 << 20)).partition(".")[0], _FOLDER: str(folder)})
     try:
@@ -80,6 +88,15 @@ def scratch(out: Path, memory_limit: int | None = None) -> Iterator[Scratch]:
     finally:
         _set(before)
         shutil.rmtree(folder, ignore_errors=True)
+        lock.close()
+
+
+def _remove_abandoned(parent: Path, name: str) -> None:
+    """Removes the scratch folders for a data set of this name whose processes are gone."""
+    for file in parent.glob(f".{glob.escape(name)}-*{files.DRAFT}/{_IN_USE}"):
+        with suppress(OSError), file.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(file.parent, ignore_errors=True)
 
 
 def _set(environment: dict[str, str | None]) -> None:

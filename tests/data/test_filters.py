@@ -1,6 +1,8 @@
 """Filters, splits by days, leave-one-out, and sessions of users, against a plain reading; and many batches, spilled."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import polars as pl
@@ -49,7 +51,7 @@ def test_k_core(tmp_path_factory, sessions, k):
     assert ids(data, "train") == expected
     left_out = sum(count for what, count in summary.left_out.items() if "core" in what and what.startswith("interact"))
     lost = sum(map(len, sessions)) - sum(map(len, expected))
-    in_sessions = summary.left_out.get("interactions in the sessions that filters left out", 0)
+    in_sessions = summary.left_out.get("interactions of sessions that filters drop", 0)
     assert left_out + in_sessions == lost
     assert summary.left_out[f"sessions outside the {k}-core"] == len(sessions) - len(expected)
 
@@ -61,7 +63,7 @@ def test_filters_in_their_order_with_counts(tmp_path):
     assert summary.left_out["sessions before the last ones asked for"] == 1
     assert summary.left_out["interactions of items that occur less than 2 times"] == 3
     assert summary.left_out["sessions of fewer than 2 items"] == 1
-    assert summary.left_out["interactions in the sessions that filters left out"] == 2  # 12 read, 7 kept
+    assert summary.left_out["interactions of sessions that filters drop"] == 2  # 12 read, 7 kept
     _, data = run(tmp_path, filters=Filters(min_session_length=3), overwrite=True, **NO_HOLDOUT)
     assert ids(data, "train") == [["a", "b", "c"], ["x", "a", "b"]]
     options = {"validation_fraction": 0, "test_fraction": 0.2, "overwrite": True}
@@ -255,6 +257,22 @@ def test_sizes_and_durations():
         with pytest.raises(DataError, match=wrong):
             parse(wrong)
     assert 0 < scratch.free_memory() < 1 << 50
+
+
+def test_the_spilled_rows_of_a_killed_process_are_removed(tmp_path):
+    source = (
+        "import os, pathlib, signal\nfrom alterrec_fast.data.scratch import scratch\n"
+        "with scratch(pathlib.Path('out')) as space:\n"
+        "    (space.folder / 'rows').write_text('spilled')\n    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", source], cwd=tmp_path, check=False)
+    (left,) = tmp_path.iterdir()
+    assert (left / "rows").exists()
+    with scratch.scratch(tmp_path / "other"):
+        assert left.exists()
+    with scratch.scratch(tmp_path / "out") as space, scratch.scratch(tmp_path / "out"):
+        assert not left.exists() and space.folder.exists()  # what is in use stays
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_memory_limit_that_is_too_low(tmp_path):
