@@ -88,7 +88,10 @@ def prepare(
     test_fraction: Annotated[float, typer.Option(help="share of the latest sessions")] = 0.2,
     columns: Annotated[
         str | None,
-        typer.Option(help="generic: session_id=A,item_id=B,timestamp=C,order=D,split=E, the files' names of these"),
+        typer.Option(
+            help="generic: session_id=A,item_id=B,timestamp=C,order=D,split=E, the files' names of these; "
+            "items.item_id=F: that of the item table's ids"
+        ),
     ] = None,
     items: Annotated[Path | None, typer.Option(help="generic: the item table, by default items.* beside RAW")] = None,
     separator: Annotated[str, typer.Option(help="generic: between the fields of text tables")] = ",",
@@ -136,7 +139,7 @@ def prepare(
             overwrite=overwrite,
             columns=_pairs(columns),
             items=items,
-            separator=separator.encode().decode("unicode_escape") if "\\" in separator else separator,
+            separator=_unescaped(separator),
             has_header=not no_header,
             encoding=encoding,
             time_format=time_format,
@@ -368,6 +371,14 @@ def _pairs(text: str | None) -> dict[str, str]:
     if wrong:
         raise ConfigError(f"--columns takes NAME=COLUMN separated by commas, got {text!r}")
     return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _unescaped(text: str) -> str:
+    r"""With the characters that \t and \x01 stand for; as it is where a backslash starts none of Python's escapes."""
+    try:
+        return text.encode("ascii").decode("unicode_escape") if "\\" in text else text
+    except UnicodeError:
+        return text
 
 
 def _seed_list(text: str) -> list[int]:

@@ -189,6 +189,7 @@ def test_doctor_names_every_engine() -> None:
         (["train", "--data", "nowhere", "--out", "/dev/null/run"], "/dev/null/run: nothing can be written there"),
         (["prepare", "generic", "nowhere", "/proc/none/x"], "/proc/none: nothing can be written there"),
         (["prepare", "generic", "nowhere", "x", "--test-fraction", "nan"], "test_fraction"),
+        (["prepare", "generic", "nowhere", "x", "--separator", "\\"], "nowhere"),
         (["recommend", "nowhere", "--session", "1"], "no trained model"),
         (["evaluate", "nowhere"], "no trained model"),
         (["prepare", "generic", "nowhere", "x"], "nowhere"),

@@ -93,8 +93,9 @@ def _layout(options: Options) -> Layout:
         "".encode(options.encoding)
     except LookupError as error:
         raise DataError(f"encoding is {options.encoding!r}, expected one that Python knows, such as latin1") from error
-    if not options.separator or '"' in options.separator or not options.separator.isascii():
-        raise DataError(f"separator is {options.separator!r}, expected one ASCII character or several, no quote")
+    if not options.separator or set(options.separator) & set('"\r\n') or not options.separator.isascii():
+        expected = "one ASCII character or several, no quote, no line end"
+        raise DataError(f"separator is {options.separator!r}, expected {expected}")
     quoted = len(options.separator) == 1  # MovieLens separates by :: and quotes nothing
     return Layout(options.separator, quoted, codecs.lookup(options.encoding).name, options.has_header)
 

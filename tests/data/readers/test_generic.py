@@ -85,6 +85,7 @@ def test_paths_are_no_patterns(tmp_path, kind):
         ({"encoding": "base64"}, "encoding is 'base64'"),
         ({"separator": ""}, "separator is '', expected one ASCII character or several"),
         ({"separator": '"'}, "expected one ASCII character or several, no quote"),
+        ({"separator": "\n"}, "no line end"),
     ],
 )
 def test_encodings_and_separators_that_cannot_be(tmp_path, options, message):
