@@ -257,6 +257,8 @@ def recommend(
             raise RunError(f"--session: a quote or backslash ends nothing in {session!r}") from error
         if out is not None:
             check_target(out)
+        if sessions is not None and out is not None and sessions.resolve() == out.resolve():
+            raise RunError(f"--out {out} is the file of --sessions, which writing would replace; name another")
         model, allowed, excluded = load(run), allow and read_ids(allow), exclude and read_ids(exclude)
         options: dict[str, Any] = {"repeats": repeats, "allow": allowed, "exclude": excluded, "strict": strict}
         try:

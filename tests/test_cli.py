@@ -190,6 +190,7 @@ def test_doctor_names_every_engine() -> None:
         (["prepare", "generic", "nowhere", "/proc/none/x"], "/proc/none: nothing can be written there"),
         (["prepare", "generic", "nowhere", "x", "--test-fraction", "nan"], "test_fraction"),
         (["prepare", "generic", "nowhere", "x", "--separator", "\\"], "nowhere"),
+        (["recommend", "nowhere", "--sessions", "a.csv", "--out", "./a.csv"], "is the file of --sessions"),
         (["recommend", "nowhere", "--session", "1"], "no trained model"),
         (["evaluate", "nowhere"], "no trained model"),
         (["prepare", "generic", "nowhere", "x"], "nowhere"),
