@@ -183,6 +183,8 @@ def train(
             raise ConfigError("--seed and --seeds exclude each other")
         values: dict[str, Any] = demo_settings() if demo else {}
         place = out or (Path(DEMO_RUN) if demo else None)
+        if resume and place is None:
+            raise ConfigError("--resume needs --out, the run directory to go on with")
         if resume and place:
             if seeds is None and seed_runs(place) != [place]:
                 raise ConfigError(f"{place} holds a run over several seeds: name all of them, as in --seeds 0,1,2")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alterrec_fast.errors import AlterRecError
+from alterrec_fast.errors import AlterRecError, RunError
 from alterrec_fast.run import CONFIG, read_config, seed_runs
 from alterrec_fast.training.records import HISTORY, METRICS_FILE, read_history, read_metrics
 
@@ -63,7 +63,10 @@ def find_runs(folder: Path) -> Iterator[Path]:
 
 
 def table(folder: Path) -> str:
-    """A row for each run below `folder`, with its metrics in percent; a run that cannot be read has its error there."""
+    """A row for each run below `folder`, with its metrics in percent; a run that cannot be read has its error there.
+
+    Raises RunError where there is none.
+    """
     head = ["run", "system", "seeds", *(f"{split} {name}" for split in ("validation", "test") for name in SHOWN), ""]
     rows = [head]
     for run in find_runs(folder):
@@ -76,5 +79,7 @@ def table(folder: Path) -> str:
         splits = (stands.validation, stands.metrics and stands.metrics["test"])
         numbers = [f"{100 * views['fused'][name]:.2f}" if views else "" for views in splits for name in SHOWN]
         rows.append([place, stands.variant, ",".join(map(str, stands.seeds)), *numbers, str(stands)])
+    if len(rows) == 1:
+        raise RunError(f"{folder} holds no run directory, nor does a folder below it")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

@@ -181,6 +181,8 @@ def test_doctor_names_every_engine() -> None:
     [
         (["train"], "--data"),
         (["train", "--data", "nowhere", "--out", "x"], "nowhere"),
+        (["train", "--resume"], "--resume needs --out"),
+        (["runs", "."], "holds no run directory"),
         (["train", "--demo", "--set", "width"], "NAME=VALUE"),
         (["train", "--demo", "--set", "widht=3"], "unknown setting 'widht'"),
         (["train", "--demo", "--seeds", "a"], "'a'"),
