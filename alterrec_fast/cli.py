@@ -165,6 +165,10 @@ def train(
     variant: Annotated[str | None, typer.Option(help=f"default: alterrec; any of {', '.join(VARIANTS)}")] = None,
     out: Annotated[Path | None, typer.Option(help="run directory; with --demo runs/demo")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="published or paper: trained as the paper's code or its text does; --set overrides"),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="default: 0")] = None,
     seeds: Annotated[str | None, typer.Option(help="several seeds, separated by commas")] = None,
     text_model: Annotated[str | None, typer.Option(help="hub name, path, or 'packaged'")] = None,
@@ -181,14 +185,14 @@ def train(
 
         if seed is not None and seeds is not None:
             raise ConfigError("--seed and --seeds exclude each other")
-        values: dict[str, Any] = demo_settings() if demo else {}
+        values: dict[str, Any] = {}
         place = out or (Path(DEMO_RUN) if demo else None)
         if resume and place is None:
             raise ConfigError("--resume needs --out, the run directory to go on with")
         if resume and place:
             if seeds is None and seed_runs(place) != [place]:
                 raise ConfigError(f"{place} holds a run over several seeds: name all of them, as in --seeds 0,1,2")
-            values |= run_settings(place)
+            values = run_settings(place)
         if demo:
             values.pop("data", None)  # seeds of a demo train on the shop beside them
         values |= read_toml(config) if config else {}
@@ -203,10 +207,14 @@ def train(
             "variant": variant,
             "out": None if out is None else str(out),
             "seed": seed,
+            "preset": preset,
             "text_model": text_model,
             "device": device,
         }
-        made = from_mapping(values | {name: value for name, value in given.items() if value is not None}, "settings")
+        values |= {name: value for name, value in given.items() if value is not None}
+        if demo:
+            values = demo_settings(values.get("variant", "alterrec"), values.get("preset")) | values
+        made = from_mapping(values, "settings")
         progress = _Progress(made.m_max)
         if seeds is None:
             result = train_one(made, resume, progress)

@@ -124,6 +124,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     facts = [
         ("Data", printable(data)),
         ("Catalog", f"{results.items:,} items"),
+        ("Preset", printable(config["preset"] or "")),
         ("Seeds" if len(seeds) > 1 else "Seed", _listed(seed.metrics["seed"] for seed in seeds)),
         ("Hard negatives", _listed(sorted(hard))),
         ("Best epoch", ", ".join(f"{seed.metrics['best_epoch']} of {len(seed.epochs)}" for seed in seeds)),

@@ -127,6 +127,18 @@ def test_resume_alone_takes_the_runs_own_settings_and_extends_it(shop: Dataset, 
     assert other.exit_code == 1 and "begun with seed = 3 (now 4)" in other.output
 
 
+def test_a_preset_is_written_down_and_set_overrides_it(shop: Dataset, tmp_path: Path) -> None:
+    out, override = tmp_path / "run", ["--set", "lr_step_id=3", "--set", "m_random=0"]
+    line = ["train", "--data", shop.path, "--out", out, "--variant", "id_only", "--preset", "published"]
+    done = run(*line, *FAST, *override)
+    assert done.exit_code == 0, done.output
+    written = tomllib.loads((out / "config.toml").read_text())
+    assert (written["preset"], written["hard_fraction"], written["lr_step_id"]) == ("published", 0.5, 3)
+    assert "<dt>Preset</dt><dd>published</dd>" in (out / "report.html").read_text()
+    other = run("train", "--out", out, "--resume", "--preset", "paper")
+    assert other.exit_code == 1 and "begun with preset = 'published' (now 'paper')" in other.output
+
+
 @pytest.mark.usefixtures("no_report")
 def test_runs_are_listed_and_unfinished_ones_said(shop: Dataset, tmp_path: Path) -> None:
     settings = ["--data", shop.path, *FAST, "--set", "m_random=0", "--variant", "id_only"]

@@ -126,16 +126,24 @@ def _naive(config: Config, num_items: int, features: Tensor | None, fusion: Any)
     return Network(items, MeanSession(), config.temperature_fusion)
 
 
+# How the paper's published code trains, and how its text does, which names neither a schedule of the learning rate nor
+# an early stop. What else they say is the package's own default.
+_PRESETS = {
+    "published": {
+        "hard_fraction": 0.5, "alpha": 0.5, "lr_gamma": 0.1, "lr_step_id": 2, "lr_step_text": 5, "patience": 15,
+    },
+    "paper": {"hard_fraction": 1.0, "alpha": 0.5, "lr_gamma": 1.0, "patience": 30},
+}  # fmt: skip
 _TWO: Any = {"views": ("id", "text"), "text": True, "alternates": True}
-_UNIFORM = {"negatives": "uniform"}
+_PAPER: Any = {"defaults": {"negatives": "uniform"}, "presets": _PRESETS}
 
 ENTRIES = {
-    "alterrec": System(alterrec, in_turn, **_TWO, defaults=_UNIFORM),
-    "alterrec_aug": System(alterrec_aug, in_turn, **_TWO, positives=True, defaults=_UNIFORM),
-    "random": System(random, independently, **_TWO, defaults=_UNIFORM),
-    "ensemble": System(ensemble, independently, **_TWO),
-    "id_only": System(id_only, one_network("id"), ("id",), defaults=_UNIFORM),
-    "text_only": System(text_only, one_network("text"), ("text",), text=True, defaults=_UNIFORM),
-    "nfrec_sum": System(nfrec_sum, one_network("fused"), text=True, defaults=_UNIFORM),
-    "nfrec_concat": System(nfrec_concat, one_network("fused"), ("id", "text"), text=True, defaults=_UNIFORM),
+    "alterrec": System(alterrec, in_turn, **_TWO, **_PAPER),
+    "alterrec_aug": System(alterrec_aug, in_turn, **_TWO, positives=True, **_PAPER),
+    "random": System(random, independently, **_TWO, **_PAPER),
+    "ensemble": System(ensemble, independently, **_TWO, presets=_PRESETS),
+    "id_only": System(id_only, one_network("id"), ("id",), **_PAPER),
+    "text_only": System(text_only, one_network("text"), ("text",), text=True, **_PAPER),
+    "nfrec_sum": System(nfrec_sum, one_network("fused"), text=True, **_PAPER),
+    "nfrec_concat": System(nfrec_concat, one_network("fused"), ("id", "text"), text=True, **_PAPER),
 }

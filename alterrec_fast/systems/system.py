@@ -48,6 +48,11 @@ DEFAULTS: dict[str, Any] = {
     "negatives": "full",
     "temperature_id": 1.0,
     "lr_gamma": 0.1,
+    "lr_step_id": 2,
+    "lr_step_text": 5,
+    "hard_fraction": 1.0,
+    "alpha": 0.5,
+    "patience": 15,
 }
 CONSTANT = {"lr_gamma": 1.0}  # the learning rate of published baselines
 RECBOLE = {"dropout": 0.5, "inner": 256, "init": "normal"} | CONSTANT  # what transformers have there
@@ -64,6 +69,7 @@ class System:
     alternates: bool = False  # whether it is an ID and a text network that take turns, fused with alpha
     positives: bool = False  # whether the first ranks of a teacher join as targets
     defaults: Mapping[str, Any] = field(default_factory=dict)  # in place of those in DEFAULTS
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by name, in place of both
     refuses: Mapping[str, str] = field(default_factory=dict)  # of "resume" and "bf16": the reason
 
     @property

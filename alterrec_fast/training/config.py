@@ -29,7 +29,7 @@ MOST = {
     "width": 1 << 16, "layers": 1 << 10, "inner": 1 << 20, "max_length": 1 << 20, "m_max": 1 << 20,
     "batch_targets": 1 << 30, "eval_targets": 1 << 30, "patience": 1 << 30,
 }  # fmt: skip
-OF_SYSTEM: Any = None  # what is left at it is the system's own default: `System.defaults`
+OF_SYSTEM: Any = None  # what is left at it is the preset's value, or else the system's own default: systems/
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class Config:
     out: str = ""  # run directory; "runs/demo" with demo
     variant: str = "alterrec"  # one of VARIANTS
     seed: int = 0
+    preset: str | None = (
+        None  # "published" or "paper": settings that are left unset are of the paper's code, or its text
+    )
 
     # Text.
     text_model: str = DEFAULT_MODEL  # hub name, path, or "packaged"; a run writes down the revision, NAME@REVISION
@@ -73,21 +76,21 @@ class Config:
     k2: int | None = None
     positives: int = 5  # ranks [0, p) join as positives in alterrec_aug (p)
     positive_weight: float = 0.5  # beta
-    hard_fraction: float = 1.0  # members of the slice that stay; the rest is drawn uniformly (published code: 0.5)
-    alpha: float = 0.5  # weight of the ID scores in the fused score
+    hard_fraction: float = OF_SYSTEM  # members of the slice that stay; the rest is drawn uniformly
+    alpha: float = OF_SYSTEM  # weight of the ID scores in the fused score
 
     # Optimiser: Adam for each network, its learning rate stepped by the network's own epochs.
     batch_targets: int = 512
     lr_id: float = 1e-3
     lr_text: float = 1e-3
     lr_gamma: float = OF_SYSTEM  # 1: a constant learning rate
-    lr_step_id: int = 2
-    lr_step_text: int = 5
+    lr_step_id: int = OF_SYSTEM
+    lr_step_text: int = OF_SYSTEM
     weight_decay: float = 0.0
 
     # Validation.
     monitor: str = "ndcg@20"  # of the fused score; the best epoch by it is kept
-    patience: int = 15  # epochs without a better one, then training stops
+    patience: int = OF_SYSTEM  # epochs without a better one, then training stops
     group_edges: tuple[int, ...] = (30, 100, 300)  # last training count of each long-tail group but the open one
     eval_targets: int = 8192  # targets scored at once
 
@@ -103,7 +106,10 @@ class Config:
         if self.variant not in SYSTEMS:
             raise ConfigError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
         system = SYSTEMS[self.variant]
-        for name, value in (DEFAULTS | dict(system.defaults)).items():
+        if self.preset is not None and self.preset not in system.presets:
+            known = f"one of {', '.join(system.presets)}" if system.presets else "left out"
+            raise ConfigError(f"preset must be {known} for {self.variant}, got {self.preset!r}")
+        for name, value in _defaults(self.variant, self.preset).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         positive = ("width", "layers", "heads", "m_gap", "batch_targets", "eval_targets", "temperature_id",
@@ -178,10 +184,10 @@ class Config:
                 )
 
     def replace(self, **changes: Any) -> Config:
-        """The config with these settings changed; with another variant, defaults of the old one give way to its own."""
+        """The config with these settings changed; with another variant or preset, defaults of the old one give way."""
         values = dataclasses.asdict(self)
-        if changes.get("variant", self.variant) != self.variant:
-            former = DEFAULTS | dict(SYSTEMS[self.variant].defaults)
+        if any(changes.get(name, values[name]) != values[name] for name in ("variant", "preset")):
+            former = _defaults(self.variant, self.preset)
             values = {name: value for name, value in values.items() if name not in former or value != former[name]}
         return from_mapping({**values, **changes}, "settings")
 
@@ -190,6 +196,12 @@ class Config:
         import tomli_w
 
         return tomli_w.dumps({name: value for name, value in dataclasses.asdict(self).items() if value is not None})
+
+
+def _defaults(variant: str, preset: str | None) -> dict[str, Any]:
+    """What settings at OF_SYSTEM become; the preset, where there is one, must be one of the system's."""
+    system = SYSTEMS[variant]
+    return DEFAULTS | dict(system.defaults) | dict(system.presets[preset] if preset else {})
 
 
 def same_or_more(name: str, before: Any, now: Any) -> bool:
@@ -231,9 +243,9 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def demo_settings() -> dict[str, Any]:
-    """What --demo sets unless told otherwise: sized for the generated shop and two cores."""
-    return {
+def demo_settings(variant: str = "alterrec", preset: str | None = None) -> dict[str, Any]:
+    """What --demo sets unless told otherwise: sized for the generated shop and two cores. Less what the preset sets."""
+    settings = {
         "text_model": "packaged",
         "width": 64,
         "init": "xavier",  # small weights as in the published code need more steps than so small a shop gives
@@ -247,3 +259,5 @@ def demo_settings() -> dict[str, Any]:
         "lr_id": 0.002,
         "lr_step_id": 6,
     }
+    of_preset = SYSTEMS[variant].presets.get(preset or "", {}) if variant in SYSTEMS else {}
+    return {name: value for name, value in settings.items() if name not in of_preset}

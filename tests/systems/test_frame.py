@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from alterrec_fast.data.batches import pack
 from alterrec_fast.data.sessions import Dataset
 from alterrec_fast.model.networks import ItemVectors, Network, Recommender
 from alterrec_fast.model.packing import Packing
-from alterrec_fast.systems import SYSTEMS, epochs
+from alterrec_fast.systems import DEFAULTS, SYSTEMS, epochs
 from alterrec_fast.training.alternate import Trainer
-from alterrec_fast.training.config import Config, ConfigError
+from alterrec_fast.training.config import Config, ConfigError, demo_settings, from_mapping
 from tests.training.test_steps import trainer
 
 
@@ -29,6 +30,37 @@ def test_what_is_left_unset_is_the_systems_default() -> None:
     changed = ensemble.replace(variant="random")
     assert (changed.negatives, changed.dropout) == ("uniform", 0.4)
     assert Config(variant="ensemble", negatives="uniform").replace(seed=1).negatives == "uniform"
+
+
+PROCEDURE = {  # of the paper's section 5.1.3 and its published code
+    "width": 300, "layers": 2, "heads": 2, "m_random": 2, "m_gap": 2, "m_max": 30, "alpha": 0.5, "positives": 5,
+    "positive_weight": 0.5, "negatives": "uniform", "lr_id": 1e-3, "lr_text": 1e-3, "temperature_id": 1.0,
+    "temperature_text": 0.07, "init": "uniform", "max_length": 50, "batch_targets": 512, "block": "post",
+}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "published": {"hard_fraction": 0.5, "lr_gamma": 0.1, "lr_step_id": 2, "lr_step_text": 5, "patience": 15},
+    "paper": {"hard_fraction": 1.0, "lr_gamma": 1.0, "patience": 30},
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_as_published_and_what_is_set_overrides_it(name: str) -> None:
+    config = Config(preset=name)
+    assert vars(config).items() >= (PROCEDURE | PRESETS[name]).items()
+    assert Config(preset=name, hard_fraction=0.25, lr_gamma=0.5).replace(seed=1).hard_fraction == 0.25
+    assert config.replace(preset=None) == Config()
+    assert Config().replace(preset=name) == config == from_mapping(tomllib.loads(config.to_toml()), "toml")
+    for system in SYSTEMS.values():
+        assert system.presets.get(name, {}).keys() <= DEFAULTS.keys()  # others have a default that would win
+    demo = from_mapping({"preset": name, "demo": True} | demo_settings(preset=name), "demo")
+    assert vars(demo).items() >= PRESETS[name].items() and demo.width == 64
+
+
+def test_a_preset_is_refused_where_there_is_none() -> None:
+    with pytest.raises(ConfigError, match="preset must be one of published, paper for alterrec, got 'best'"):
+        Config(preset="best")
+    with pytest.raises(ConfigError, match="preset must be left out for sasrec, got 'paper'"):
+        Config(variant="sasrec", preset="paper")
 
 
 def test_only_networks_that_take_turns_need_epochs_for_both() -> None:
