@@ -233,8 +233,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sampled_softmax_backw
     query_gradient(p, x, grad_query.data_ptr<float>(), stream);
   }
   // Atomics would round a 16-bit gradient at every addition, and leave no list of the touched rows.
-  const bool atomics = !p.shared && !sparse && format_of(catalog) == Format::kF32 &&
-                       !at::globalContext().deterministicAlgorithms();
+  const bool atomics =
+      !p.shared && !sparse && format_of(catalog) == Format::kF32 && !at::globalContext().deterministicAlgorithms();
   if (atomics) {
     if (needs[1]) grad_catalog = at::zeros({p.items, p.width}, query.options().dtype(at::kFloat));
     if (needs[2]) grad_bias = at::zeros({p.items}, query.options().dtype(at::kFloat));

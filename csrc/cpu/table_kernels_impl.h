@@ -33,7 +33,7 @@ ALTERREC_INLINE MeanAndScale mean_and_scale(const float* x, int64_t d, float eps
 void normalise(const float* x, int64_t d, const RowNorm& norm, float* out) {
   const MeanAndScale of = mean_and_scale(x, d, norm.eps);
   const float mean = of.mean, scale = of.scale;
-  const float *__restrict weight = norm.weight, *__restrict bias = norm.bias;
+  const float* __restrict weight = norm.weight, * __restrict bias = norm.bias;
   for (int64_t c = 0; c < d; ++c) out[c] = (x[c] - mean) * scale * weight[c] + bias[c];
 }
 
@@ -57,8 +57,8 @@ void normalise_backward(const float* __restrict x, int64_t d, const RowNorm& nor
   for (c = 0; c < d; ++c) g[c] = (g[c] - ones - (x[c] - mean) * scale * own) * scale;
 }
 
-void step(const Optimizer& optimizer, int64_t d, const float* __restrict g, float* __restrict x, float* __restrict first,
-          float* __restrict second) {
+void step(const Optimizer& optimizer, int64_t d, const float* __restrict g, float* __restrict x,
+          float* __restrict first, float* __restrict second) {
   const Optimizer o = optimizer;
   const auto gradient = [&o](float grad, float row) ALTERREC_INLINE_LAMBDA {
     grad *= o.scale;

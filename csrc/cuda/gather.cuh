@@ -74,12 +74,11 @@ __device__ inline Element from_float(float x) {
 
 // What rows of a kind store, and what their values are rounded to.
 template <Kind kind>
-using StoredAs = std::conditional_t<kind == Kind::kBFloat16, __nv_bfloat16,
-                                    std::conditional_t<kind == Kind::kHalf, __half, float>>;
+using StoredAs =
+    std::conditional_t<kind == Kind::kBFloat16, __nv_bfloat16, std::conditional_t<kind == Kind::kHalf, __half, float>>;
 template <Kind kind>
-using RoundedTo =
-    std::conditional_t<kind == Kind::kRoundedToBFloat16, __nv_bfloat16,
-                       std::conditional_t<kind == Kind::kRoundedToHalf, __half, StoredAs<kind>>>;
+using RoundedTo = std::conditional_t<kind == Kind::kRoundedToBFloat16, __nv_bfloat16,
+                                     std::conditional_t<kind == Kind::kRoundedToHalf, __half, StoredAs<kind>>>;
 
 // A matrix whose rows are read in pieces of 16 bytes; what lies beyond its width reads as zero.
 template <Kind kind>

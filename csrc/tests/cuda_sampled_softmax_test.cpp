@@ -278,8 +278,7 @@ int main(int count, char**) {
                                {9, 60, 8, 8, 0, 1, false}};
   if (count > 1) shapes.clear();
   shapes.insert(shapes.begin(), small.begin(), small.end());
-  for (const Kind kind :
-       {Kind::kFloat, Kind::kBFloat16, Kind::kHalf, Kind::kRoundedToBFloat16, Kind::kRoundedToHalf}) {
+  for (const Kind kind : {Kind::kFloat, Kind::kBFloat16, Kind::kHalf, Kind::kRoundedToBFloat16, Kind::kRoundedToHalf}) {
     for (const Shape& shape : shapes) {
       Case c(shape, kind, shape.rows % 2 == 0);
       check(c);
