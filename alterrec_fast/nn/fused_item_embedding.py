@@ -356,7 +356,8 @@ class FusedItemEmbedding(KeepsDtype):
         return engine
 
     def _anchor(self) -> Tensor:
-        """What makes autograd call the backward pass of a loss whose query needs no gradient."""
+        """What makes autograd call the backward pass of a look-up, whose table is a buffer, and of a loss whose query
+        needs no gradient."""
         return torch.zeros((), device=self.table.device, requires_grad=torch.is_grad_enabled())
 
     def _register(self, record: Registered | LookedUp, version: int) -> None:
